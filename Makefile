@@ -1,0 +1,55 @@
+# One verb does all that it needs, from a bare checkout with Python 3.11+ and pip: `make demo`, `make test`.
+
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+LOWEST := transformers-5.16.0
+
+BIN := .venv/bin
+VENV := .venv/.ready
+COMPAT := .compat/$(LOWEST)
+
+# The checkout root stays off sys.path: `kernels/` would shadow the Hugging Face package of that name.
+export PYTHONSAFEPATH := 1
+export KVTIER_HYPOTHESIS_PROFILE ?= ci
+unexport PYTHONPATH
+
+.PHONY: demo test lint unit compat bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)
+	$(BIN)/kvtier demo
+
+test: lint unit compat
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
+	$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# The integration again, with the oldest transformers that is supported in front of the newest.
+compat: $(VENV) $(COMPAT)/.ready
+	PYTHONPATH=$(CURDIR)/$(COMPAT) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/integrations/hf
+
+bench: $(VENV)
+	$(BIN)/python benchmarks/run.py
+
+$(VENV): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtier needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(COMPAT)/.ready: $(VENV) tests/lowest-transformers.txt
+	rm -rf $(COMPAT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(COMPAT) -r tests/lowest-transformers.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .compat build dist .coverage* htmlcov *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

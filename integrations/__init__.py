@@ -1,0 +1,1 @@
+"""Adapters between kvtier and the engines that run models."""

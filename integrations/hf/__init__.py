@@ -1,0 +1,1 @@
+"""Hugging Face transformers: a cache, an attention function, and ``patch``, which puts them under a model."""

@@ -1,0 +1,191 @@
+"""What a patched model does around its own ``generate`` and before its own ``forward``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kvtier.errors import InputError, PagesLostError, SessionStateError, UnsupportedModelError
+from kvtier.integrations.hf import compat
+from kvtier.integrations.hf.cache import KVTierCache
+from kvtier.integrations.hf.history import History
+from kvtier.integrations.hf.pool import CachePool
+from kvtier.integrations.hf.prompt import Prompt, read_prompt, split_forward
+from kvtier.integrations.hf.stage import stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["PatchedCalls", "arguments_by_name"]
+
+
+class PatchedCalls:
+    """Gives every call of a patched model the right cache, and refuses what paging cannot honour before anything runs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model itself, without an adapter around it.
+    pool : CachePool
+        Where its caches come from.
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: CachePool) -> None:
+        self.model = model
+        self.pool = pool
+
+    def generate(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        """Run ``original(**call)`` with a cache of ours.
+
+        Raises
+        ------
+        InputError, MaskError
+            For a prompt that cannot run.
+        UnsupportedModelError
+            For a cache or an option that is not served.
+        """
+        self._refuse_options(call)
+        given = call.get("past_key_values")
+        if given is None and compat.generation_option(self.model, "use_cache", call) is False:
+            read_prompt(self.model, call, cached=0)
+            return original(**call)
+        cache = self.pool.new_cache() if given is None else self.check_cache(given)
+        try:
+            output = self._generate_on(cache, original, call)
+        except PagesLostError:
+            self.pool.keep_lost(cache)
+            raise
+        except BaseException:
+            if given is None:
+                cache.close()
+            raise
+        if given is None and getattr(output, "past_key_values", None) is not cache:
+            cache.close()
+        return output
+
+    def forward(self, module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of ``forward`` with a cache of ours; a forward too wide for the device has its head run first.
+
+        Raises
+        ------
+        InputError, SessionStateError, UnsupportedModelError
+            For attention weights, a model in training mode, and caches of others.
+        """
+        if module.training:
+            raise SessionStateError("kvtier serves inference, and this model is in training mode; call model.eval()")
+        if call.get("output_attentions"):
+            raise InputError("paged attention has no attention weights; leave out output_attentions=True")
+        stage.clear()
+        given = call.get("past_key_values")
+        if given is None:
+            wanted = call.get("use_cache")
+            if not (getattr(compat.text_config(self.model), "use_cache", True) if wanted is None else wanted):
+                return call
+            given = self.pool.new_cache()
+            call = {**call, "past_key_values": given}
+        cache = self.check_cache(given)
+        self.pool.use(cache)
+        if module is self.model and cache.state.split is not None:
+            call = split_forward(self.model, call, cache.state.length, cache.state.split)
+        cache.state.fed = call.get("input_ids")
+        return call
+
+    def rebuild(self, cache: KVTierCache) -> None:
+        """Run the model over what a cache was fed, into a new session; if that fails, it can be tried again."""
+        state = cache.state
+        fed, failed = state.restart()
+        try:
+            if fed.length:
+                self._prefill(cache, fed)
+        except BaseException:
+            state.break_off(fed, failed)
+            raise
+        state.waiting = failed
+
+    def check_cache(self, cache: object) -> KVTierCache:
+        """The cache, if this pool made it.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For any other.
+        """
+        if not isinstance(cache, KVTierCache):
+            raise UnsupportedModelError(
+                f"a patched model takes past_key_values=handle.new_cache(), or none, got {type(cache).__name__}"
+            )
+        if cache.memory is not self.pool.memory:
+            raise UnsupportedModelError("this cache belongs to another handle; pass one from this handle's new_cache(), or none")
+        return cache
+
+    def _generate_on(self, cache: KVTierCache, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        state = cache.state
+        state.check_ready()
+        prompt = read_prompt(self.model, call, state.length)
+        if compat.generation_option(self.model, "is_assistant", call):
+            cache.activate_past_recording()
+        state.session.expect(prompt.columns)
+        call = {**call, "past_key_values": cache}
+        chunk = self._chunk(prompt, call)
+        if chunk is not None:
+            state.split = chunk
+            # transformers 5.16 cuts a continued prompt wrongly, and every version an embedded one: those are cut before forward.
+            call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
+        self.pool.use(cache)
+        try:
+            return original(**call)
+        finally:
+            state.split = None
+
+    @torch.no_grad()
+    def _prefill(self, cache: KVTierCache, fed: History) -> None:
+        device = self.model.device
+        call: dict[str, Any] = {
+            "input_ids": None if fed.ids is None else fed.ids.to(device),
+            "attention_mask": None if bool(fed.real.all()) else fed.real.to(device),
+            "position_ids": fed.positions.to(device),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if compat.keeps_logits(self.model):
+            call["logits_to_keep"] = 1
+        cache.session.expect(fed.length)
+        cache.state.split = self.pool.memory.max_prefill_chunk(fed.rows)
+        try:
+            self.model(**call)
+        finally:
+            cache.state.split = None
+
+    def _chunk(self, prompt: Prompt, call: dict[str, Any]) -> int | None:
+        """The widest forward allowed, in columns: the caller's wish or what fits the device, whichever is smaller."""
+        wished = compat.generation_option(self.model, "prefill_chunk_size", call)
+        fitting = self.pool.memory.max_prefill_chunk(prompt.rows)
+        if wished is None and (fitting is None or fitting >= prompt.columns):
+            return None
+        return min(limit for limit in (wished, fitting) if limit is not None)
+
+    def _refuse_options(self, call: dict[str, Any]) -> None:
+        kind = compat.generation_option(self.model, "cache_implementation", call)
+        # "hybrid" is what configurations of older models say; transformers itself ignores it.
+        if kind not in (None, "hybrid"):
+            raise UnsupportedModelError(f"a patched model brings its own cache, got cache_implementation={kind!r}; leave it out")
+        if compat.generation_option(self.model, "output_attentions", call):
+            raise InputError("paged attention has no attention weights; leave out output_attentions=True")
+        if compat.generation_option(self.model, "assistant_early_exit", call) is not None:
+            raise UnsupportedModelError("assistant_early_exit runs half of the layers; use an assistant model or prompt lookup")
+
+
+def arguments_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """One dict of a call's arguments; those given by position get their names."""
+    if not args:
+        return kwargs
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,241 @@
+"""``patch``: put kvtier's memory under a transformers model, and take it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from types import MethodType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+
+from kvtier.errors import SessionStateError
+from kvtier.integrations.hf import compat
+from kvtier.integrations.hf.attention import adopt, attention, mask, release
+from kvtier.integrations.hf.cache import KVTierCache
+from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
+from kvtier.integrations.hf.layout import layer_devices, layout_of
+from kvtier.integrations.hf.memory import open_memory
+from kvtier.integrations.hf.pool import CachePool
+from kvtier.integrations.hf.sessions import Memory, Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvtier.config import StoreConfig
+    from kvtier.core.policy import Policy
+
+__all__ = ["PatchHandle", "attach", "patch"]
+
+
+def patch(
+    model: Any,
+    policy: str | Policy,
+    *,
+    keep: int | None = None,
+    read: int | None = None,
+    device: int | str | None = None,
+    store: StoreConfig | Mapping[str, Any] | str | Path | None = None,
+    tenant: str = "default",
+) -> PatchHandle:
+    """Let a model keep its KV cache in kvtier's tiers, under a policy.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A decoder in eval mode, on any devices. It is changed in place until the handle is removed.
+    policy : str or Policy
+        ``"full"``, ``"snapkv(window=32) | quest"`` or a Policy.
+    keep : int, optional
+        Tokens kept per sequence, layer and KV head.
+    read : int, optional
+        Tokens read per decode step, layer and KV head.
+    device : int or str, optional
+        Bytes of device memory, or a size such as ``"1GiB"``.
+    store : StoreConfig, dict or path, optional
+        The tiers below the device.
+    tenant : str
+        Whose data this is: tenants never share a prefix.
+
+    Returns
+    -------
+    handle : PatchHandle
+        Active at once; leaving it as a context manager, or ``handle.remove()``, restores the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason, when the model cannot be served.
+    ConfigError
+        For a policy, budget or store that is wrong or does not fit the model.
+
+    Examples
+    --------
+    >>> with kvtier.patch(model, "quest", read=1024) as handle:  # doctest: +SKIP
+    ...     model.generate(**inputs, max_new_tokens=64)
+    """
+    inner = compat.unwrap(model)
+    memory = open_memory(
+        layout_of(inner),
+        layer_devices(inner),
+        policy=policy,
+        keep=keep,
+        read=read,
+        device=device,
+        store=store,
+        tenant=tenant,
+    )
+    try:
+        return attach(model, memory)
+    except BaseException:
+        memory.close()
+        raise
+
+
+def attach(model: Any, memory: Memory) -> PatchHandle:
+    """Put a memory under a model; what ``patch`` does once it has one. The handle closes the memory.
+
+    Raises
+    ------
+    SessionStateError
+        When the model is patched already.
+    """
+    compat.check_version()
+    compat.register(attention, mask)
+    return PatchHandle(model, memory)
+
+
+class PatchHandle:
+    """A patched model: makes its caches, reports, and restores it.
+
+    Several threads may generate with one patched model, each with a cache of its own.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The transformers model that was patched, without an adapter around it.
+    memory : Memory
+        Where its keys and values live.
+    """
+
+    def __init__(self, model: Any, memory: Memory) -> None:
+        self.model: PreTrainedModel = compat.unwrap(model)
+        self.memory = memory
+        self._pool = CachePool(memory)
+        self._calls = PatchedCalls(self.model, self._pool)
+        self._removed = False
+        with ExitStack() as undo:
+            self._install(undo, outer=model)
+            self._undo = undo.pop_all()
+
+    def new_cache(self) -> KVTierCache:
+        """An empty cache, for several turns over one context: pass it as ``past_key_values``.
+
+        Raises
+        ------
+        SessionStateError
+            After ``remove``.
+        """
+        if self._removed:
+            raise SessionStateError("this handle is removed; patch the model again")
+        return self._pool.new_cache()
+
+    def report(self) -> Report:
+        """Counts and bytes of the last generation or forward.
+
+        Raises
+        ------
+        SessionStateError
+            Before the first one.
+        """
+        return self._pool.report()
+
+    def recover(self, cache: KVTierCache | None = None) -> KVTierCache:
+        """Rebuild a cache by running the model over what it was fed, after ``PagesLostError``.
+
+        Parameters
+        ----------
+        cache : KVTierCache, optional
+            The one to rebuild; the one that failed, if only one did.
+
+        Returns
+        -------
+        cache : KVTierCache
+            The same object, as it was before the forward that failed. ``cache.input_ids`` are all tokens fed to it, those of
+            that forward included: ``model.generate(cache.input_ids, past_key_values=cache)`` goes on.
+
+        Raises
+        ------
+        SessionStateError
+            When it is not known which cache, or with which tokens.
+        """
+        cache = self._pool.take_broken() if cache is None else cache
+        state = self._calls.check_cache(cache).state
+        state.check_alive()
+        if state.history.ids is None:
+            raise SessionStateError("this cache was fed embeddings, so its tokens are not known; start over with a new cache")
+        self._calls.rebuild(cache)
+        return cache
+
+    def remove(self) -> None:
+        """Restore the model as it was and free everything; a second call does nothing."""
+        if self._removed:
+            return
+        self._removed = True
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        if self._removed:
+            raise SessionStateError("this handle is removed; patch the model again")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def _install(self, undo: ExitStack, outer: nn.Module) -> None:
+        """Change the model step by step; ``undo`` takes each step back, last first."""
+        modules = compat.attention_modules(self.model)
+        configs = compat.attention_configs(self.model)
+        if any(compat.implementation(config) == compat.ATTENTION_NAME for config in configs):
+            raise SessionStateError(
+                "this model is patched already, or shares its config with one that is; remove that handle first"
+            )
+        undo.callback(self.memory.close)
+        undo.callback(self._pool.close_all)
+        undo.callback(release, modules)
+        adopt(modules, self.memory.layout.layers)
+        for config in configs:
+            undo.callback(compat.set_implementation, config, compat.implementation(config))
+            compat.set_implementation(config, compat.ATTENTION_NAME)
+        for module in {id(module): module for module in (self.model, outer)}.values():
+            undo.callback(module.register_forward_pre_hook(self._forward_hook(module), with_kwargs=True).remove)
+        if callable(getattr(self.model, "generate", None)):
+            self._replace_generate(undo)
+
+    def _forward_hook(self, owner: nn.Module) -> Callable[..., Any]:
+        # A closure, not a bound method: whoever copies the model must not copy handle and memory with it.
+        def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if module is not owner:
+                return None
+            return (), self._calls.forward(module, arguments_by_name(module.forward, args, kwargs))
+
+        return prepare
+
+    def _replace_generate(self, undo: ExitStack) -> None:
+        model, attributes = self.model, self.model.__dict__
+        before = attributes.get("generate")
+        original = model.generate if before is None else before
+
+        @wraps(original)
+        def generate(owner: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            if owner is not model:
+                return type(owner).generate(owner, *args, **kwargs)
+            return self._calls.generate(original, arguments_by_name(original, args, kwargs))
+
+        if before is None:
+            undo.callback(attributes.pop, "generate")
+        else:
+            undo.callback(attributes.__setitem__, "generate", before)
+        attributes["generate"] = MethodType(generate, model)

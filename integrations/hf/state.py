@@ -1,0 +1,212 @@
+"""The state of one cache: its session, what it was fed, and how far the running forward has come."""
+
+from __future__ import annotations
+
+import torch
+
+from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
+from kvtier.integrations.hf.columns import Columns, read_columns
+from kvtier.integrations.hf.history import History
+from kvtier.integrations.hf.sessions import Memory, Session
+from kvtier.types import LayerLayout
+
+__all__ = ["CacheState"]
+
+_Given = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class CacheState:
+    """A session as transformers counts it: in columns, complete forwards only.
+
+    The cache and its layers share it, and it knows neither, so that a dropped cache is freed at once. One thread at a time.
+
+    Parameters
+    ----------
+    memory : Memory
+        Where sessions come from.
+    session, history : optional
+        What a fork starts with; an empty cache without them.
+
+    Attributes
+    ----------
+    fed : Tensor, optional
+        Token ids [B, Tq] of the forward that is about to run; set before it, taken by its first layer.
+    split : int, optional
+        The widest forward, in columns, that the device budget allows.
+    waiting : Tensor, optional
+        Token ids [B, Tq] of a forward that failed, after the state was rebuilt.
+    broken, closed : bool
+        Whether a rebuild failed; whether the session was freed.
+    records_past : bool
+        Whether sliding-window layers keep what a crop may need.
+    """
+
+    def __init__(self, memory: Memory, session: Session | None = None, history: History | None = None) -> None:
+        self.memory = memory
+        self.session = memory.session() if session is None else session
+        self.history = History() if history is None else history
+        self.fed: torch.Tensor | None = None
+        self.split: int | None = None
+        self.waiting: torch.Tensor | None = None
+        self.broken = False
+        self.closed = False
+        self.records_past = False
+        self._running: tuple[Columns, torch.Tensor | None] | None = None
+        self._next_layer = 0
+        self._read: list[tuple[_Given, Columns]] = []
+
+    @property
+    def length(self) -> int:
+        """Columns of all complete forwards, padding included."""
+        return self.history.length
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a forward, or a rebuild, began and did not come through."""
+        return self._running is not None or self.broken
+
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        """Token ids [B, T] fed so far, those of an unfinished forward included; None when some are not known."""
+        known = self.history.ids
+        waiting = self.waiting if self._running is None else self._running[1]
+        if known is None or (waiting is None and self._running is not None):
+            return None
+        if waiting is None:
+            return known
+        return torch.cat([known, waiting], dim=1) if self.history.rows else waiting
+
+    def check_alive(self) -> None:
+        """Refuse a cache that was closed.
+
+        Raises
+        ------
+        SessionStateError
+            After ``close``.
+        """
+        if self.closed:
+            raise SessionStateError("this cache is closed; take another from handle.new_cache()")
+
+    def check_ready(self) -> None:
+        """Refuse a cache that cannot take another forward.
+
+        Raises
+        ------
+        SessionStateError
+            After ``close``, and after a forward that did not come through.
+        """
+        self.check_alive()
+        if self.unfinished:
+            raise SessionStateError(
+                "the last forward on this cache failed half-way; call handle.recover(cache), or cache.reset() to start over"
+            )
+
+    def check_shapes(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> LayerLayout:
+        """The layout of a layer, if K and V fit it.
+
+        Raises
+        ------
+        UnsupportedModelError
+            When the model makes other keys and values than its configuration says.
+        """
+        layout = self.memory.layout.layers[layer]
+        required = (layout.num_kv_heads, layout.key_dim, layout.value_dim, layout.dtype)
+        got = (key.shape[1], key.shape[3], value.shape[3], str(key.dtype).removeprefix("torch."))
+        if got != required or value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
+            raise UnsupportedModelError(
+                f"layer {layer} must make keys and values of (KV heads, key dim, value dim, dtype) {required}, got {got}; "
+                "load the model in one dtype, and without autocast"
+            )
+        return layout
+
+    def begin(self, layer: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int) -> Columns:
+        """The columns of the running forward, as layer ``layer`` joins it; read once per mask and positions.
+
+        Raises
+        ------
+        MaskError
+            For a mask or positions that paging cannot honour.
+        SessionStateError
+            When layers come out of order, or an earlier forward did not finish.
+        """
+        if layer == 0:
+            self._open_forward(mask, position_ids, batch, width)
+        elif layer != self._next_layer:
+            raise SessionStateError(f"layer {self._next_layer} must attend next, got layer {layer}; layers run once and in order")
+        for (seen_mask, seen_positions), columns in self._read:
+            if seen_mask is mask and seen_positions is position_ids:
+                return columns
+        columns = read_columns(mask, position_ids, batch=batch, start=self.length, width=width)
+        if columns.spans != self._read[0][1].spans:
+            raise MaskError(f"all layers must see the same padding, but the mask of layer {layer} differs from that of layer 0")
+        self._read.append(((mask, position_ids), columns))
+        return columns
+
+    def finish(self, layer: int) -> None:
+        """Layer ``layer`` has attended; after the last one the columns count."""
+        self._next_layer = layer + 1
+        if self._next_layer == len(self.memory.layout.layers) and self._running is not None:
+            self.history.extend(*self._running)
+            self._forget_forward()
+
+    def reorder(self, rows: list[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        if self.history.rows:
+            self.session.reorder(rows)
+            self.history.reorder(rows)
+
+    def crop(self, remove: int) -> None:
+        """Forget the last ``remove`` columns."""
+        if remove > self.length:
+            raise InputError(f"the cache holds {self.length} columns, cannot forget {remove}")
+        self.session.crop(remove)
+        self.history.crop(remove)
+
+    def record_past(self, record: bool) -> None:
+        """Keep, in sliding-window layers, what a crop may need; or no longer."""
+        self.records_past = record
+        self.session.record_past(record)
+
+    def fork(self) -> CacheState:
+        """A second state that grows apart."""
+        self.check_ready()
+        return CacheState(self.memory, self.session.fork(), self.history.copy())
+
+    def restart(self) -> tuple[History, torch.Tensor | None]:
+        """Put an empty session in place of this one; return what the old one was fed, and the ids of a forward that failed."""
+        fed = self.history
+        failed = self.waiting if self._running is None else self._running[1]
+        self.session.close()
+        self.session = self.memory.session()
+        if self.records_past:
+            self.session.record_past(True)
+        self.history, self.waiting, self.broken = History(), None, False
+        self._forget_forward()
+        return fed, failed
+
+    def break_off(self, fed: History, failed: torch.Tensor | None) -> None:
+        """A restart failed half-way: remember what was fed, so that it can be tried again."""
+        self._forget_forward()
+        self.history, self.waiting, self.broken = fed, failed, True
+
+    def close(self) -> None:
+        """Free the session; a second call does nothing."""
+        self.closed = True
+        self.session.close()
+
+    def _open_forward(self, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int) -> None:
+        self.check_ready()
+        if self.history.rows and batch != self.history.rows:
+            raise InputError(f"the cache holds {self.history.rows} rows, got a batch of {batch}; use one cache per batch")
+        columns = read_columns(mask, position_ids, batch=batch, start=self.length, width=width)
+        self.history.check(mask, columns)
+        ids, self.fed = self.fed, None
+        fits = ids is not None and tuple(ids.shape) == (batch, width)
+        self.waiting = None
+        self._running = (columns, ids.cpu() if ids is not None and fits else None)
+        self._read = [((mask, position_ids), columns)]
+
+    def _forget_forward(self) -> None:
+        self._running = None
+        self._next_layer = 0
+        self._read = []

@@ -1,0 +1,73 @@
+"""``kvtier generate``: one question about one document, with the user's own model under a policy."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.cli.output import DebugFlag, JsonFlag, QuietFlag, Screen
+
+__all__ = ["generate"]
+
+
+class _DType(StrEnum):
+    """Of the weights; ``auto`` is that of the files."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def generate(
+    model: Annotated[Path, typer.Option(help="Local directory of a transformers model; nothing is downloaded.")],
+    document: Annotated[Path, typer.Option(help="UTF-8 text file that the question is about.")],
+    question: Annotated[str, typer.Option(help="The question; it follows the document.")],
+    policy: Annotated[str, typer.Option(help="A name or composition: 'snapkv | quest'.")] = "full",
+    keep: Annotated[int | None, typer.Option(help="Tokens kept per KV head.")] = None,
+    read: Annotated[int | None, typer.Option(help="Tokens read per step and KV head.")] = None,
+    device: Annotated[str | None, typer.Option(help="Most device memory, as 1GiB.")] = None,
+    host: Annotated[str | None, typer.Option(help="Size of the host tier, as 8GiB.")] = None,
+    nvme: Annotated[Path | None, typer.Option(help="Directory of the NVMe tier.")] = None,
+    nvme_capacity: Annotated[str | None, typer.Option(help="Size of the NVMe tier, as 64GiB.")] = None,
+    dtype: Annotated[_DType, typer.Option(help="Type of weights and KV cache.")] = _DType.AUTO,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample, by the model's settings.")] = False,
+    chat_template: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if it has one.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Ask your own model about a long document, under a policy."""
+    from kvtier.cli.generate_inputs import Request, prepare
+    from kvtier.cli.generate_run import answer, summary_table
+    from kvtier.cli.tiers import store_of
+    from kvtier.types import parse_bytes
+
+    request = Request(
+        model=model,
+        document=document,
+        question=question,
+        policy=policy,
+        keep=keep,
+        read=read,
+        device=parse_bytes(device) if device is not None else None,
+        store=store_of(host, nvme, nvme_capacity),
+        dtype=dtype.value,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        chat_template=chat_template,
+        seed=seed,
+    )
+    with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen:
+        loaded = prepare(request, screen)
+        summary = answer(request, loaded, screen, stream=stream)
+        if screen.as_json:
+            screen.emit(summary)
+        elif stream:
+            screen.show("", summary_table(summary))
+        else:
+            screen.show(summary["answer"], "", summary_table(summary))

@@ -1,0 +1,223 @@
+"""What ``kvtier generate`` needs before the first token: a document, a tokenizer, a prompt that fits, a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from kvtier.cli.tiers import check_budgets
+from kvtier.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvtier.cli.output import Screen
+    from kvtier.core.policy import Policy
+
+__all__ = ["Loaded", "Request", "prepare", "read_document", "silence_transformers"]
+
+_WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json")
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The words of one command line.
+
+    Parameters
+    ----------
+    keep, read : int, optional
+        Tokens.
+    device : int, optional
+        Bytes.
+    store : dict, optional
+        Tiers below the device; None for kvtier's default.
+    """
+
+    model: Path
+    document: Path
+    question: str
+    policy: str
+    keep: int | None
+    read: int | None
+    device: int | None
+    store: dict[str, Any] | None
+    dtype: str
+    max_new_tokens: int
+    sample: bool
+    chat_template: bool
+    seed: int
+
+
+class Loaded(NamedTuple):
+    """What a request leads to: the prompt ``ids`` [1, T] int64 are already within the model's positions."""
+
+    model: Any
+    tokenizer: Any
+    ids: torch.Tensor
+    policy: Policy
+
+
+def prepare(request: Request, screen: Screen) -> Loaded:
+    """Read and check everything, what is cheap first; the weights come last.
+
+    Raises
+    ------
+    InputError
+        For a document, directory, length or budget that cannot work.
+    PolicyError
+        For a policy that does not exist.
+    """
+    document = read_document(request.document)
+    if not request.question.strip():
+        raise InputError("--question is empty; ask something")
+    _check_model_directory(request.model)
+    silence_transformers(screen)
+    from kvtier.core.compose import policy
+
+    chosen = policy(request.policy)
+    config = _load_config(request.model)
+    tokenizer = _load_tokenizer(request.model)
+    ids = _prompt_ids(tokenizer, document, request)
+    _check_length(config, ids.shape[1], request.max_new_tokens)
+    check_budgets(chosen, request.keep, request.read, ids.shape[1])
+    screen.note(f"loading {request.model} for a prompt of {ids.shape[1]} tokens")
+    model = _load_model(request.model, config, request.dtype)
+    return Loaded(model, tokenizer, ids.to(model.device), chosen)
+
+
+def read_document(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises
+    ------
+    InputError
+        When the file is missing, unreadable, not text, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text: byte {error.start} is not; convert the file first") from error
+    except OSError as error:
+        raise InputError(f"cannot read the document {path}: {error.strerror}") from error
+    if not text.strip():
+        raise InputError(f"the document {path} is empty; give one with text")
+    return text
+
+
+def _check_model_directory(directory: Path) -> None:
+    """Refuse a directory that holds no complete model, naming what is missing.
+
+    Raises
+    ------
+    InputError
+        Nothing is ever downloaded, so all of it must be there.
+    """
+    if not directory.is_dir():
+        raise InputError(f"--model must be a local directory of a transformers model, and {directory} is none")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} holds no config.json; give the directory that save_pretrained() wrote")
+    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
+        raise InputError(f"{directory} holds no weights (*.safetensors); kvtier reads no pickled weights")
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        raise InputError(f"{directory} holds no tokenizer (tokenizer.json); save the tokenizer beside the model")
+
+
+def _load_config(directory: Path) -> Any:
+    """The configuration of a model directory.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot read it.
+    """
+    transformers = _transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{directory}/config.json cannot be loaded: {error}") from error
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot read it.
+    """
+    transformers = _transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+
+
+def _prompt_ids(tokenizer: Any, document: str, request: Request) -> torch.Tensor:
+    """Token ids [1, T] int64 of the document and then the question, in the model's chat form if it has one."""
+    text = f"{document}\n\n{request.question}"
+    if request.chat_template and tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(text, return_tensors="pt")
+    ids: torch.Tensor = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise InputError("the document and the question have no token in this tokenizer; give other text")
+    return ids
+
+
+def _check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a prompt that runs past the positions the model was made for.
+
+    Raises
+    ------
+    InputError
+        Saying how many tokens of how many.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + new_tokens > positions:
+        raise InputError(
+            f"the model has {positions} positions, but the prompt is {prompt_tokens} tokens and {new_tokens} are to be "
+            f"generated; shorten the document by {prompt_tokens + new_tokens - positions} tokens"
+        )
+
+
+def _load_model(directory: Path, config: Any, dtype: str) -> Any:
+    """The causal language model of a directory, on the GPU if there is one, ready to generate.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot build it from these files.
+    """
+    import torch
+
+    transformers = _transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:
+        raise InputError(f"the model in {directory} cannot be loaded: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def silence_transformers(screen: Screen) -> None:
+    """No bars of transformers' own where ours are not drawn either; its advice only to those who debug."""
+    its_logging = _transformers().utils.logging
+    if not screen.bars:
+        its_logging.disable_progress_bar()
+    if not screen.debug:
+        its_logging.set_verbosity_error()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError("this verb needs transformers; pip install 'kvtier[hf]'") from error
+    return transformers

@@ -1,0 +1,90 @@
+"""The generation of ``kvtier generate``: the model under a policy, timed, and its report as numbers and as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from kvtier.cli.stopwatch import Stopwatch
+from kvtier.cli.tiers import peak_bytes
+from kvtier.types import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvtier.cli.generate_inputs import Loaded, Request
+    from kvtier.cli.output import Screen
+
+__all__ = ["answer", "summary_table"]
+
+_SAMPLED: Final[dict[str, Any]] = {"do_sample": True}
+# None: greedy decoding has no use for what the model's own settings say about sampling.
+_GREEDY: Final[dict[str, Any]] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) -> dict[str, Any]:
+    """Generate under the policy.
+
+    Returns
+    -------
+    dict
+        The answer, tokens, seconds and the session's report, ready for JSON.
+    """
+    import torch
+
+    from kvtier.integrations.hf.patch import patch
+
+    torch.manual_seed(request.seed)
+    prompt_tokens = loaded.ids.shape[1]
+    with (
+        screen.progress() as bars,
+        patch(
+            loaded.model,
+            loaded.policy,
+            keep=request.keep,
+            read=request.read,
+            device=request.device,
+            store=request.store,
+        ) as handle,
+    ):
+        task = bars.add_task(f"{prompt_tokens} tokens in, tokens out", total=request.max_new_tokens)
+        listener = _printer(loaded.tokenizer) if stream else None
+        watch = Stopwatch(listener=listener, on_token=lambda: bars.advance(task))
+        output = loaded.model.generate(
+            loaded.ids,
+            attention_mask=torch.ones_like(loaded.ids),
+            max_new_tokens=request.max_new_tokens,
+            streamer=watch,
+            **(_SAMPLED if request.sample else _GREEDY),
+        )
+        report = handle.report().to_dict()
+    new = output[0, prompt_tokens:]
+    return {
+        "answer": loaded.tokenizer.decode(new, skip_special_tokens=True),
+        "policy": request.policy,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        "bytes": peak_bytes(report),
+        "prefill_s": watch.prefill_s,
+        "decode_tokens_per_s": watch.decode_tokens_per_s,
+        "report": report,
+    }
+
+
+def _printer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Two columns: what was measured, and how much."""
+    from rich.table import Table
+
+    table = Table(title=f"{summary['policy']}: what it took", title_justify="left", show_header=False, show_edge=False)
+    table.add_row("prompt", f"{summary['prompt_tokens']} tokens")
+    table.add_row("answer", f"{summary['new_tokens']} tokens")
+    for tier, count in summary["bytes"].items():
+        table.add_row(f"KV cache on {tier}, peak", format_bytes(count))
+    table.add_row("prefill", f"{summary['prefill_s']:.2f} s")
+    table.add_row("decode", f"{summary['decode_tokens_per_s']:.1f} tokens/s")
+    return table

@@ -1,0 +1,56 @@
+"""Tiers and budgets from the words of a command line, checked before anything runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtier.errors import InputError
+from kvtier.types import parse_bytes
+
+if TYPE_CHECKING:
+    from kvtier.core.policy import Policy
+
+__all__ = ["check_budgets", "peak_bytes", "store_of"]
+
+
+def store_of(host: str | None, nvme: Path | None, nvme_capacity: str | None) -> dict[str, Any] | None:
+    """A store configuration from sizes; None, kvtier's default, when none was given.
+
+    Raises
+    ------
+    InputError
+        When one of ``--nvme`` and ``--nvme-capacity`` is missing.
+    ConfigError
+        For a size that cannot be read.
+    """
+    if (nvme is None) != (nvme_capacity is None):
+        raise InputError("--nvme DIR and --nvme-capacity SIZE go together; give both or neither")
+    tiers: list[dict[str, Any]] = []
+    if host is not None:
+        tiers.append({"name": "host", "backend": "host", "capacity": parse_bytes(host)})
+    if nvme is not None and nvme_capacity is not None:
+        tiers.append({"name": "nvme", "backend": "spill", "path": str(nvme), "capacity": parse_bytes(nvme_capacity)})
+    return {"tiers": tiers} if tiers else None
+
+
+def check_budgets(policy: "Policy", keep: int | None, read: int | None, context: int) -> None:
+    """Refuse token budgets that cannot mean anything for a prompt of ``context`` tokens.
+
+    Raises
+    ------
+    InputError
+        For a budget below one token, or above the prompt: nothing would ever be evicted or left unread.
+    """
+    asked = {"keep": [keep], "read": [read]}
+    for part in policy.parts:
+        for word, values in asked.items():
+            values.append(getattr(part, word, None))
+    for word, values in asked.items():
+        for value in values:
+            if value is not None and not 1 <= value <= context:
+                raise InputError(f"{word} must be from 1 to the {context} tokens of the prompt, got {value}")
+
+
+def peak_bytes(report: "Mapping[str, Any]") -> dict[str, int]:
+    """The most bytes that each tier held, from a session's report as a dict; zero for a tier that was not there."""
+    return {tier: int(report["bytes"].get(tier, {}).get("peak", 0)) for tier in ("device", "host", "nvme")}

@@ -1,0 +1,1 @@
+"""The core: policies' interface, page tables, tiers, sessions."""

@@ -1,0 +1,264 @@
+"""Page frames of one layer group on one device: slabs of memory, allocated in runs that attention reads as views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvtier.core.ledger import Ledger
+from kvtier.core.policy import IntArray
+from kvtier.errors import CapacityError
+from kvtier.types import DTYPE_BYTES, LayerLayout
+
+__all__ = ["Arena", "Run"]
+
+_PURPOSE = "pages"
+_COPY_BYTES = 4 << 20
+
+
+class Run(NamedTuple):
+    """Columns ``start`` to ``stop`` of a page table whose frames are one strided view.
+
+    ``keys`` [Hk, (stop - start) * P, Dk] and ``values`` share memory with the arena.
+    """
+
+    start: int
+    stop: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Slab:
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    free: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+    @property
+    def frames(self) -> int:
+        return self.free.size
+
+
+class Arena:
+    """Frames for pages: each holds K [P, Dk] and V [P, Dv] of one KV head.
+
+    Frame ids are global over the slabs and never reused by another slab; ids of neighbouring slabs leave a gap, so that
+    consecutive ids always are neighbours in memory.
+
+    Notes
+    -----
+    Not locked. ``version`` changes whenever a frame is freed, so that cached views can be told stale.
+    """
+
+    def __init__(self, layer: LayerLayout, page_tokens: int, device: torch.device, ledger: Ledger) -> None:
+        self.layer = layer
+        self.page_tokens = page_tokens
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, layer.dtype)
+        self.frame_bytes = page_tokens * (layer.key_dim + layer.value_dim) * DTYPE_BYTES[layer.dtype]
+        self.free_frames = 0
+        self.total_frames = 0
+        self.version = 0
+        self._ledger = ledger
+        self._slabs: list[_Slab] = []
+        self._firsts = np.empty(0, dtype=np.int64)
+        self._next_first = 0
+
+    @property
+    def slabs(self) -> int:
+        """Slabs held."""
+        return len(self._slabs)
+
+    def grow(self, frames: int) -> None:
+        """Add a slab.
+
+        Raises
+        ------
+        CapacityError
+            When the ledger refuses it; nothing was allocated.
+        """
+        self._ledger.take(_PURPOSE, frames * self.frame_bytes)
+        shape = (frames, self.page_tokens)
+        keys = torch.empty(*shape, self.layer.key_dim, dtype=self.dtype, device=self.device)
+        values = torch.empty(*shape, self.layer.value_dim, dtype=self.dtype, device=self.device)
+        self._slabs.append(_Slab(self._next_first, keys, values, np.ones(frames, dtype=np.bool_)))
+        self._firsts = np.array([slab.first for slab in self._slabs], dtype=np.int64)
+        self._next_first += frames + 1
+        self.free_frames += frames
+        self.total_frames += frames
+
+    def drop(self, index: int) -> None:
+        """Give back a slab whose frames are all free."""
+        slab = self._slabs.pop(index)
+        self._firsts = np.array([kept.first for kept in self._slabs], dtype=np.int64)
+        self.free_frames -= slab.frames
+        self.total_frames -= slab.frames
+        self.version += 1
+        self._ledger.give(_PURPOSE, slab.frames * self.frame_bytes)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """First frame id of a slab, and one past its last."""
+        slab = self._slabs[index]
+        return slab.first, slab.first + slab.frames
+
+    def slab_bytes(self, index: int) -> int:
+        """Bytes of a slab."""
+        return self._slabs[index].frames * self.frame_bytes
+
+    def empty_slabs(self) -> list[int]:
+        """Indices of slabs without a used frame, last first, fit to be dropped in that order."""
+        return [index for index in range(len(self._slabs) - 1, -1, -1) if self._slabs[index].free.all()]
+
+    def allocate(self, heads: int, columns: int) -> IntArray:
+        """Frame ids [heads, columns], in runs as long as free memory allows, one run a head, heads at equal distance.
+
+        Raises
+        ------
+        CapacityError
+            When fewer frames are free; nothing was allocated.
+        """
+        if heads * columns > self.free_frames:
+            raise CapacityError(f"{heads * columns} page frames were needed, {self.free_frames} are free")
+        frames = np.empty((heads, columns), dtype=np.int64)
+        done = 0
+        while done < columns:
+            first, taken = self._longest_run(heads, columns - done)
+            if not taken:
+                frames[:, done:] = self._scattered(heads * (columns - done)).reshape(columns - done, heads).T
+                break
+            frames[:, done : done + taken] = first + np.arange(heads)[:, None] * taken + np.arange(taken)
+            self._take(frames[:, done : done + taken].ravel())
+            done += taken
+        return frames
+
+    def release(self, frames: IntArray) -> None:
+        """Free these frame ids, of any shape."""
+        flat = frames.ravel()
+        for slab, inside in self._by_slab(flat):
+            slab.free[flat[inside] - slab.first] = True
+        self.free_frames += flat.size
+        self.version += 1
+
+    def runs(self, frames: IntArray) -> tuple[list[Run], IntArray]:
+        """Views over columns of ``frames`` [heads, columns] that lie in runs, and the columns that do not."""
+        heads, columns = frames.shape
+        if not columns:
+            return [], np.empty(0, dtype=np.int64)
+        steps = np.diff(frames, axis=0)
+        stride = steps[0] if heads > 1 else np.ones(columns, dtype=np.int64)
+        regular = (stride > 0) & (self._slab_index(frames[0]) == self._slab_index(frames[-1]))
+        if heads > 1:
+            regular &= (steps == stride).all(axis=0)
+        joined = regular[1:] & regular[:-1] & (np.diff(frames, axis=1) == 1).all(axis=0)
+        edges = np.concatenate([[0], np.flatnonzero(~joined) + 1, [columns]])
+        spans = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        found = [self._view(frames, start, stop, int(stride[start])) for start, stop in spans if regular[start]]
+        return found, np.flatnonzero(~regular)
+
+    def in_one_slab(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Keys, values and first id of the slab that holds all of ``frames``; None when several do."""
+        if len(self._slabs) == 1:
+            slab = self._slabs[0]
+            return slab.keys, slab.values, slab.first
+        index = self._slab_index(frames.ravel())
+        if (index != index[0]).any():
+            return None
+        slab = self._slabs[int(index[0])]
+        return slab.keys, slab.values, slab.first
+
+    def read(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of frames [n]: K [n, P, Dk] and V [n, P, Dv]."""
+        keys = torch.empty(frames.size, self.page_tokens, self.layer.key_dim, dtype=self.dtype, device=self.device)
+        values = torch.empty(frames.size, self.page_tokens, self.layer.value_dim, dtype=self.dtype, device=self.device)
+        for slab, inside in self._by_slab(frames):
+            index = torch.from_numpy(frames[inside] - slab.first).to(self.device)
+            target = torch.from_numpy(inside).to(self.device)
+            keys.index_copy_(0, target, slab.keys.index_select(0, index))
+            values.index_copy_(0, target, slab.values.index_select(0, index))
+        return keys, values
+
+    def write(self, frames: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill frames [n] with K [n, P, Dk] and V [n, P, Dv]."""
+        for slab, inside in self._by_slab(frames):
+            index = torch.from_numpy(frames[inside] - slab.first).to(self.device)
+            source = torch.from_numpy(inside).to(self.device)
+            slab.keys.index_copy_(0, index, keys.index_select(0, source))
+            slab.values.index_copy_(0, index, values.index_select(0, source))
+
+    def may_grow(self, frames: int) -> bool:
+        """Whether the ledger has room for a slab of this size."""
+        return self._ledger.fits(frames * self.frame_bytes)
+
+    def held_by_purpose(self) -> str:
+        """What the device budget went to, for messages."""
+        return self._ledger.describe()
+
+    def repack(self, frames: IntArray) -> IntArray:
+        """Move all used frames [n] to one new slab of just their size, in their order; returns their new ids."""
+        order = np.argsort(frames, kind="stable")
+        held = len(self._slabs)
+        self.grow(frames.size)
+        moved = np.empty_like(frames)
+        moved[order] = self._slabs[-1].first + np.arange(frames.size)
+        self._take(moved)
+        step = max(1, _COPY_BYTES // self.frame_bytes)
+        for start in range(0, frames.size, step):
+            part = order[start : start + step]
+            self.write(moved[part], *self.read(frames[part]))
+        self.release(frames)
+        for index in range(held - 1, -1, -1):
+            self.drop(index)
+        return moved
+
+    def _view(self, frames: IntArray, start: int, stop: int, stride: int) -> Run:
+        slab = self._slabs[int(self._slab_index(frames[:1, start])[0])]
+        offset = int(frames[0, start]) - slab.first
+        heads, tokens = frames.shape[0], (stop - start) * self.page_tokens
+
+        def over(pool: torch.Tensor) -> torch.Tensor:
+            page = pool.stride(0)
+            return pool.as_strided((heads, tokens, pool.shape[2]), (stride * page, pool.shape[2], 1), offset * page)
+
+        return Run(start, stop, over(slab.keys), over(slab.values))
+
+    def _longest_run(self, heads: int, columns: int) -> tuple[int, int]:
+        """First frame and length in columns of the first free run that fits, else of the longest; length 0 if none."""
+        best_first, best = 0, 0
+        for slab in self._slabs:
+            free = np.flatnonzero(slab.free)
+            if free.size < heads:
+                continue
+            cuts = np.flatnonzero(np.diff(free) != 1)
+            starts = free[np.concatenate([[0], cuts + 1])]
+            lengths = (free[np.concatenate([cuts, [free.size - 1]])] - starts + 1) // heads
+            fitting = np.flatnonzero(lengths >= columns)
+            if fitting.size:
+                return slab.first + int(starts[fitting[0]]), columns
+            longest = int(lengths.argmax())
+            if lengths[longest] > best:
+                best_first, best = slab.first + int(starts[longest]), int(lengths[longest])
+        return best_first, best
+
+    def _scattered(self, count: int) -> IntArray:
+        free = np.concatenate([np.flatnonzero(slab.free) + slab.first for slab in self._slabs])[:count]
+        self._take(free)
+        return free
+
+    def _take(self, frames: IntArray) -> None:
+        for slab, inside in self._by_slab(frames):
+            slab.free[frames[inside] - slab.first] = False
+        self.free_frames -= frames.size
+
+    def _slab_index(self, frames: IntArray) -> IntArray:
+        return np.searchsorted(self._firsts, frames, side="right") - 1
+
+    def _by_slab(self, frames: IntArray) -> list[tuple[_Slab, IntArray]]:
+        if len(self._slabs) == 1:
+            return [(self._slabs[0], np.arange(frames.size))]
+        index = self._slab_index(frames)
+        parts = ((slab, np.flatnonzero(index == place)) for place, slab in enumerate(self._slabs))
+        return [(slab, inside) for slab, inside in parts if inside.size]

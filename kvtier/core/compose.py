@@ -1,0 +1,198 @@
+"""From policies to one plan for a session: names, composition, and the checks that fail early."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from kvtier.core.policy import (
+    Need,
+    PlacementPolicy,
+    Policy,
+    PositionMode,
+    RetrievalPolicy,
+    Role,
+    Scope,
+    SelectionPolicy,
+)
+from kvtier.errors import CompositionError, ConfigError, PolicyError
+from kvtier.registry import policies
+from kvtier.types import Budgets, KVLayout
+
+__all__ = ["BoundPolicy", "Composition", "bind", "policy"]
+
+_PROVIDED = frozenset({Need.WINDOW_ATTENTION})
+_SERVED = frozenset({Role.SELECTION, Role.RETRIEVAL, Role.PLACEMENT})
+_P = TypeVar("_P", bound=Policy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition(Policy):
+    """Several policies of different roles, as one; made by ``a | b``."""
+
+    name: ClassVar[str] = "composition"
+    paper: ClassVar[str] = ""
+
+    components: tuple[Policy, ...]
+
+    def __init__(self, *, parts: tuple[Policy, ...]) -> None:
+        object.__setattr__(self, "components", parts)
+        for role in Role:
+            holders = [part for part in parts if role in part.roles]
+            if len(holders) > 1:
+                raise CompositionError(
+                    f"one policy per role: {' and '.join(part.name for part in holders)} both answer {role.value}; keep one"
+                )
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies in the order they were written."""
+        return self.components
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundPolicy:
+    """A policy with its budgets, checked against a model: what a session runs.
+
+    Parameters
+    ----------
+    keep : tuple of int, optional
+        Tokens kept per KV head in each layer after a prompt; None when nothing is evicted.
+    read : int, optional
+        Tokens read per decode step and KV head; None when everything is read.
+    """
+
+    label: str
+    placement: PlacementPolicy
+    selection: SelectionPolicy | None
+    retrieval: RetrievalPolicy | None
+    keep: tuple[int, ...] | None
+    read: int | None
+    lossless: bool
+
+
+def policy(text: str | Policy) -> Policy:
+    """A policy by name: ``policy("snapkv(window=32) | quest(read=512)")``.
+
+    Raises
+    ------
+    PolicyError
+        For a name that does not exist, a parameter it does not have, or a value out of range; the message lists what is allowed.
+    """
+    if isinstance(text, Policy):
+        return text
+    if not isinstance(text, str):
+        raise PolicyError(f"a policy is a name such as 'quest(read=1024)' or a Policy, got {type(text).__name__}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise PolicyError(f"cannot read the policy {text!r}: write names joined by '|', as 'snapkv(window=32) | quest'") from error
+    return _build(tree, text)
+
+
+def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
+    """Check a policy against a model and budgets, once, before anything runs.
+
+    Raises
+    ------
+    CompositionError
+        With what cannot work together, and what to change.
+    """
+    parts = chosen.parts
+    for part in parts:
+        _check_part(part)
+        part.check_layout(layout)
+    selection = _only(parts, SelectionPolicy)
+    retrieval = _only(parts, RetrievalPolicy)
+    placement = _only(parts, PlacementPolicy) or policies.resolve("lru")()
+    keep = _tokens("keep", selection, selection.keep if selection else None, budgets.keep)
+    read = _tokens("read", retrieval, retrieval.read if retrieval else None, budgets.read)
+    least_read = layout.block_tokens + layout.page_tokens
+    if read is not None and read < least_read:
+        raise CompositionError(
+            f"read must be at least {least_read} tokens (the raw tail of up to {layout.block_tokens} and one page of "
+            f"{layout.page_tokens}), got {read}"
+        )
+    return BoundPolicy(
+        label=" | ".join(part.name for part in parts),
+        placement=placement,
+        selection=selection,
+        retrieval=retrieval,
+        keep=selection.allocate(layout, keep) if selection is not None and keep is not None else None,
+        read=read,
+        lossless=all(part.lossless for part in parts),
+    )
+
+
+def _build(node: ast.expr, text: str) -> Policy:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _build(node.left, text) | _build(node.right, text)
+    if isinstance(node, ast.Name):
+        return _make(node.id, {})
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        return _make(node.func.id, {_keyword(item, text): _constant(item.value, text) for item in node.keywords})
+    raise PolicyError(f"cannot read the policy {text!r}: write names joined by '|', as 'snapkv(window=32) | quest'")
+
+
+def _keyword(item: ast.keyword, text: str) -> str:
+    if item.arg is None:
+        raise PolicyError(f"cannot read the policy {text!r}: parameters are written name=value")
+    return item.arg
+
+
+def _constant(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        return -node.operand.value  # type: ignore[operator]  # a non-number is refused by the policy's own range check
+    if not isinstance(node, ast.Constant):
+        raise PolicyError(f"cannot read the policy {text!r}: a parameter is a number, a string, True, False or None")
+    return node.value
+
+
+def _make(name: str, parameters: dict[str, Any]) -> Policy:
+    try:
+        kind = policies.resolve(name)
+    except ConfigError as error:
+        raise PolicyError(str(error)) from error
+    allowed = [item.name for item in fields(kind)]
+    unknown = sorted(parameters.keys() - set(allowed))
+    if unknown:
+        raise PolicyError(f"{name} has no parameter {unknown[0]!r}; allowed: {', '.join(allowed) or 'none'}")
+    try:
+        built = kind(**parameters)
+    except TypeError as error:
+        raise PolicyError(f"{name}: {error}") from error
+    if not isinstance(built, Policy):
+        raise PolicyError(f"{name} is registered as {kind.__qualname__}, which is no Policy")
+    return built
+
+
+def _check_part(part: Policy) -> None:
+    beyond = sorted(role.value for role in part.roles - _SERVED)
+    if beyond:
+        raise CompositionError(f"{part.name} is a {beyond[0]}; a session runs selection, retrieval and placement policies")
+    missing = sorted(need.name for need in part.needs - _PROVIDED)
+    if missing:
+        raise CompositionError(f"{part.name} needs {', '.join(missing)}; a session provides {', '.join(sorted(n.name for n in _PROVIDED))}")
+    if part.scope is Scope.MODEL:
+        raise CompositionError(f"{part.name} plans over all layers at once; a session plans layer by layer")
+    if part.position_mode is PositionMode.COMPACT:
+        raise CompositionError(f"{part.name} renumbers positions; a session keeps the positions that RoPE saw")
+
+
+def _only(parts: tuple[Policy, ...], kind: type[_P]) -> _P | None:
+    return next((part for part in parts if isinstance(part, kind)), None)
+
+
+def _tokens(word: str, part: Policy | None, own: int | None, given: int | None) -> int | None:
+    if part is None:
+        if given is not None:
+            what = "evicts" if word == "keep" else "retrieves"
+            raise CompositionError(f"{word}={given} was given but no policy {what}; leave it out or add one that does")
+        return None
+    if own is not None and given is not None and own != given:
+        raise CompositionError(f"{part.name}({word}={own}) and {word}={given} disagree; give one of them")
+    tokens = own if own is not None else given
+    if tokens is None:
+        raise CompositionError(f"{part.name} needs {word}, in tokens: {part.name}({word}=1024) or {word}=1024")
+    return tokens

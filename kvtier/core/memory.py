@@ -1,0 +1,278 @@
+"""The memory of one patched model: ledgers, tiers and layer groups that all its sessions share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvtier.config import StoreConfig, TierConfig, load_config
+from kvtier.core.compose import BoundPolicy, bind
+from kvtier.core.group import LayerGroup
+from kvtier.core.ledger import Ledger
+from kvtier.core.pages import HOST, NVME
+from kvtier.core.policy import Policy
+from kvtier.core.report import TierReport
+from kvtier.core.ring import WindowSequence
+from kvtier.core.sequence import LayerSequence
+from kvtier.core.tier import TIER_NAMES
+from kvtier.core.transfer import TransferEngine
+from kvtier.errors import ConfigError, SessionStateError, StorageError
+from kvtier.registry import storage_backends
+from kvtier.storage_backends.base import SlotBackend
+from kvtier.types import Budgets, KVLayout, LayerLayout, format_bytes
+
+if TYPE_CHECKING:
+    from kvtier.core.session import Session
+
+__all__ = ["Memory"]
+
+_TIERS = {"host": HOST, "nvme": NVME}
+_CHUNK_SHARE = 8
+
+
+class Memory:
+    """Tiers under the sessions of one model.
+
+    Parameters
+    ----------
+    layout : KVLayout
+        Shape of the model's KV cache.
+    policy : Policy
+        What to keep and what to read.
+    budgets : Budgets
+        Tokens kept and read, bytes of device memory (over all sessions, on each device).
+    tiers : StoreConfig, optional
+        Tiers below the device; by default host memory, half of what is free now.
+    devices : sequence of torch.device, optional
+        Device of each layer; the CPU by default.
+    tenant : str
+        Whose data this is: spill files go into a directory of its own.
+
+    Raises
+    ------
+    ConfigError, CompositionError
+        When the policy, budgets and layout cannot work together.
+    StorageError
+        When a tier cannot be opened; nothing is left behind.
+
+    Notes
+    -----
+    Thread-safe: one lock is held by every call of every session. ``close`` frees all tiers.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        policy: Policy,
+        budgets: Budgets,
+        tiers: StoreConfig | None = None,
+        devices: Sequence[torch.device] | None = None,
+        *,
+        tenant: str = "default",
+    ) -> None:
+        self.layout = layout
+        self.tenant = _tenant_name(tenant)
+        self.devices = tuple(devices) if devices is not None else (torch.device("cpu"),) * len(layout.layers)
+        if len(self.devices) != len(layout.layers):
+            raise ConfigError(f"devices must name one per layer ({len(layout.layers)}), got {len(self.devices)}")
+        self.policy: BoundPolicy = bind(policy, layout, budgets)
+        self.budgets = budgets
+        self.lock = threading.RLock()
+        self.transfer = TransferEngine()
+        self.ledgers = {device: Ledger(str(device), budgets.device) for device in dict.fromkeys(self.devices)}
+        self._groups: list[LayerGroup] = []
+        self._group_of: dict[int, LayerGroup] = {}
+        self._reserved: dict[int, dict[torch.device, int]] = {}
+        self._closed = False
+        try:
+            self._open_groups(tiers if tiers is not None else load_config(None))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Layer groups, in the order of their first layers."""
+        return tuple(self._groups)
+
+    def session(self) -> Session:
+        """A new session over these tiers."""
+        from kvtier.core.session import Session
+
+        if self._closed:
+            raise SessionStateError("this memory is closed; patch the model again")
+        return Session(self)
+
+    def sequence(self, layer: int) -> LayerSequence | WindowSequence:
+        """An empty sequence for one layer."""
+        shape, retrieval = self.layout.layers[layer], self.policy.retrieval
+        if shape.window is not None:
+            return WindowSequence.empty(shape, shape.window, self.devices[layer], self.ledgers[self.devices[layer]])
+        return LayerSequence.empty(
+            self._group_of[layer], sketched=retrieval is not None and layer >= retrieval.dense_layers
+        )
+
+    def max_prefill_chunk(self, rows: int) -> int | None:
+        """Most tokens per row of one forward whose raw K and V leave the budget to the pages; None without a budget."""
+        limit = self.budgets.device
+        if limit is None:
+            return None
+        widest = max(layer.token_bytes for layer in self.layout.layers)
+        block = self.layout.block_tokens
+        return max(block, limit // _CHUNK_SHARE // (rows * widest) // block * block)
+
+    def plan(self, session: int, rows: int, *, held: int, coming: int, chunk: int) -> None:
+        """Expect ``coming`` tokens, ``chunk`` at a time, in ``rows`` distinct rows of a session that holds ``held`` each."""
+        shares = dict.fromkeys(self.ledgers, 0)
+        block, keep = self.layout.block_tokens, self.policy.keep
+        tokens = held + coming
+        for group in self._groups:
+            count, page = len(group.layers), group.page_tokens
+            kept = tokens if keep is None else min(tokens, max(keep[layer] for layer in group.layers))
+            evicting = kept < tokens
+            arriving, left = -(-coming // page), -(-kept // page)
+            columns = arriving + count * left if evicting and chunk >= coming else count * arriving
+            used = group.arena.total_frames - group.arena.free_frames
+            group.planned_frames = used + group.heads * rows * (columns + count * block // page)
+            group.expected_pages = left + block // page
+            staging = group.staging_bytes(2 * group.staging_columns) + (kept * group.layer.token_bytes if evicting else 0)
+            per_row = group.tail_bytes(block) + group.sketch_bytes(group.expected_pages)
+            shares[group.device] += staging + rows * (count * per_row + chunk * group.layer.token_bytes)
+        for layer, device in zip(self.layout.layers, self.devices, strict=True):
+            if layer.window is not None:
+                shares[device] += rows * (layer.window + block) * layer.token_bytes
+        self._reserve(session, shares)
+
+    def finish(self, session: int) -> None:
+        """A session closed: nothing is reserved for it any more."""
+        self._reserve(session, {})
+
+    def tier_reports(self) -> dict[str, TierReport]:
+        """Bytes of every tier that exists, summed over groups and devices."""
+        limit = self.budgets.device
+        idle = sum(group.arena.free_frames * group.arena.frame_bytes for group in self._groups)
+        held = sum(ledger.in_use for ledger in self.ledgers.values())
+        reports = {
+            "device": TierReport(
+                capacity=None if limit is None else limit * len(self.ledgers),
+                used=held - idle,
+                allocated=held,
+                peak=sum(ledger.peak for ledger in self.ledgers.values()),
+            )
+        }
+        for tier in (HOST, NVME):
+            stores = [group.store for group in self._groups if tier in group.store.lower]
+            backends = [store.lower[tier] for store in stores]
+            if backends:
+                reports[TIER_NAMES[tier]] = TierReport(
+                    capacity=sum(backend.capacity_bytes for backend in backends),
+                    used=sum(backend.used_slots * backend.slot_bytes for backend in backends),
+                    allocated=sum(backend.allocated_bytes for backend in backends),
+                    peak=sum(store.peak.get(tier, 0) for store in stores),
+                )
+        return reports
+
+    def moved(self) -> dict[str, int]:
+        """Bytes written below the device, spilled from host to NVMe, read from below and promoted."""
+        names = ("written", "spilled", "read", "promoted")
+        return {name: sum(getattr(group.store.traffic, name) for group in self._groups) for name in names}
+
+    def close(self) -> None:
+        """Free every tier; sessions still open can no longer be used. Idempotent."""
+        with self.lock:
+            self._closed = True
+            for group in self._groups:
+                group.store.settle()
+                for backend in group.store.lower.values():
+                    backend.close()
+            self.transfer.close()
+
+    def _open_groups(self, config: StoreConfig) -> None:
+        shapes: dict[tuple[LayerLayout, torch.device], list[int]] = {}
+        for index, (layer, device) in enumerate(zip(self.layout.layers, self.devices, strict=True)):
+            if layer.window is None:
+                shapes.setdefault((layer, device), []).append(index)
+        total = sum(layer.token_bytes * len(indices) for (layer, _), indices in shapes.items())
+        for (layer, device), indices in shapes.items():
+            group = LayerGroup(
+                layers=tuple(indices),
+                layer=layer,
+                layout=self.layout,
+                device=device,
+                ledger=self.ledgers[device],
+                lower={},
+                placement=self.policy.placement,
+                retrieval=self.policy.retrieval,
+                transfer=self.transfer,
+            )
+            self._groups.append(group)
+            self._group_of.update(dict.fromkeys(indices, group))
+            for tier in config.tiers:
+                capacity = tier.capacity * layer.token_bytes * len(indices) // total
+                group.store.lower[_TIERS[tier.name]] = self._open_tier(tier, group.arena.frame_bytes, capacity)
+        for device, ledger in self.ledgers.items():
+            ledger.reclaim = lambda nbytes, device=device: self._reclaim(device, nbytes)  # type: ignore[misc]
+
+    def _open_tier(self, tier: TierConfig, slot_bytes: int, capacity: int) -> SlotBackend:
+        from kvtier.storage_backends.wrappers import VerifiedSlots
+
+        kind = storage_backends.resolve(tier.backend)
+        slots = kind.slots_within(slot_bytes, capacity)
+        if slots < 1:
+            raise ConfigError(
+                f"the {tier.name} tier must hold at least one page ({format_bytes(slot_bytes)}), got {format_bytes(capacity)} for it"
+            )
+        if tier.path is None:
+            backend: SlotBackend = kind(slot_bytes, slots)
+            return backend
+        return VerifiedSlots(kind(slot_bytes, slots, _tenant_directory(tier.path, self.tenant)))
+
+    def _reclaim(self, device: torch.device, nbytes: int) -> None:
+        """Evacuate slabs on a device until ``nbytes`` more fit, the smallest that suffices first."""
+        ledger = self.ledgers[device]
+        while not ledger.fits(nbytes):
+            missing = nbytes - ((ledger.limit or 0) - ledger.in_use)
+            slabs = [
+                (group.arena.slab_bytes(index), group, index)
+                for group in self._groups
+                if group.device == device
+                for index in range(group.arena.slabs)
+            ]
+            if not slabs:
+                return
+            enough = [slab for slab in slabs if slab[0] >= missing]
+            _, group, index = min(enough, key=_size) if enough else max(slabs, key=_size)
+            group.store.evacuate(index)
+
+    def _reserve(self, session: int, shares: dict[torch.device, int]) -> None:
+        self._reserved[session] = shares
+        if not shares:
+            del self._reserved[session]
+        for device, ledger in self.ledgers.items():
+            ledger.reserved = sum(held.get(device, 0) for held in self._reserved.values())
+
+
+def _tenant_directory(path: Path, tenant: str) -> Path:
+    """The tenant's own directory under ``path``, which must exist."""
+    if not path.is_dir():
+        raise StorageError(f"the nvme tier needs an existing directory, got {path}; create it or choose another path")
+    directory = path / tenant
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create {directory} for the nvme tier: {error.strerror}; choose a writable path") from error
+    return directory
+
+
+def _size(slab: tuple[int, LayerGroup, int]) -> int:
+    return slab[0]
+
+
+def _tenant_name(tenant: str) -> str:
+    if not tenant or not all(part.isalnum() or part in "-_." for part in tenant) or tenant.startswith("."):
+        raise ConfigError(f"tenant must be letters, digits, '-', '_' or '.', got {tenant!r}")
+    return tenant

@@ -1,0 +1,278 @@
+"""The five roles of a policy, what each declares, and the plans they return.
+
+A policy is a frozen dataclass of hyper-parameters with pure methods from statistics to index arrays. It moves nothing: the
+session and the tiers apply its plans. So every policy is testable without a model, a GPU or a disk.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from kvtier.core.stats import SlotView, Stats
+from kvtier.errors import PolicyError
+
+if TYPE_CHECKING:
+    from kvtier.core.compose import Composition
+    from kvtier.types import GroupReduce, KVLayout
+
+__all__ = [
+    "CodecPolicy",
+    "Encoded",
+    "IntArray",
+    "KeepPlan",
+    "MergePlan",
+    "Need",
+    "Phase",
+    "PlacementPolicy",
+    "Policy",
+    "PositionMode",
+    "PromptFilterPolicy",
+    "RetrievalPolicy",
+    "Role",
+    "Scope",
+    "SelectionPolicy",
+    "Sketch",
+    "ZonePlan",
+]
+
+IntArray: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
+Sketch: TypeAlias = Mapping[str, torch.Tensor]
+
+
+class Role(Enum):
+    """The question a policy answers."""
+
+    PROMPT_FILTER = "prompt filter"
+    SELECTION = "selection"
+    CODEC = "codec"
+    RETRIEVAL = "retrieval"
+    PLACEMENT = "placement"
+
+
+class Need(Enum):
+    """A statistic that the runtime computes only when a policy declares it."""
+
+    WINDOW_ATTENTION = "attention of the last queries, summed per key"
+    COLUMN_SUMS = "attention of all queries, summed per key"
+    ATTENTION_VARIANCE = "variance of the column sums, per layer"
+    HIDDEN_STATES = "hidden states of the last tokens"
+    NEXT_LAYER_QUERY_WEIGHTS = "query projection of the next layer"
+    PRE_ROPE_KEYS = "keys before rotation"
+    PROMPT_TOKENS = "token ids of the prompt"
+
+
+class Phase(Enum):
+    """When a policy acts."""
+
+    PROMPT = "before prefill"
+    PREFILL = "at the end of prefill"
+    DECODE = "at each decode step"
+
+
+class Scope(Enum):
+    """What a policy must have seen before it can plan: one layer, or all of them."""
+
+    LAYER = "layer"
+    MODEL = "model"
+
+
+class PositionMode(Enum):
+    """Whether kept tokens keep the position that RoPE saw, or are renumbered without gaps."""
+
+    ORIGINAL = "original"
+    COMPACT = "compact"
+
+
+class KeepPlan(NamedTuple):
+    """Slots that stay: ``keep`` [B, Hk, K] int64, ascending in each row."""
+
+    keep: torch.Tensor
+
+
+class MergePlan(NamedTuple):
+    """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight`` [B, Hk, M]; weights and self sum to 1."""
+
+    src: torch.Tensor
+    dst: torch.Tensor
+    weight: torch.Tensor
+
+
+class ZonePlan(NamedTuple):
+    """Pages that one decode step reads exactly: ``pages`` [B, Hk, K] int64, ascending in each row."""
+
+    pages: torch.Tensor
+
+
+class Encoded(NamedTuple):
+    """A sealed block as a codec wrote it."""
+
+    payload: bytes
+    header: bytes
+
+
+class Policy(ABC):
+    """What every policy declares; the class attributes are checked when policies are composed.
+
+    Attributes
+    ----------
+    name, paper : str
+        Registry name; paper and section it comes from.
+    roles : frozenset of Role
+    needs : frozenset of Need
+    phase : Phase
+    scope : Scope
+    position_mode : PositionMode
+    lossless : bool
+        Whether attention is exact under it.
+    query_aware : bool
+        Whether what it keeps depends on the question, so that two questions cannot share one prefill.
+    """
+
+    __slots__ = ()
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    roles: ClassVar[frozenset[Role]] = frozenset()
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    phase: ClassVar[Phase] = Phase.DECODE
+    scope: ClassVar[Scope] = Scope.LAYER
+    position_mode: ClassVar[PositionMode] = PositionMode.ORIGINAL
+    lossless: ClassVar[bool] = False
+    query_aware: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies this one is made of; itself when it is not a composition."""
+        return (self,)
+
+    def __or__(self, other: Policy) -> Composition:
+        """Compose: ``SnapKV(window=32) | Quest(read=512)``."""
+        from kvtier.core.compose import Composition
+
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return Composition(parts=(*self.parts, *other.parts))
+
+    def check_layout(self, layout: KVLayout) -> None:
+        """Raise ``CompositionError`` when this policy cannot work on a model of this shape; any shape will do by default."""
+        del layout
+
+
+class PromptFilterPolicy(Policy):
+    """Which prompt tokens are worth running at all?"""
+
+    __slots__ = ()
+    roles: ClassVar = frozenset({Role.PROMPT_FILTER})
+    phase: ClassVar = Phase.PROMPT
+    query_aware: ClassVar = True
+
+    @abstractmethod
+    def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
+        """Indices [keep] int64, ascending, of the prompt tokens [T] to run, by their votes [T] from a partial forward."""
+
+
+class SelectionPolicy(Policy):
+    """Which tokens stay, and what happens to the rest?"""
+
+    __slots__ = ()
+    roles: ClassVar = frozenset({Role.SELECTION})
+    phase: ClassVar = Phase.PREFILL
+    group_reduce: GroupReduce
+    keep: int | None
+
+    @property
+    def window_queries(self) -> int:
+        """Queries whose attention ``Stats.window_attention`` sums; for policies that need it."""
+        raise PolicyError(f"{self.name} declares no query window; WINDOW_ATTENTION needs one")
+
+    def protected(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slots that are never ranked [B, Hk, T] bool, by their positions [B, Hk, T]; none by default."""
+        return torch.zeros_like(positions, dtype=torch.bool)
+
+    @abstractmethod
+    def score(self, view: SlotView, stats: Stats) -> torch.Tensor:
+        """Votes [B, Hk, T] fp32, higher is kept."""
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        """Keep the protected slots, the newest first, then the best scores; of equal scores the earlier slot wins."""
+        total = scores.shape[-1]
+        order = torch.arange(total, device=scores.device, dtype=torch.float64) / total
+        rank = torch.where(view.protected, 1.0 + order, torch.zeros_like(order))
+        best = torch.argsort(scores.to(torch.float64), dim=-1, descending=True, stable=True)
+        place = torch.empty_like(best)
+        place.scatter_(-1, best, torch.arange(total, device=scores.device).expand_as(best).contiguous())
+        rank = torch.where(view.protected, rank, -place.to(torch.float64))
+        kept = torch.topk(rank, min(keep, total), dim=-1).indices
+        return KeepPlan(torch.sort(kept, dim=-1).values)
+
+    def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
+        """Tokens kept per KV head in each layer; their mean is ``keep``. Uniform by default."""
+        return (keep,) * len(layout.layers)
+
+    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
+        """How dropped slots are folded into kept ones; None drops them."""
+        del view, plan
+        return None
+
+
+class CodecPolicy(Policy):
+    """How is a sealed block written?"""
+
+    __slots__ = ()
+    roles: ClassVar = frozenset({Role.CODEC})
+
+    @abstractmethod
+    def encode(self, block: torch.Tensor) -> Encoded:
+        """Encode K or V of one sealed block [Hk, block_tokens, D]; bytes do not depend on what follows."""
+
+    @abstractmethod
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """The block [Hk, block_tokens, D] again, within ``error_bound``."""
+
+    @abstractmethod
+    def error_bound(self, encoded: Encoded) -> float:
+        """Largest absolute error of one element of ``decode``."""
+
+
+class RetrievalPolicy(Policy):
+    """Which pages does this query need?"""
+
+    __slots__ = ()
+    roles: ClassVar = frozenset({Role.RETRIEVAL})
+    read: int | None
+    dense_layers: int
+
+    @abstractmethod
+    def sketch(self, keys: torch.Tensor) -> Sketch:
+        """Summaries of sealed pages from their keys [Hk, N, P, Dk]: tensors [Hk, N, ...] by name."""
+
+    @abstractmethod
+    def sketch_bytes(self, key_dim: int, element_bytes: int) -> int:
+        """Bytes of the summary of one page."""
+
+    @abstractmethod
+    def rank(self, query: torch.Tensor, sketch: Sketch) -> torch.Tensor:
+        """Scores [B, Hk, N] fp32 of pages for queries [B, Hq, Tq, Dk], higher is read first; sketches are [B, Hk, N, ...]."""
+
+    def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
+        """The ``pages`` best pages of each KV head; all of them when there are fewer."""
+        best = torch.topk(scores, min(pages, scores.shape[-1]), dim=-1, sorted=False).indices
+        return ZonePlan(torch.sort(best, dim=-1).values)
+
+
+class PlacementPolicy(Policy):
+    """Where does it live?"""
+
+    __slots__ = ()
+    roles: ClassVar = frozenset({Role.PLACEMENT})
+    lossless: ClassVar = True
+
+    @abstractmethod
+    def victims(self, last_use: IntArray, count: int) -> IntArray:
+        """Indices [count] of the pages that leave a tier first, from the clock of their last use [N]."""

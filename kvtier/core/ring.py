@@ -1,0 +1,179 @@
+"""One sequence in one sliding-window layer: the last W - 1 tokens and what a crop may need, always on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kvtier.core.ledger import Ledger
+from kvtier.core.policy import IntArray
+from kvtier.core.sequence import Segment
+from kvtier.errors import InputError, SessionStateError
+from kvtier.types import LayerLayout
+
+__all__ = ["WindowSequence"]
+
+_PURPOSE = "windows"
+_SLACK = 64
+
+
+@dataclass(slots=True)
+class WindowSequence:
+    """Tokens of one sequence in one sliding-window layer.
+
+    A buffer of W - 1 tokens and some slack; the window slides along it and moves back to its start when the slack is used up.
+
+    Attributes
+    ----------
+    recording : bool
+        Keep everything until the next ``crop``, so that it can go back past the window.
+    seen : int
+        Tokens ever appended and not cropped.
+    """
+
+    layer: LayerLayout
+    window: int
+    device: torch.device
+    ledger: Ledger
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    start: int = 0
+    seen: int = 0
+    recording: bool = False
+    version: object = field(default_factory=object)
+    draft_start: int | None = None
+
+    @classmethod
+    def empty(cls, layer: LayerLayout, window: int, device: torch.device, ledger: Ledger) -> WindowSequence:
+        """A sequence without tokens; its buffer is allocated and counted."""
+        keys, values = _buffers(layer, window - 1 + _SLACK, device, ledger)
+        return cls(layer=layer, window=window, device=device, ledger=ledger, keys=keys, values=values)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.positions.size
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n]."""
+        fresh = positions[0]
+        if fresh.size and ((np.diff(fresh) <= 0).any() or (self.length and fresh[0] <= self.positions[-1])):
+            raise InputError(f"positions must ascend within a sequence, got {fresh[:4].tolist()}...")
+        if not (self.recording or self.draft_start is not None):
+            self._keep_last(self.window - 1)
+        end = self.start + self.length
+        if end + fresh.size > self.keys.shape[1]:
+            self._move(max(self.length + fresh.size, self.window - 1 + _SLACK))
+            end = self.length
+        self.keys[:, end : end + fresh.size] = keys
+        self.values[:, end : end + fresh.size] = values
+        self.positions = np.concatenate([self.positions, fresh])
+        self.seen += fresh.size
+        self.version = object()
+
+    def segments(self) -> Iterator[Segment]:
+        """All tokens held, as one view."""
+        if self.length:
+            span = slice(self.start, self.start + self.length)
+            yield Segment(0, self.length, self.keys[None, :, span], self.values[None, :, span])
+
+    def settle(self) -> None:
+        """Shrink an outgrown buffer back; called when the step that needed it is over."""
+        if not self.recording and self.draft_start is None:
+            self._shrink()
+
+    def fork(self) -> WindowSequence:
+        """A second sequence with the same tokens, copied."""
+        keys, values = _buffers(self.layer, self.keys.shape[1], self.device, self.ledger)
+        span = slice(self.start, self.start + self.length)
+        keys[:, span], values[:, span] = self.keys[:, span], self.values[:, span]
+        return WindowSequence(
+            layer=self.layer,
+            window=self.window,
+            device=self.device,
+            ledger=self.ledger,
+            keys=keys,
+            values=values,
+            positions=self.positions,
+            start=self.start,
+            seen=self.seen,
+            recording=self.recording,
+            version=self.version,
+            draft_start=self.draft_start,
+        )
+
+    def check_crop(self, remove: int) -> None:
+        """Raise ``SessionStateError`` when ``crop`` would need tokens that slid out; ``record_past`` keeps them."""
+        left = self.length - remove
+        needed = min(self.window - 1, self.seen - remove)
+        if left < needed or remove > self.seen:
+            raise SessionStateError(
+                f"cannot remove {remove} tokens from a sliding window of {self.window}: {max(0, left)} of the "
+                f"{max(0, needed)} tokens before them are kept; call record_past(True) before the appends"
+            )
+
+    def crop(self, remove: int) -> None:
+        """Forget the newest ``remove`` tokens, and all recorded past the window."""
+        if remove:
+            self.positions = self.positions[: self.length - remove]
+            self.seen -= remove
+            self.version = object()
+        self._shrink()
+
+    def begin_draft(self) -> None:
+        """What is appended from now on may be dropped by ``accept``."""
+        self.draft_start = self.length
+
+    def accept(self, path: IntArray) -> None:
+        """Keep the drafted tokens at ``path``, counted from the draft's start, forget the others."""
+        if self.draft_start is None:
+            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
+        kept = np.concatenate([np.arange(self.draft_start), self.draft_start + path])
+        index = torch.from_numpy(self.start + kept).to(self.device)
+        keys, values = self.keys[:, index], self.values[:, index]
+        span = slice(self.start, self.start + kept.size)
+        self.keys[:, span], self.values[:, span] = keys, values
+        self.seen -= self.length - kept.size
+        self.positions = self.positions[kept]
+        self.version, self.draft_start = object(), None
+        self.settle()
+
+    def release(self) -> None:
+        """Give the buffer back; the sequence must not be used again."""
+        self.ledger.give(_PURPOSE, self.keys.shape[1] * self.layer.token_bytes)
+        self.keys, self.values, self.positions = self.keys[:, :0], self.values[:, :0], self.positions[:0]
+
+    def _shrink(self) -> None:
+        self._keep_last(self.window - 1)
+        if self.keys.shape[1] > self.window - 1 + _SLACK:
+            self._move(self.window - 1 + _SLACK)
+
+    def _keep_last(self, tokens: int) -> None:
+        excess = self.length - tokens
+        if excess > 0:
+            self.start += excess
+            self.positions = self.positions[excess:]
+
+    def _move(self, capacity: int) -> None:
+        span = slice(self.start, self.start + self.length)
+        held_keys, held_values = self.keys[:, span], self.values[:, span]
+        if capacity == self.keys.shape[1]:
+            held_keys, held_values = held_keys.clone(), held_values.clone()
+        else:
+            old = self.keys.shape[1]
+            self.keys, self.values = _buffers(self.layer, capacity, self.device, self.ledger)
+            self.ledger.give(_PURPOSE, old * self.layer.token_bytes)
+        self.keys[:, : self.length], self.values[:, : self.length] = held_keys, held_values
+        self.start = 0
+
+
+def _buffers(layer: LayerLayout, tokens: int, device: torch.device, ledger: Ledger) -> tuple[torch.Tensor, torch.Tensor]:
+    ledger.take(_PURPOSE, tokens * layer.token_bytes)
+    dtype: torch.dtype = getattr(torch, layer.dtype)
+    shape = (layer.num_kv_heads, tokens)
+    keys = torch.empty(*shape, layer.key_dim, dtype=dtype, device=device)
+    return keys, torch.empty(*shape, layer.value_dim, dtype=dtype, device=device)

@@ -1,0 +1,59 @@
+"""What a policy may see: slots by position, and the statistics it declared a need for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtier.errors import SessionStateError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SlotView", "Stats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotView:
+    """Slots of one layer, without their contents.
+
+    Parameters
+    ----------
+    positions : Tensor
+        Logical positions [B, Hk, T] int64.
+    protected : Tensor
+        Slots that no policy ranks [B, Hk, T] bool.
+    """
+
+    positions: torch.Tensor
+    protected: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Statistics of one layer; a field that no policy declared is None and was never computed.
+
+    Parameters
+    ----------
+    window_attention : Tensor, optional
+        Attention of the last queries summed per key, reduced to KV heads [B, Hk, T] fp32.
+    column_sums : Tensor, optional
+        Attention of all queries summed per key, reduced to KV heads [B, Hk, T] fp32.
+    """
+
+    window_attention: torch.Tensor | None = None
+    column_sums: torch.Tensor | None = None
+
+    def require_window_attention(self) -> torch.Tensor:
+        """``window_attention``, or ``SessionStateError`` when the policy forgot to declare the need."""
+        return _present(self.window_attention, "WINDOW_ATTENTION")
+
+    def require_column_sums(self) -> torch.Tensor:
+        """``column_sums``, or ``SessionStateError`` when the policy forgot to declare the need."""
+        return _present(self.column_sums, "COLUMN_SUMS")
+
+
+def _present(field: torch.Tensor | None, need: str) -> torch.Tensor:
+    if field is None:
+        raise SessionStateError(f"this statistic was not computed; declare Need.{need} in the policy's `needs`")
+    return field

@@ -1,0 +1,105 @@
+"""Names to implementations, resolved when first used: built-ins by table, third parties by entry point."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvtier.errors import ConfigError, MissingDependencyError
+
+__all__ = ["Entry", "Registry", "policies", "storage_backends"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a name leads: ``"package.module:Attribute"``, and what to install when the import fails."""
+
+    target: str
+    hint: str = ""
+
+
+@dataclass(slots=True)
+class Registry:
+    """A table of lazy names.
+
+    Parameters
+    ----------
+    kind : str
+        What the names are, for messages: ``"policy"``.
+    group : str
+        Entry-point group that third-party packages publish under.
+    """
+
+    kind: str
+    group: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def register(self, name: str, target: str, hint: str = "") -> None:
+        """Add a name.
+
+        Raises
+        ------
+        ConfigError
+            When the name is taken by another target.
+        """
+        if name in self.entries and self.entries[name].target != target:
+            raise ConfigError(f"{self.kind} {name!r} is already registered as {self.entries[name].target}")
+        self.entries[name] = Entry(target, hint)
+
+    def names(self) -> list[str]:
+        """All names, built-in and third-party, sorted."""
+        return sorted(self._table())
+
+    def resolve(self, name: str) -> Any:
+        """The object behind a name.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown name, with what exists and the nearest spelling.
+        MissingDependencyError
+            When its module needs a package that is not installed.
+        """
+        table = self._table()
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(table))}{meant}")
+        entry = table[name]
+        module, _, attribute = entry.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            hint = entry.hint or f"install the package that provides {error.name or module}"
+            raise MissingDependencyError(f"{self.kind} {name!r} could not be imported ({error}); {hint}") from error
+
+    def _table(self) -> dict[str, Entry]:
+        table = {point.name: Entry(point.value) for point in entry_points(group=self.group)}
+        clash = sorted(table.keys() & self.entries.keys())
+        if clash:
+            raise ConfigError(f"an installed package redefines the built-in {self.kind} {clash[0]!r}; rename it there")
+        return table | self.entries
+
+
+policies = Registry(
+    kind="policy",
+    group="kvtier.policies",
+    entries={
+        "full": Entry("kvtier.policies.full:Full"),
+        "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
+        "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
+        "lru": Entry("kvtier.policies.placement.lru:LRU"),
+    },
+)
+
+storage_backends = Registry(
+    kind="storage backend",
+    group="kvtier.storage_backends",
+    entries={
+        "host": Entry("kvtier.storage_backends.host:HostSlots"),
+        "spill": Entry("kvtier.storage_backends.spill_file:SpillFile"),
+    },
+)

@@ -1,0 +1,1 @@
+"""Laws, oracles and small models that tests of kvtier and of its plug-ins share."""

@@ -1,0 +1,1 @@
+"""Which pages leave a tier first."""

@@ -1,0 +1,275 @@
+"""Slots in one preallocated file without a name: the nvme tier of a live session."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvtier.errors import ConfigError, StorageError
+from kvtier.storage_backends.base import Capabilities, SlotBackend, check_rows, check_sizes
+from kvtier.storage_backends.direct_file import BLOCK_BYTES, MAX_VECTORS, DirectFile
+from kvtier.storage_backends.memory import ByteRows, copy_rows, empty_aligned, round_up
+from kvtier.storage_backends.slots import IntArray, SlotAllocator, compact
+
+__all__ = ["SpillFile"]
+
+_DIRECT_RUN_BYTES = 8 << 20
+_BOUNCE_RUN_BYTES = 1 << 20
+
+
+class _Run(NamedTuple):
+    """Adjacent slots that one system call transfers."""
+
+    first: int
+    rows: IntArray  # which rows of the caller they are, in the order of the slots
+
+
+class SpillFile(SlotBackend):
+    """Slots in a file that vanishes with the process.
+
+    All space is taken when it is opened, so a full disk is an error there and not in the middle of a session. Slots lie
+    4096-byte aligned; adjacent ones go through in one system call of up to 8 MiB, scattered ones in several threads.
+
+    Parameters
+    ----------
+    slot_bytes : int
+        Payload bytes of a slot.
+    capacity_slots : int
+        Slots; a hard bound, preallocated.
+    directory : Path or str
+        Where the file lies; must exist.
+    io_threads : int
+        Most transfers under way at once for one call: the queue depth that the disk sees.
+
+    Raises
+    ------
+    StorageError
+        The directory is missing, not writable, or has not enough space.
+
+    Notes
+    -----
+    `read` and `write` may be called from several threads; accounting is behind one lock that no transfer holds. Rows
+    that are not 4096-byte aligned are copied through buffers of 1 MiB, one for each transfer in flight.
+    """
+
+    def __init__(self, slot_bytes: int, capacity_slots: int, directory: Path | str, *, io_threads: int = 8) -> None:
+        check_sizes(slot_bytes, capacity_slots)
+        if io_threads < 1:
+            raise ConfigError(f"io_threads must be at least 1, got {io_threads}")
+        self.slot_bytes = slot_bytes
+        self.capacity_slots = capacity_slots
+        self.stride = round_up(slot_bytes, BLOCK_BYTES)
+        self._slots = SlotAllocator(capacity_slots)
+        self._lock = threading.Lock()
+        self._file = DirectFile(Path(directory), capacity_slots * self.stride)
+        self._bounce = _BouncePool(max(_BOUNCE_RUN_BYTES, self.stride), io_threads)
+        self._io_threads = io_threads
+        self._helpers = ThreadPoolExecutor(max(1, io_threads - 1), thread_name_prefix="kvtier-spill")
+        self._gate = _Gate()
+
+    @classmethod
+    def slots_within(cls, slot_bytes: int, capacity_bytes: int) -> int:
+        """Most slots whose file, each slot in whole blocks, stays within a budget."""
+        check_sizes(slot_bytes, 0)
+        return max(0, capacity_bytes) // round_up(slot_bytes, BLOCK_BYTES)
+
+    def reserve(self, count: int) -> IntArray:
+        """Take slots; their space on disk is there already."""
+        with self._gate, self._lock:
+            return self._slots.reserve(count)
+
+    def release(self, slots: IntArray) -> None:
+        """Give slots back; the file keeps its size."""
+        with self._gate, self._lock:
+            self._slots.release(slots)
+
+    def write(self, slots: IntArray, data: torch.Tensor) -> None:
+        """Write rows [n, slot_bytes] to the device; nothing is synced, since nothing outlives the process."""
+        check_rows(data, len(slots), self.slot_bytes)
+        rows = data.numpy()
+        with self._gate:
+            if self._fits(rows):
+                self._each_run("write", slots, _DIRECT_RUN_BYTES, lambda run: self._put(run, rows))
+            else:
+                self._each_run("write", slots, _BOUNCE_RUN_BYTES, lambda run: self._put_bounced(run, rows))
+
+    def read(self, slots: IntArray, into: torch.Tensor) -> None:
+        """Read rows [n, slot_bytes] from the device, straight into aligned rows."""
+        check_rows(into, len(slots), self.slot_bytes)
+        rows = into.numpy()
+        with self._gate:
+            if self._fits(rows):
+                self._each_run("read", slots, _DIRECT_RUN_BYTES, lambda run: self._get(run, rows))
+            else:
+                self._each_run("read", slots, _BOUNCE_RUN_BYTES, lambda run: self._get_bounced(run, rows))
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that can still be reserved."""
+        return self._slots.free
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the file system; its own tables for the file may add a few blocks to the capacity."""
+        return self._file.allocated_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the file."""
+        return self.capacity_slots * self.stride
+
+    def capabilities(self) -> Capabilities:
+        """Whether direct I/O passed its trial when the file was opened, and why not."""
+        alignment = BLOCK_BYTES if self._file.direct else 1
+        return Capabilities(
+            name="spill", pinned=False, direct_io=self._file.direct, alignment=alignment, note=self._file.note
+        )
+
+    def close(self) -> None:
+        """Wait for transfers, stop the threads and free the file."""
+        if self._gate.shut():
+            self._helpers.shutdown(wait=True)
+            self._bounce.clear()
+            self._file.close()
+
+    def _fits(self, rows: ByteRows) -> bool:
+        """Whether the kernel can transfer these rows as they lie."""
+        if rows.strides[1] != 1 or self.slot_bytes != self.stride:
+            return False
+        return not self._file.direct or (rows.ctypes.data % BLOCK_BYTES == 0 and rows.strides[0] % BLOCK_BYTES == 0)
+
+    def _each_run(self, verb: str, slots: IntArray, run_bytes: int, transfer: Callable[[_Run], None]) -> None:
+        """Cut the slots into runs and transfer them, several at a time; one error names every slot that failed."""
+        with self._lock:
+            slots = self._slots.require_reserved(slots, distinct=verb == "write")
+        runs = _cut(slots, min(MAX_VECTORS, max(1, run_bytes // self.stride)))
+        lanes = min(self._io_threads, len(runs))
+
+        def work(lane: int) -> list[tuple[_Run, OSError]]:
+            failed = []
+            for run in runs[lane::lanes]:
+                try:
+                    transfer(run)
+                except OSError as error:
+                    failed.append((run, error))
+            return failed
+
+        helped = [self._helpers.submit(work, lane) for lane in range(1, lanes)]
+        failures = work(0) if runs else []
+        for future in helped:
+            failures += future.result()
+        if failures:
+            raise _transfer_error(verb, failures)
+
+    def _put(self, run: _Run, rows: ByteRows) -> None:
+        self._file.write_at(_views(run, rows), run.first * self.stride)
+
+    def _get(self, run: _Run, rows: ByteRows) -> None:
+        self._file.read_at(_views(run, rows), run.first * self.stride)
+
+    def _put_bounced(self, run: _Run, rows: ByteRows) -> None:
+        with self._bounce.buffer(run.rows.size, self.stride) as buffer:
+            copy_rows(rows, compact(run.rows), buffer[:, : self.slot_bytes], slice(None))
+            self._file.write_at([buffer.reshape(-1).data], run.first * self.stride)
+
+    def _get_bounced(self, run: _Run, rows: ByteRows) -> None:
+        with self._bounce.buffer(run.rows.size, self.stride) as buffer:
+            self._file.read_at([buffer.reshape(-1).data], run.first * self.stride)
+            copy_rows(buffer[:, : self.slot_bytes], slice(None), rows, compact(run.rows))
+
+
+class _BouncePool:
+    """Page-aligned buffers for rows that are not; as many are kept as transfers run at once."""
+
+    def __init__(self, size: int, keep: int) -> None:
+        self._size = size
+        self._keep = keep
+        self._idle: list[ByteRows] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def buffer(self, count: int, stride: int) -> Iterator[ByteRows]:
+        """Lend a buffer, uint8 [count, stride]."""
+        with self._lock:
+            whole = self._idle.pop() if self._idle else None
+        if whole is None:
+            whole = empty_aligned(self._size).numpy()
+        try:
+            yield whole[: count * stride].reshape(count, stride)
+        finally:
+            with self._lock:
+                if len(self._idle) < self._keep:
+                    self._idle.append(whole)
+
+    def clear(self) -> None:
+        """Give the idle buffers back to the system."""
+        with self._lock:
+            self._idle.clear()
+
+
+class _Gate:
+    """Counts calls under way, so that close can wait for them: a descriptor closed too early may be another file's."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._shut = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._shut:
+                raise StorageError("the spill file is closed; open a new one")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def shut(self) -> bool:
+        """Let nobody in any more and wait until all are out; False when it was shut before."""
+        with self._changed:
+            first = not self._shut
+            self._shut = True
+            self._changed.wait_for(lambda: not self._inside)
+            return first
+
+
+def _cut(slots: IntArray, most: int) -> list[_Run]:
+    """Runs of adjacent slots, ascending, of at most ``most`` slots each; equal slots fall into different runs."""
+    if not slots.size:
+        return []
+    order = np.argsort(slots, kind="stable")
+    ascending = slots[order]
+    breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), slots.size]
+    return [
+        _Run(int(ascending[at]), order[at : min(at + most, end)])
+        for start, end in zip(starts, ends, strict=True)
+        for at in range(start, end, most)
+    ]
+
+
+def _views(run: _Run, rows: ByteRows) -> list[memoryview]:
+    """The rows of a run where they lie: one buffer if they are adjacent there too, else one each."""
+    where = compact(run.rows)
+    if rows.flags.c_contiguous and isinstance(where, slice):
+        return [rows[where].reshape(-1).data]
+    return [rows[row].data for row in run.rows]
+
+
+def _transfer_error(verb: str, failures: list[tuple[_Run, OSError]]) -> StorageError:
+    slots = sorted(slot for run, _ in failures for slot in range(run.first, run.first + run.rows.size))
+    shown = ", ".join(map(str, slots[:16])) + (f" and {len(slots) - 16} more" if len(slots) > 16 else "")
+    cause = failures[0][1]
+    error = StorageError(f"cannot {verb} slots {shown} of the spill file ({cause.strerror}); check the disk below it")
+    error.__cause__ = cause
+    return error
