@@ -74,15 +74,17 @@ class StoreConfig(BaseModel):
         if names not in ([], ["host"], ["nvme"], ["host", "nvme"]):
             raise ValueError(f"tiers must be host, nvme or host then nvme, got {', '.join(names)}")
         if self.block_tokens % self.page_tokens:
-            raise ValueError(f"block_tokens must be a multiple of page_tokens ({self.page_tokens}), got {self.block_tokens}")
+            raise ValueError(
+                f"block_tokens must be a multiple of page_tokens ({self.page_tokens}), got {self.block_tokens}"
+            )
         return self
 
 
 def load_config(source: StoreConfig | Mapping[str, Any] | str | Path | None) -> StoreConfig:
     """Settings from a ready value, a dict, a path to TOML, or None for the default.
 
-    The default is one host tier of half of the memory that is free now. Environment variables override top-level keys of a dict
-    or a file: ``KVTIER_PAGE_TOKENS=32``.
+    The default is one host tier of half of the memory that is free now. Environment variables override top-level keys
+    of a dict or a file: ``KVTIER_PAGE_TOKENS=32``.
 
     Raises
     ------

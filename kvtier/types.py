@@ -39,7 +39,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 class Partial(NamedTuple):
     """Attention over a part of the keys: what merges.
 
-    ``out`` [B, Hq, Tq, Dv] is normalised over its own keys; ``lse`` [B, Hq, Tq] is the natural logarithm of their summed
+    ``out`` [B, Hq, Tq, Dv] is normalised over its own keys; ``lse`` [B, Hq, Tq] is the natural logarithm of their
+    summed
     exponentials. Both are fp32, or fp64 for fp64 inputs. A part without keys is ``(0, -inf)``.
     """
 
@@ -82,7 +83,8 @@ class LayerLayout:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_query_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_query_heads must be a multiple of num_kv_heads, got {self.num_query_heads} and {self.num_kv_heads}"
+                f"num_query_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_query_heads} and {self.num_kv_heads}"
             )
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")

@@ -14,7 +14,7 @@ from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.history import History
 from kvtier.integrations.hf.pool import CachePool
-from kvtier.integrations.hf.prompt import Prompt, read_prompt, split_forward
+from kvtier.integrations.hf.prompt import Prompt, Split, read_prompt, split_forward
 from kvtier.integrations.hf.stage import stage
 
 if TYPE_CHECKING:
@@ -126,13 +126,17 @@ class PatchedCalls:
         state = cache.state
         state.check_ready()
         prompt = read_prompt(self.model, call, state.length)
+        drafts = self._drafts(call)
         if compat.generation_option(self.model, "is_assistant", call):
             cache.activate_past_recording()
-        state.session.expect(prompt.columns)
-        call = {**call, "past_key_values": cache}
+        announced = prompt.columns - 1 if drafts else prompt.columns
+        # An assistant is called again and again for a few tokens more: only its first call brings a prompt.
+        if announced and not (state.length and compat.generation_option(self.model, "is_assistant", call)):
+            state.session.expect(announced)
         chunk = self._chunk(prompt, call)
+        state.split = Split(chunk, apart=drafts) if drafts or chunk is not None else None
+        call = {**call, "past_key_values": cache}
         if chunk is not None:
-            state.split = chunk
             # transformers 5.16 cuts a continued prompt wrongly, and every version an embedded one: those are cut before forward.
             call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
         self.pool.use(cache)
@@ -154,7 +158,7 @@ class PatchedCalls:
         if compat.keeps_logits(self.model):
             call["logits_to_keep"] = 1
         cache.session.expect(fed.length)
-        cache.state.split = self.pool.memory.max_prefill_chunk(fed.rows)
+        cache.state.split = Split(self.pool.memory.max_prefill_chunk(fed.rows))
         try:
             self.model(**call)
         finally:
@@ -167,6 +171,11 @@ class PatchedCalls:
         if wished is None and (fitting is None or fitting >= prompt.columns):
             return None
         return min(limit for limit in (wished, fitting) if limit is not None)
+
+    def _drafts(self, call: dict[str, Any]) -> bool:
+        """Whether ``generate`` will feed tokens that it may take back."""
+        options = ("assistant_model", "prompt_lookup_num_tokens")
+        return any(compat.generation_option(self.model, name, call) is not None for name in options)
 
     def _refuse_options(self, call: dict[str, Any]) -> None:
         kind = compat.generation_option(self.model, "cache_implementation", call)

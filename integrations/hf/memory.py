@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,4 +49,4 @@ def open_memory(
         block_tokens=config.block_tokens,
         chunk_tokens=config.block_tokens * max(1, layout.chunk_tokens // config.block_tokens),
     )
-    return cast("Memory", CoreMemory(layout, read_policy(policy), budgets, config.tiers, devices))
+    return CoreMemory(layout, read_policy(policy), budgets, config, devices, tenant=tenant)

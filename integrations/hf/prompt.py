@@ -15,7 +15,7 @@ from kvtier.integrations.hf.columns import real_spans
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Prompt", "read_prompt", "split_forward"]
+__all__ = ["Prompt", "Split", "read_prompt", "split_forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,23 @@ class Prompt:
     columns: int
     rows: int
     has_ids: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How wide forwards are cut.
+
+    Parameters
+    ----------
+    widest : int, optional
+        The most columns at once.
+    apart : bool
+        Run the columns whose logits are wanted apart from those before: drafted tokens, which may be taken back, apart from the
+        prompt.
+    """
+
+    widest: int | None
+    apart: bool = False
 
 
 def read_prompt(model: PreTrainedModel, call: dict[str, Any], cached: int) -> Prompt:
@@ -75,8 +92,8 @@ def read_prompt(model: PreTrainedModel, call: dict[str, Any], cached: int) -> Pr
     return Prompt(columns, batch * spread, has_ids=embeds is None)
 
 
-def split_forward(run: Callable[..., Any], call: dict[str, Any], cached: int, chunk: int) -> dict[str, Any]:
-    """Run the first columns of a forward in chunks, and return the arguments that are left to run.
+def split_forward(run: Callable[..., Any], call: dict[str, Any], cached: int, split: Split) -> dict[str, Any]:
+    """Run the first columns of a forward on their own, and return the arguments that are left to run.
 
     Only for a forward that wants the logits of its last columns alone; any other is left whole.
 
@@ -86,17 +103,16 @@ def split_forward(run: Callable[..., Any], call: dict[str, Any], cached: int, ch
         The model's forward.
     call : dict
         Arguments of ``forward`` by name.
-    chunk : int
-        The widest forward, in columns.
     """
     name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
     keep = call.get("logits_to_keep")
     if not isinstance(keep, int) or keep < 1 or call.get(name) is None:
         return call
     width = int(call[name].shape[1])
-    head = width - max(keep, chunk)
-    for start in range(0, head, chunk):
-        part = _columns_of(call, name, cached, start, min(start + chunk, head))
+    widest = width if split.widest is None else split.widest
+    head = width - (keep if split.apart else max(keep, widest))
+    for start in range(0, head, widest):
+        part = _columns_of(call, name, cached, start, min(start + widest, head))
         run(**{**part, "logits_to_keep": 1})
     return call if head <= 0 else _columns_of(call, name, cached, head, width)
 

@@ -26,7 +26,7 @@ class Session(Protocol):
     def rows(self) -> int:
         """Sequences held."""
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, /) -> None:
         """Announce that the next ``tokens`` columns are one prompt."""
 
     def append(
@@ -35,6 +35,7 @@ class Session(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
+        /,
         *,
         spans: Sequence[slice] | None = None,
     ) -> None:
@@ -45,6 +46,7 @@ class Session(Protocol):
         layer: int,
         q: torch.Tensor,
         positions: torch.Tensor,
+        /,
         *,
         scale: float,
         window: int | None = None,
@@ -57,13 +59,13 @@ class Session(Protocol):
     def fork(self) -> Session:
         """A second session that starts with the same tokens."""
 
-    def reorder(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int], /) -> None:
         """Row i becomes what row ``rows[i]`` was."""
 
-    def crop(self, remove: int) -> None:
+    def crop(self, remove: int, /) -> None:
         """Forget the last ``remove`` columns of every row."""
 
-    def record_past(self, record: bool) -> None:
+    def record_past(self, recording: bool, /) -> None:
         """Keep, in sliding-window layers, what a crop may need."""
 
     def report(self) -> Report:
@@ -83,8 +85,8 @@ class Memory(Protocol):
     def session(self) -> Session:
         """An empty session."""
 
-    def max_prefill_chunk(self, batch: int) -> int | None:
-        """The longest prefill of ``batch`` rows, in columns, that fits the device budget; None when any does."""
+    def max_prefill_chunk(self, rows: int, /) -> int | None:
+        """The longest prefill of ``rows`` rows, in columns, that fits the device budget; None when any does."""
 
     def close(self) -> None:
         """Close every session and free every tier."""

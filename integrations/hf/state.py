@@ -7,6 +7,7 @@ import torch
 from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf.columns import Columns, read_columns
 from kvtier.integrations.hf.history import History
+from kvtier.integrations.hf.prompt import Split
 from kvtier.integrations.hf.sessions import Memory, Session
 from kvtier.types import LayerLayout
 
@@ -31,8 +32,8 @@ class CacheState:
     ----------
     fed : Tensor, optional
         Token ids [B, Tq] of the forward that is about to run; set before it, taken by its first layer.
-    split : int, optional
-        The widest forward, in columns, that the device budget allows.
+    split : Split, optional
+        How the forwards of the running ``generate`` are cut.
     waiting : Tensor, optional
         Token ids [B, Tq] of a forward that failed, after the state was rebuilt.
     broken, closed : bool
@@ -46,7 +47,7 @@ class CacheState:
         self.session = memory.session() if session is None else session
         self.history = History() if history is None else history
         self.fed: torch.Tensor | None = None
-        self.split: int | None = None
+        self.split: Split | None = None
         self.waiting: torch.Tensor | None = None
         self.broken = False
         self.closed = False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtier.cli.doctor_check import Check, Probe
+from kvtier.errors import ConfigError
 
 __all__ = ["SOFTWARE_PROBES"]
 
@@ -97,9 +98,15 @@ def _shadowed_kernels(name: str, directory: Path) -> Check:
 
 
 def _dispatch(name: str, directory: Path) -> Check:
+    import torch
+
     from kvtier.kernels import dispatch
 
-    return Check(name, "PASS", str(dispatch.chosen()))
+    try:
+        chosen = dispatch.chosen("cuda" if torch.cuda.is_available() else "cpu")
+    except ConfigError as error:
+        return Check(name, "FAIL", str(error), f"unset {dispatch.ENVIRONMENT_VARIABLE}")
+    return Check(name, "PASS", str(chosen))
 
 
 SOFTWARE_PROBES: Final = (

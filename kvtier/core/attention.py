@@ -70,7 +70,7 @@ def attend_all(sequence: LayerSequence | WindowSequence, queries: Queries) -> Pa
 
 
 def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPolicy, read: int) -> tuple[Partial, int]:
-    """Attention over the tail and the pages that the policy chooses within ``read`` tokens; also the pages read per KV head."""
+    """Attention over the tail and the pages that the policy chooses within ``read`` tokens, and how many pages."""
     group, store = sequence.group, sequence.group.store
     count = (read - sequence.tail_length) // group.page_tokens
     if sequence.sketch is None or count >= sequence.pages.length:
@@ -94,7 +94,7 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
 
 
 def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
-    """Attention of these queries summed per key [1, Hq, slots], from their saved ``lse`` [1, Hq, Tq]; no Tq x T matrix."""
+    """Attention of these queries summed per key [1, Hq, slots], from their saved ``lse`` [1, Hq, Tq]."""
     votes = torch.empty(1, queries.query.shape[1], sequence.length, dtype=lse.dtype, device=lse.device)
     positions = sequence.positions.view
     with segments_of(sequence) as segments:

@@ -1,4 +1,4 @@
-"""Rows of a batch: equal rows share their pages, until their tokens differ."""
+"""The rows of a session: appended to, attended over and evicted layer by layer; equal rows share their pages."""
 
 from __future__ import annotations
 
@@ -8,71 +8,178 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from kvtier.core.attention import Queries, attend_all, attend_chosen
+from kvtier.core.memory import Memory
 from kvtier.core.policy import IntArray
+from kvtier.core.prompt import PromptTracker
 from kvtier.core.ring import WindowSequence
+from kvtier.core.selection import PromptWindow, evict_rows
 from kvtier.core.sequence import LayerSequence
+from kvtier.types import Partial
 
-__all__ = ["AnySequence", "append_rows", "distinct_rows", "fork_rows", "release_rows", "reorder_rows"]
+__all__ = ["Batch", "distinct_rows"]
 
 AnySequence: TypeAlias = LayerSequence | WindowSequence
 Rows: TypeAlias = list[list[AnySequence]]
 
 
-def append_rows(
-    rows: Rows,
-    layer: int,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: IntArray,
-    spans: Sequence[slice],
-) -> None:
-    """Append one layer's tokens to every row; a row equal to an earlier one, before and after, becomes its fork.
+class Batch:
+    """Sequences of every row and layer, and where their prompt ends.
 
-    This is how beams, which start as copies of one prompt, come to store it once.
+    Attributes
+    ----------
+    rows : list
+        ``rows[b][layer]``.
+    pages_read, pages_held : int
+        Pages that decode steps read per KV head, and pages there were.
+
+    Notes
+    -----
+    Called under the lock of the memory.
     """
-    leaders: dict[object, tuple[int, AnySequence]] = {}
-    for row, span in enumerate(spans):
-        if span.start >= span.stop:
-            continue
-        sequence = rows[row][layer]
-        origin = sequence.version if sequence.length else None
-        leader = leaders.get(origin)
-        if leader is not None and _same(keys, values, positions, (row, leader[0]), (span, spans[leader[0]])):
-            sequence.release()
-            rows[row][layer] = leader[1].fork()
-            continue
-        where = positions[row if positions.shape[0] > 1 else 0, span][None]
-        sequence.append(keys[row, :, span], values[row, :, span], where)
-        if len(rows) > 1:
-            leaders[origin] = (row, sequence)
+
+    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker) -> None:
+        self.memory = memory
+        self.rows = rows
+        self.prompt = prompt
+        self.pages_read = self.pages_held = 0
+
+    @property
+    def sequences(self) -> list[AnySequence]:
+        """Every sequence of every row and layer."""
+        return [sequence for row in self.rows for sequence in row]
+
+    def open(self, count: int) -> None:
+        """Start ``count`` empty rows."""
+        layers = range(len(self.memory.layout.layers))
+        self.rows = [[self.memory.sequence(layer) for layer in layers] for _ in range(count)]
+
+    def append(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, spans: Sequence[slice]
+    ) -> None:
+        """Append one layer's tokens to every row; a row equal to an earlier one, before and after, becomes its fork.
+
+        This is how beams, which start as copies of one prompt, come to store it once.
+        """
+        leaders: dict[object, tuple[int, AnySequence]] = {}
+        for row, span in enumerate(spans):
+            if span.start >= span.stop:
+                continue
+            sequence = self.rows[row][layer]
+            origin = sequence.version if sequence.length else None
+            leader = leaders.get(origin)
+            if leader is not None and _same(keys, values, positions, (row, leader[0]), (span, spans[leader[0]])):
+                sequence.release()
+                self.rows[row][layer] = leader[1].fork()
+                continue
+            where = positions[row if positions.shape[0] > 1 else 0, span][None]
+            sequence.append(keys[row, :, span], values[row, :, span], where)
+            if len(self.rows) > 1:
+                leaders[origin] = (row, sequence)
+
+    def attend(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
+        """Attention of one row in one layer, without a sink."""
+        sequence, policy = self.rows[row][layer], self.memory.policy
+        if isinstance(sequence, WindowSequence):
+            return attend_all(sequence, queries)
+        store = sequence.group.store
+        store.tick()
+        retrieval = policy.retrieval if decoding else None
+        if retrieval is None or policy.read is None or layer < retrieval.dense_layers:
+            store.touch(sequence.pages.view)
+            partial, pages = attend_all(sequence, queries), sequence.pages.length
+        else:
+            partial, pages = attend_chosen(sequence, queries, retrieval, policy.read)
+        if decoding:
+            self.pages_held += sequence.pages.length
+            self.pages_read += pages
+        return partial
+
+    def note_window(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
+        """While a prompt is running, remember its last queries if a policy will ask for their attention."""
+        selection = self.memory.policy.selection
+        if selection is not None and isinstance(self.rows[row][layer], LayerSequence):
+            width = selection.window_queries
+            self.prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
+
+    def evict(self, layer: int, like: Queries) -> None:
+        """Apply the selection policy to one layer, whose prompt has ended; sliding windows are never subject to it."""
+        selection, keep = self.memory.policy.selection, self.memory.policy.keep
+        held = [row[layer] for row in self.rows]
+        sequences = [sequence for sequence in held if isinstance(sequence, LayerSequence)]
+        if selection is None or keep is None or not sequences:
+            return
+        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep[layer])
+        for row, sequence in zip(self.rows, evicted, strict=True):
+            row[layer] = sequence
+        group = sequences[0].group
+        if layer == group.layers[-1]:
+            group.planned_frames = 0
+            group.store.compact()
+
+    def work_ahead(self, layer: int, *, decoding: bool) -> None:
+        """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""
+        for row in self.rows:
+            sequence = row[layer]
+            if isinstance(sequence, WindowSequence):
+                sequence.settle()
+            following = row[layer + 1] if decoding and layer + 1 < len(row) else None
+            if isinstance(following, LayerSequence) and following.chosen is not None:
+                group = following.group
+                group.store.prefetch(following.chosen.ravel(), most=group.staging_columns * group.heads)
+        first = self.rows[0][layer]
+        if isinstance(first, LayerSequence):
+            first.group.store.write_behind(first.group.low_water())
+
+    def record(self, recording: bool) -> None:
+        """Whether sliding windows keep what a crop may need."""
+        for sequence in self.sequences:
+            if isinstance(sequence, WindowSequence):
+                sequence.recording = recording
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """Forget the newest ``counts[b]`` tokens of each row; all or, when one cannot, none."""
+        each = [(sequence, count) for count, row in zip(counts, self.rows, strict=True) for sequence in row]
+        for sequence, count in each:
+            sequence.check_crop(count)
+        for sequence, count in each:
+            sequence.crop(count)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row i becomes what row ``order[i]`` was: moved the first time, forked again; rows not named are freed."""
+        taken: set[int] = set()
+        result: Rows = []
+        for row in order:
+            result.append([sequence.fork() for sequence in self.rows[row]] if row in taken else self.rows[row])
+            taken.add(row)
+        for row, sequences in enumerate(self.rows):
+            if row not in taken:
+                _release(sequences)
+        self.rows, self.prompt = result, self.prompt.reordered(order)
+
+    def fork(self) -> Batch:
+        """A second owner of every sequence."""
+        return Batch(self.memory, [[sequence.fork() for sequence in row] for row in self.rows], self.prompt.fork())
+
+    def release(self) -> None:
+        """Let go of every sequence."""
+        _release(self.sequences)
+        self.rows, self.prompt = [], PromptTracker()
 
 
 def distinct_rows(keys: torch.Tensor, values: torch.Tensor) -> int:
     """How many rows look distinct by their last token; for planning memory, where a wrong guess only costs growth."""
-    return len({(float(keys[row, 0, -1].double().sum()), float(values[row, 0, -1].double().sum())) for row in range(keys.shape[0])})
+    return len(
+        {
+            (float(keys[row, 0, -1].double().sum()), float(values[row, 0, -1].double().sum()))
+            for row in range(keys.shape[0])
+        }
+    )
 
 
-def fork_rows(rows: Rows) -> Rows:
-    """A second owner of every sequence."""
-    return [[sequence.fork() for sequence in row] for row in rows]
-
-
-def reorder_rows(rows: Rows, order: Sequence[int]) -> Rows:
-    """Row i becomes what row ``order[i]`` was: moved the first time, forked again; rows not named are freed."""
-    taken: set[int] = set()
-    result: Rows = []
-    for row in order:
-        result.append([sequence.fork() for sequence in rows[row]] if row in taken else rows[row])
-        taken.add(row)
-    release_rows([sequences for row, sequences in enumerate(rows) if row not in taken])
-    return result
-
-
-def release_rows(rows: Rows) -> None:
-    """Let go of every sequence."""
-    for sequences in rows:
-        for sequence in sequences:
-            sequence.release()
+def _release(sequences: Sequence[AnySequence]) -> None:
+    for sequence in sequences:
+        sequence.release()
 
 
 def _same(

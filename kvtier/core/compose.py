@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from kvtier.core.policy import (
     Need,
@@ -24,7 +24,6 @@ __all__ = ["BoundPolicy", "Composition", "bind", "policy"]
 
 _PROVIDED = frozenset({Need.WINDOW_ATTENTION})
 _SERVED = frozenset({Role.SELECTION, Role.RETRIEVAL, Role.PLACEMENT})
-_P = TypeVar("_P", bound=Policy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,8 @@ class Composition(Policy):
             holders = [part for part in parts if role in part.roles]
             if len(holders) > 1:
                 raise CompositionError(
-                    f"one policy per role: {' and '.join(part.name for part in holders)} both answer {role.value}; keep one"
+                    f"one policy per role: {' and '.join(part.name for part in holders)} both answer {role.value}; "
+                    "keep one"
                 )
 
     @property
@@ -78,7 +78,8 @@ def policy(text: str | Policy) -> Policy:
     Raises
     ------
     PolicyError
-        For a name that does not exist, a parameter it does not have, or a value out of range; the message lists what is allowed.
+        For a name that does not exist, a parameter it does not have, or a value out of range; the message lists what
+        is allowed.
     """
     if isinstance(text, Policy):
         return text
@@ -87,7 +88,9 @@ def policy(text: str | Policy) -> Policy:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise PolicyError(f"cannot read the policy {text!r}: write names joined by '|', as 'snapkv(window=32) | quest'") from error
+        raise PolicyError(
+            f"cannot read the policy {text!r}: write names joined by '|', as 'snapkv(window=32) | quest'"
+        ) from error
     return _build(tree, text)
 
 
@@ -103,9 +106,9 @@ def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
     for part in parts:
         _check_part(part)
         part.check_layout(layout)
-    selection = _only(parts, SelectionPolicy)
-    retrieval = _only(parts, RetrievalPolicy)
-    placement = _only(parts, PlacementPolicy) or policies.resolve("lru")()
+    selection = next((part for part in parts if isinstance(part, SelectionPolicy)), None)
+    retrieval = next((part for part in parts if isinstance(part, RetrievalPolicy)), None)
+    placement = next((part for part in parts if isinstance(part, PlacementPolicy)), None) or policies.resolve("lru")()
     keep = _tokens("keep", selection, selection.keep if selection else None, budgets.keep)
     read = _tokens("read", retrieval, retrieval.read if retrieval else None, budgets.read)
     least_read = layout.block_tokens + layout.page_tokens
@@ -170,18 +173,18 @@ def _make(name: str, parameters: dict[str, Any]) -> Policy:
 def _check_part(part: Policy) -> None:
     beyond = sorted(role.value for role in part.roles - _SERVED)
     if beyond:
-        raise CompositionError(f"{part.name} is a {beyond[0]}; a session runs selection, retrieval and placement policies")
+        raise CompositionError(
+            f"{part.name} is a {beyond[0]}; a session runs selection, retrieval and placement policies"
+        )
     missing = sorted(need.name for need in part.needs - _PROVIDED)
     if missing:
-        raise CompositionError(f"{part.name} needs {', '.join(missing)}; a session provides {', '.join(sorted(n.name for n in _PROVIDED))}")
+        raise CompositionError(
+            f"{part.name} needs {', '.join(missing)}; a session provides {', '.join(sorted(n.name for n in _PROVIDED))}"
+        )
     if part.scope is Scope.MODEL:
         raise CompositionError(f"{part.name} plans over all layers at once; a session plans layer by layer")
     if part.position_mode is PositionMode.COMPACT:
         raise CompositionError(f"{part.name} renumbers positions; a session keeps the positions that RoPE saw")
-
-
-def _only(parts: tuple[Policy, ...], kind: type[_P]) -> _P | None:
-    return next((part for part in parts if isinstance(part, kind)), None)
 
 
 def _tokens(word: str, part: Policy | None, own: int | None, given: int | None) -> int | None:

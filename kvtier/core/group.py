@@ -9,10 +9,11 @@ import torch
 
 from kvtier.core.arena import Arena
 from kvtier.core.ledger import Ledger
+from kvtier.core.lower import LowerTiers
+from kvtier.core.pages import PageTable
 from kvtier.core.policy import PlacementPolicy, RetrievalPolicy
 from kvtier.core.tier import PageStore
 from kvtier.core.transfer import TransferEngine
-from kvtier.storage_backends.base import SlotBackend
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
 __all__ = ["LayerGroup"]
@@ -43,7 +44,6 @@ class LayerGroup:
         layout: KVLayout,
         device: torch.device,
         ledger: Ledger,
-        lower: dict[int, SlotBackend],
         placement: PlacementPolicy,
         retrieval: RetrievalPolicy | None,
         transfer: TransferEngine,
@@ -60,9 +60,11 @@ class LayerGroup:
         self.expected_pages = 0
         self.planned_frames = 0
         self.arena = Arena(layer, layout.page_tokens, device, ledger)
+        table = PageTable()
         self.store = PageStore(
             arena=self.arena,
-            lower=lower,
+            table=table,
+            lower=LowerTiers(self.arena, table, placement),
             placement=placement,
             transfer=transfer,
             bounded=ledger.limit is not None,

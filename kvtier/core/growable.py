@@ -126,9 +126,7 @@ class GrowingSketch:
     def _grow(self, sketch: Mapping[str, torch.Tensor], capacity: int) -> None:
         shapes = {name: (part.shape[0], capacity, *part.shape[2:]) for name, part in sketch.items()}
         self._ledger.take(_PURPOSE, sum(math.prod(shapes[name]) * part.element_size() for name, part in sketch.items()))
-        grown = {
-            name: torch.empty(shapes[name], dtype=part.dtype, device=part.device) for name, part in sketch.items()
-        }
+        grown = {name: torch.empty(shapes[name], dtype=part.dtype, device=part.device) for name, part in sketch.items()}
         for name, buffer in self._buffers.items():
             grown[name][:, : self.length] = buffer[:, : self.length]
         length = self.length

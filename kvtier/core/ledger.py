@@ -67,8 +67,9 @@ class Ledger:
             self.reclaim(nbytes)
         if not self.fits(nbytes):
             raise CapacityError(
-                f"the device budget of {format_bytes(self.limit or 0)} on {self.device} cannot hold {format_bytes(nbytes)} more for "
-                f"{purpose} beside {format_bytes(self.in_use)} in use ({self.describe()}); raise device="
+                f"the device budget of {format_bytes(self.limit or 0)} on {self.device} cannot hold "
+                f"{format_bytes(nbytes)} more for {purpose} beside {format_bytes(self.in_use)} in use "
+                f"({self.describe()}); raise device="
             )
         self.in_use += nbytes
         self.by_purpose[purpose] += nbytes

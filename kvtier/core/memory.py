@@ -13,12 +13,12 @@ from kvtier.config import StoreConfig, TierConfig, load_config
 from kvtier.core.compose import BoundPolicy, bind
 from kvtier.core.group import LayerGroup
 from kvtier.core.ledger import Ledger
+from kvtier.core.lower import TIER_NAMES
 from kvtier.core.pages import HOST, NVME
 from kvtier.core.policy import Policy
 from kvtier.core.report import TierReport
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
-from kvtier.core.tier import TIER_NAMES
 from kvtier.core.transfer import TransferEngine
 from kvtier.errors import ConfigError, SessionStateError, StorageError
 from kvtier.registry import storage_backends
@@ -126,7 +126,7 @@ class Memory:
         return max(block, limit // _CHUNK_SHARE // (rows * widest) // block * block)
 
     def plan(self, session: int, rows: int, *, held: int, coming: int, chunk: int) -> None:
-        """Expect ``coming`` tokens, ``chunk`` at a time, in ``rows`` distinct rows of a session that holds ``held`` each."""
+        """Expect ``coming`` tokens a row, ``chunk`` at a time, in ``rows`` distinct rows that hold ``held`` each."""
         shares = dict.fromkeys(self.ledgers, 0)
         block, keep = self.layout.block_tokens, self.policy.keep
         tokens = held + coming
@@ -139,7 +139,9 @@ class Memory:
             used = group.arena.total_frames - group.arena.free_frames
             group.planned_frames = used + group.heads * rows * (columns + count * block // page)
             group.expected_pages = left + block // page
-            staging = group.staging_bytes(2 * group.staging_columns) + (kept * group.layer.token_bytes if evicting else 0)
+            staging = group.staging_bytes(2 * group.staging_columns) + (
+                kept * group.layer.token_bytes if evicting else 0
+            )
             per_row = group.tail_bytes(block) + group.sketch_bytes(group.expected_pages)
             shares[group.device] += staging + rows * (count * per_row + chunk * group.layer.token_bytes)
         for layer, device in zip(self.layout.layers, self.devices, strict=True):
@@ -148,8 +150,12 @@ class Memory:
         self._reserve(session, shares)
 
     def finish(self, session: int) -> None:
-        """A session closed: nothing is reserved for it any more."""
+        """A session closed: nothing is reserved for it any more; memory that holds nothing is given back."""
         self._reserve(session, {})
+        for group in self._groups:
+            group.store.settle()
+            for slab in group.arena.empty_slabs():
+                group.arena.drop(slab)
 
     def tier_reports(self) -> dict[str, TierReport]:
         """Bytes of every tier that exists, summed over groups and devices."""
@@ -165,21 +171,21 @@ class Memory:
             )
         }
         for tier in (HOST, NVME):
-            stores = [group.store for group in self._groups if tier in group.store.lower]
-            backends = [store.lower[tier] for store in stores]
+            lowers = [group.store.lower for group in self._groups if tier in group.store.lower.backends]
+            backends = [lower.backends[tier] for lower in lowers]
             if backends:
                 reports[TIER_NAMES[tier]] = TierReport(
                     capacity=sum(backend.capacity_bytes for backend in backends),
                     used=sum(backend.used_slots * backend.slot_bytes for backend in backends),
                     allocated=sum(backend.allocated_bytes for backend in backends),
-                    peak=sum(store.peak.get(tier, 0) for store in stores),
+                    peak=sum(lower.peak.get(tier, 0) for lower in lowers),
                 )
         return reports
 
     def moved(self) -> dict[str, int]:
         """Bytes written below the device, spilled from host to NVMe, read from below and promoted."""
         names = ("written", "spilled", "read", "promoted")
-        return {name: sum(getattr(group.store.traffic, name) for group in self._groups) for name in names}
+        return {name: sum(getattr(group.store.lower.traffic, name) for group in self._groups) for name in names}
 
     def close(self) -> None:
         """Free every tier; sessions still open can no longer be used. Idempotent."""
@@ -187,8 +193,7 @@ class Memory:
             self._closed = True
             for group in self._groups:
                 group.store.settle()
-                for backend in group.store.lower.values():
-                    backend.close()
+                group.store.lower.close()
             self.transfer.close()
 
     def _open_groups(self, config: StoreConfig) -> None:
@@ -204,7 +209,6 @@ class Memory:
                 layout=self.layout,
                 device=device,
                 ledger=self.ledgers[device],
-                lower={},
                 placement=self.policy.placement,
                 retrieval=self.policy.retrieval,
                 transfer=self.transfer,
@@ -213,9 +217,9 @@ class Memory:
             self._group_of.update(dict.fromkeys(indices, group))
             for tier in config.tiers:
                 capacity = tier.capacity * layer.token_bytes * len(indices) // total
-                group.store.lower[_TIERS[tier.name]] = self._open_tier(tier, group.arena.frame_bytes, capacity)
+                group.store.lower.backends[_TIERS[tier.name]] = self._open_tier(tier, group.arena.frame_bytes, capacity)
         for device, ledger in self.ledgers.items():
-            ledger.reclaim = lambda nbytes, device=device: self._reclaim(device, nbytes)  # type: ignore[misc]
+            ledger.reclaim = lambda nbytes, device=device: self._reclaim(device, nbytes)
 
     def _open_tier(self, tier: TierConfig, slot_bytes: int, capacity: int) -> SlotBackend:
         from kvtier.storage_backends.wrappers import VerifiedSlots
@@ -224,7 +228,8 @@ class Memory:
         slots = kind.slots_within(slot_bytes, capacity)
         if slots < 1:
             raise ConfigError(
-                f"the {tier.name} tier must hold at least one page ({format_bytes(slot_bytes)}), got {format_bytes(capacity)} for it"
+                f"the {tier.name} tier must hold at least one page ({format_bytes(slot_bytes)}), "
+                f"got {format_bytes(capacity)} for it"
             )
         if tier.path is None:
             backend: SlotBackend = kind(slot_bytes, slots)
@@ -264,7 +269,9 @@ def _tenant_directory(path: Path, tenant: str) -> Path:
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot create {directory} for the nvme tier: {error.strerror}; choose a writable path") from error
+        raise StorageError(
+            f"cannot create {directory} for the nvme tier: {error.strerror}; choose a writable path"
+        ) from error
     return directory
 
 

@@ -20,7 +20,8 @@ _BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 class PageTable:
     """Pages of one layer group: references, copies in each tier, last use.
 
-    A sealed page never changes, so every copy of it is as good as any other: demotion drops a copy once a lower one exists.
+    A sealed page never changes, so every copy of it is as good as any other: demotion drops a copy once a lower one
+    exists.
 
     Attributes
     ----------
@@ -50,7 +51,7 @@ class PageTable:
         return int(np.count_nonzero(self.refs))
 
     def allocate(self, heads: int, columns: int) -> IntArray:
-        """Ids [heads, columns] of new pages with one reference and no copy; ids ascend with the column, then the head."""
+        """Ids [heads, columns] of new pages, with one reference and no copy; they ascend with the column first."""
         count = heads * columns
         if self._free.size < count:
             self._extend(max(count - self._free.size, self.refs.size // 2, 64))
@@ -66,7 +67,8 @@ class PageTable:
         """One sequence fewer holds these pages; returns those that nobody holds now, still with their copies."""
         flat = pages.ravel()
         self.refs[flat] -= 1
-        return flat[self.refs[flat] == 0]
+        gone: IntArray = flat[self.refs[flat] == 0]
+        return gone
 
     def forget(self, pages: IntArray) -> None:
         """Make unused ids allocatable again; their copies must be released before."""

@@ -1,7 +1,7 @@
 """The five roles of a policy, what each declares, and the plans they return.
 
-A policy is a frozen dataclass of hyper-parameters with pure methods from statistics to index arrays. It moves nothing: the
-session and the tiers apply its plans. So every policy is testable without a model, a GPU or a disk.
+A policy is a frozen dataclass of hyper-parameters with pure methods from statistics to index arrays. It moves
+nothing: the session and the tiers apply its plans. So every policy is testable without a model, a GPU or a disk.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class KeepPlan(NamedTuple):
 
 
 class MergePlan(NamedTuple):
-    """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight`` [B, Hk, M]; weights and self sum to 1."""
+    """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight``, each [B, Hk, M].
+
+    The weights that go to one ``dst``, and its own, sum to 1.
+    """
 
     src: torch.Tensor
     dst: torch.Tensor
@@ -160,7 +163,7 @@ class Policy(ABC):
         return Composition(parts=(*self.parts, *other.parts))
 
     def check_layout(self, layout: KVLayout) -> None:
-        """Raise ``CompositionError`` when this policy cannot work on a model of this shape; any shape will do by default."""
+        """Raise ``CompositionError`` when a model of this shape cannot be served; any can by default."""
         del layout
 
 
@@ -174,7 +177,7 @@ class PromptFilterPolicy(Policy):
 
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
-        """Indices [keep] int64, ascending, of the prompt tokens [T] to run, by their votes [T] from a partial forward."""
+        """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
 
 
 class SelectionPolicy(Policy):
@@ -258,7 +261,10 @@ class RetrievalPolicy(Policy):
 
     @abstractmethod
     def rank(self, query: torch.Tensor, sketch: Sketch) -> torch.Tensor:
-        """Scores [B, Hk, N] fp32 of pages for queries [B, Hq, Tq, Dk], higher is read first; sketches are [B, Hk, N, ...]."""
+        """Scores of pages [B, Hk, N] for queries [B, Hq, Tq, Dk], higher is read first.
+
+        Sketches are [B, Hk, N, ...].
+        """
 
     def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
         """The ``pages`` best pages of each KV head; all of them when there are fewer."""

@@ -24,7 +24,8 @@ _SLACK = 64
 class WindowSequence:
     """Tokens of one sequence in one sliding-window layer.
 
-    A buffer of W - 1 tokens and some slack; the window slides along it and moves back to its start when the slack is used up.
+    A buffer of W - 1 tokens and some slack; the window slides along it and moves back to its start when the slack is
+    used up.
 
     Attributes
     ----------
@@ -57,6 +58,11 @@ class WindowSequence:
     def length(self) -> int:
         """Tokens held."""
         return self.positions.size
+
+    @property
+    def croppable(self) -> int:
+        """Tokens that a crop may take: all, or those beyond a whole window."""
+        return self.seen if self.length == self.seen else max(0, self.length - self.window + 1)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n]."""
@@ -108,12 +114,10 @@ class WindowSequence:
 
     def check_crop(self, remove: int) -> None:
         """Raise ``SessionStateError`` when ``crop`` would need tokens that slid out; ``record_past`` keeps them."""
-        left = self.length - remove
-        needed = min(self.window - 1, self.seen - remove)
-        if left < needed or remove > self.seen:
+        if remove > self.croppable:
             raise SessionStateError(
-                f"cannot remove {remove} tokens from a sliding window of {self.window}: {max(0, left)} of the "
-                f"{max(0, needed)} tokens before them are kept; call record_past(True) before the appends"
+                f"cannot remove {remove} tokens from a sliding window of {self.window}: the {self.window - 1} "
+                f"before them are kept for the last {self.croppable} only; call record_past(True) before the appends"
             )
 
     def crop(self, remove: int) -> None:
@@ -171,7 +175,9 @@ class WindowSequence:
         self.start = 0
 
 
-def _buffers(layer: LayerLayout, tokens: int, device: torch.device, ledger: Ledger) -> tuple[torch.Tensor, torch.Tensor]:
+def _buffers(
+    layer: LayerLayout, tokens: int, device: torch.device, ledger: Ledger
+) -> tuple[torch.Tensor, torch.Tensor]:
     ledger.take(_PURPOSE, tokens * layer.token_bytes)
     dtype: torch.dtype = getattr(torch, layer.dtype)
     shape = (layer.num_kv_heads, tokens)

@@ -73,7 +73,7 @@ def evict_rows(
 
 def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Tensor:
     """Reduce query heads [B, Hq, ...] to KV heads [B, Hk, ...]."""
-    grouped = values.unflatten(1, (heads, -1))
+    grouped = values.view(values.shape[0], heads, -1, *values.shape[2:])
     if how == "mean":
         return grouped.mean(2)
     return grouped.amax(2) if how == "max" else grouped.sum(2)
@@ -107,7 +107,10 @@ def _apply(sequence: LayerSequence, keep: torch.Tensor) -> None:
     nbytes = count * layer.token_bytes
     group.ledger.take("staging", nbytes)
     like = sequence.tail_keys
-    keys, values = like.new_empty(group.heads, count, layer.key_dim), like.new_empty(group.heads, count, layer.value_dim)
+    keys, values = (
+        like.new_empty(group.heads, count, layer.key_dim),
+        like.new_empty(group.heads, count, layer.value_dim),
+    )
     with segments_of(sequence) as segments:
         for segment in segments:
             head, column = np.nonzero((slots >= segment.start) & (slots < segment.stop))

@@ -42,7 +42,8 @@ class _Layout(NamedTuple):
 class LayerSequence:
     """Slots of one sequence in one layer, in the order they were appended.
 
-    Slot i of KV head h is in page ``pages[h, i // P]`` when sealed, else in the tail. Positions ascend over the slots of a head;
+    Slot i of KV head h is in page ``pages[h, i // P]`` when sealed, else in the tail. Positions ascend over the slots
+    of a head;
     heads agree on positions until a selection makes them differ.
 
     Attributes
@@ -88,6 +89,11 @@ class LayerSequence:
     def length(self) -> int:
         """Slots held."""
         return self.sealed + self.tail_length
+
+    @property
+    def croppable(self) -> int:
+        """Slots that a crop may take: those since the last eviction."""
+        return self.length - self.evicted_length
 
     @property
     def last_position(self) -> int | None:
@@ -170,12 +176,11 @@ class LayerSequence:
         )
 
     def check_crop(self, remove: int) -> None:
-        """Raise ``SessionStateError`` when ``crop`` would reach into a prompt that was evicted: the rest cannot come back."""
-        length = self.length - remove
-        if length < self.evicted_length:
+        """Raise ``SessionStateError`` when ``crop`` would reach into a prompt that was evicted."""
+        if remove > self.croppable:
             raise SessionStateError(
-                f"cannot remove {remove} tokens: only {self.length - self.evicted_length} came after the last eviction; "
-                "start a new session for another prompt"
+                f"cannot remove {remove} tokens: only {self.croppable} came after the last "
+                "eviction; start a new session for another prompt"
             )
 
     def crop(self, remove: int) -> None:
@@ -195,7 +200,7 @@ class LayerSequence:
         self.draft_start = self.length
 
     def accept(self, path: IntArray) -> None:
-        """Keep the drafted slots at ``path`` (ascending, counted from the draft's start), forget the others, seal what is full."""
+        """Keep the drafted slots at ``path``, counted from the draft's start; forget the others."""
         if self.draft_start is None:
             raise SessionStateError("accept() needs begin_draft() before the appends it judges")
         offset = self.draft_start - self.sealed
@@ -269,7 +274,9 @@ class LayerSequence:
         page = group.page_tokens
         pieces = [(run.start * page, run.stop * page, run.keys, run.values) for run in runs]
         scratch = [self._scratch(int(column)) for column in rest]
-        pieces += [(column * page, (column + 1) * page, part_keys, part_values) for column, part_keys, part_values in scratch]
+        pieces += [
+            (column * page, (column + 1) * page, part_keys, part_values) for column, part_keys, part_values in scratch
+        ]
         for start, stop, into_keys, into_values in pieces:
             _fill(into_keys, start, stop, self.tail_keys[:, :kept], keys)
             _fill(into_values, start, stop, self.tail_values[:, :kept], values)
@@ -306,7 +313,7 @@ class LayerSequence:
         here = store.resident(pages).all(axis=0)
         columns = np.flatnonzero(here)
         runs: list[Run] = []
-        loose = [np.flatnonzero(~here)]
+        loose: list[IntArray] = [np.flatnonzero(~here)]
         for first, last in _stretches(columns):
             found, irregular = store.arena.runs(store.frames(pages[:, first:last]))
             runs += [run._replace(start=run.start + first, stop=run.stop + first) for run in found]
@@ -320,7 +327,7 @@ class LayerSequence:
 
     def _by_head(self, pages: torch.Tensor) -> torch.Tensor:
         """Pages [Hk * n, P, D], heads outermost, as [1, Hk, n * P, D]."""
-        return pages.unflatten(0, (self.group.heads, -1)).flatten(1, 2)[None]
+        return pages.reshape(1, self.group.heads, -1, pages.shape[2])
 
     def _reopen(self, length: int) -> None:
         """Crop into sealed pages: the cut block's first slots return to the tail."""

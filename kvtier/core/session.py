@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 import numpy as np
 import torch
 
-from kvtier.core.attention import Queries, attend_all, attend_chosen
-from kvtier.core.batch import AnySequence, append_rows, distinct_rows, fork_rows, release_rows, reorder_rows
+from kvtier.core.attention import Queries
+from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.report import SessionReport
-from kvtier.core.ring import WindowSequence
-from kvtier.core.selection import PromptWindow, evict_rows
-from kvtier.core.sequence import LayerSequence
 from kvtier.errors import InputError, SessionStateError
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
-from kvtier.types import Partial
 
 if TYPE_CHECKING:
     from kvtier.core.memory import Memory
@@ -53,8 +49,8 @@ def _guarded(
 class Session:
     """Sequences of one batch; made by ``Memory.session()``.
 
-    Every layer is fed in the same way: ``append`` its new keys and values, then ``attend`` with its queries. Padding is named by
-    ``spans`` and never stored; each row is a sequence of its own.
+    Every layer is fed in the same way: ``append`` its new keys and values, then ``attend`` with its queries. Padding
+    is named by ``spans`` and never stored; each row is a sequence of its own.
 
     Notes
     -----
@@ -64,16 +60,14 @@ class Session:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self._name = next(_names)
-        self._rows: list[list[AnySequence]] = []
+        self._batch = Batch(memory, [], PromptTracker())
         self._columns = [0] * len(memory.layout.layers)
         self._history = ColumnHistory()
-        self._prompt = PromptTracker()
         self._draft_columns: int | None = None
         self._raw: dict[int, int] = {}
         self._recording = False
         self._unusable: str | None = None
         self._positions: tuple[torch.Tensor, IntArray] | None = None
-        self._pages_read = self._pages_held = 0
         self._seconds = {"append": 0.0, "attend": 0.0}
 
     @property
@@ -82,19 +76,24 @@ class Session:
         return min(self._columns)
 
     @property
+    def croppable(self) -> int:
+        """Columns that ``crop`` may take: back to the last eviction, and to where every window is whole."""
+        return min([self.length, *(sequence.croppable for sequence in self._batch.sequences)])
+
+    @property
     def rows(self) -> int:
         """Sequences held; 0 before the first append."""
-        return len(self._rows)
+        return len(self._batch.rows)
 
     @_guarded
     def expect(self, tokens: int) -> None:
-        """Announce a prompt: the next ``tokens`` columns. Policies of the prefill phase act when all have been attended.
+        """Announce a prompt: the next ``tokens`` columns; prefill policies act when all have been attended.
 
         Without it each append of several tokens is a prompt of its own; once used, only announced tokens are prompts.
         """
         if tokens < 1:
             raise InputError(f"a prompt has at least 1 token, got {tokens}")
-        self._prompt.announce(self.length + tokens)
+        self._batch.prompt.announce(self.length + tokens)
 
     @_guarded
     def append(
@@ -127,14 +126,14 @@ class Session:
         started = time.perf_counter()
         where = self._positions_of(positions)
         self._check(layer, keys, values, where)
-        if not self._rows:
-            self._rows = [[self.memory.sequence(index) for index in range(len(self._columns))] for _ in keys]
-            self._set_recording()
+        if not self.rows:
+            self._batch.open(keys.shape[0])
+            self._batch.record(self._recording)
         self._hold_raw(layer, keys, values)
         if self._columns[layer] == max(self._columns):
             self._begin_step(keys, values, spans)
         try:
-            append_rows(self._rows, layer, keys, values, where, self._spans(spans, keys.shape[2]))
+            self._batch.append(layer, keys, values, where, self._spans(spans, keys.shape[2]))
         except InputError:
             raise
         except BaseException as error:
@@ -142,7 +141,7 @@ class Session:
             raise
         self._columns[layer] += keys.shape[2]
         if self._draft_columns is None:
-            self._prompt.appended(self._columns[layer], keys.shape[2])
+            self._batch.prompt.appended(self._columns[layer], keys.shape[2])
         self._seconds["append"] += time.perf_counter() - started
 
     @_guarded
@@ -181,32 +180,34 @@ class Session:
             [B, Hq, Tq, Dv] in the dtype of the query; zeros on padding.
         """
         started = time.perf_counter()
-        if not self._rows or query.shape[0] != len(self._rows):
-            raise InputError(f"queries must have {len(self._rows)} rows, as was appended, got {query.shape[0]}")
-        where = self._positions_of(positions)
-        on_device = positions.to(query.device)
-        shape = self.memory.layout.layers[layer]
-        out = query.new_zeros(*query.shape[:3], shape.value_dim)
+        if not self.rows or query.shape[0] != self.rows:
+            raise InputError(f"queries must have {self.rows} rows, as was appended, got {query.shape[0]}")
+        where, on_device = self._positions_of(positions), positions.to(query.device)
+        decoding = self._batch.prompt.decoding(self._columns[layer])
+        out = query.new_zeros(*query.shape[:3], self.memory.layout.layers[layer].value_dim)
         last: Queries | None = None
         for row, span in enumerate(self._spans(spans, query.shape[2])):
             if span.start >= span.stop:
                 continue
-            row_positions = row if where.shape[0] > 1 else 0
+            source = row if where.shape[0] > 1 else 0
             last = Queries(
                 query=query[row : row + 1, :, span],
-                positions=on_device[row_positions : row_positions + 1, span],
-                first=int(where[row_positions, span.start]),
+                positions=on_device[source : source + 1, span],
+                first=int(where[source, span.start]),
                 scale=scale,
                 window=window,
                 softcap=softcap,
             )
-            partial = self._attend_row(layer, row, last)
+            partial = self._batch.attend(layer, row, last, decoding=decoding)
             if sink is not None:
                 partial = merge_partials([partial, sink_partial(sink, partial)])
-            self._note_window(layer, row, last, partial)
+            if not decoding:
+                self._batch.note_window(layer, row, last, partial)
             out[row, :, span] = partial.out[0]
-        if last is not None:
-            self._end_layer(layer, last)
+        self._drop_raw(layer)
+        if last is not None and self._columns[layer] == self._batch.prompt.end:
+            self._batch.evict(layer, last)
+        self._batch.work_ahead(layer, decoding=decoding)
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
@@ -214,19 +215,17 @@ class Session:
     def fork(self) -> Session:
         """A second session with the same contents: pages shared, tails copied; the two grow apart."""
         twin = Session(self.memory)
-        twin._rows = fork_rows(self._rows)
+        twin._batch = self._batch.fork()
         twin._columns, twin._history = list(self._columns), self._history.fork()
         twin._draft_columns, twin._recording = self._draft_columns, self._recording
-        twin._prompt = self._prompt.fork()
         return twin
 
     @_guarded
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; rows may repeat (they fork) or disappear (they are freed)."""
-        if not rows or not all(0 <= row < len(self._rows) for row in rows):
-            raise InputError(f"rows must be numbers from 0 to {len(self._rows) - 1}, got {list(rows)}")
-        self._rows = reorder_rows(self._rows, rows)
-        self._prompt = self._prompt.reordered(rows)
+        if not rows or not all(0 <= row < self.rows for row in rows):
+            raise InputError(f"rows must be numbers from 0 to {self.rows - 1}, got {list(rows)}")
+        self._batch.reorder(rows)
         self._history = self._history.reordered(rows)
 
     @_guarded
@@ -242,15 +241,11 @@ class Session:
         """
         if not 0 <= remove <= self.length:
             raise InputError(f"crop takes 0 to {self.length} columns, got {remove}")
-        history, counts = self._history.without(remove, len(self._rows))
-        each = [(sequence, count) for count, row in zip(counts, self._rows, strict=True) for sequence in row]
-        for sequence, count in each:
-            sequence.check_crop(count)
-        for sequence, count in each:
-            sequence.crop(count)
+        history, counts = self._history.without(remove, self.rows)
+        self._batch.crop(counts)
         self._history = history
         self._columns = [columns - remove for columns in self._columns]
-        self._prompt.crop(self.length)
+        self._batch.prompt.crop(self.length)
 
     @_guarded
     def begin_draft(self) -> None:
@@ -258,9 +253,8 @@ class Session:
         if self._draft_columns is not None:
             raise SessionStateError("a draft is already open; accept() it first")
         self._draft_columns = self.length
-        for sequences in self._rows:
-            for sequence in sequences:
-                sequence.begin_draft()
+        for sequence in self._batch.sequences:
+            sequence.begin_draft()
 
     @_guarded
     def accept(self, path: Sequence[int]) -> None:
@@ -271,37 +265,38 @@ class Session:
         kept = np.asarray(list(path), dtype=np.int64)
         if kept.size and (kept[0] < 0 or kept[-1] >= drafted or (np.diff(kept) <= 0).any()):
             raise InputError(f"path must be ascending numbers from 0 to {drafted - 1}, got {list(path)}")
-        for sequences in self._rows:
-            for sequence in sequences:
-                sequence.accept(kept)
-        self._history, _ = self._history.without(drafted, len(self._rows))
+        for sequence in self._batch.sequences:
+            sequence.accept(kept)
+        self._history, _ = self._history.without(drafted, self.rows)
         self._history.note(kept.size)
         self._columns = [self._draft_columns + kept.size] * len(self._columns)
         self._draft_columns = None
 
     @_guarded
     def record_past(self, recording: bool) -> None:
-        """Whether sliding-window layers keep all tokens until the next ``crop``, so that it can go back past the window."""
+        """Whether sliding-window layers keep all tokens until the next ``crop``, which may go back past the window."""
         self._recording = recording
-        self._set_recording()
+        self._batch.record(recording)
 
     @_guarded
     def report(self) -> SessionReport:
         """What this session and the memory under it hold, read and spent."""
         memory = self.memory
-        kept = [sequence.length for sequences in self._rows for sequence in sequences]
+        kept = [sequence.length for sequence in self._batch.sequences]
         return SessionReport(
             policy=memory.policy.label,
             tenant=memory.tenant,
             lossless=memory.policy.lossless,
-            rows=len(self._rows),
+            rows=self.rows,
             tokens=self.length,
             kept=max(kept, default=0),
             bytes=memory.tier_reports(),
-            device_bytes={purpose: count for ledger in memory.ledgers.values() for purpose, count in ledger.by_purpose.items()},
+            device_bytes={
+                purpose: count for ledger in memory.ledgers.values() for purpose, count in ledger.by_purpose.items()
+            },
             moved=memory.moved(),
-            pages_read=self._pages_read,
-            pages_held=self._pages_held,
+            pages_read=self._batch.pages_read,
+            pages_held=self._batch.pages_held,
             seconds=dict(self._seconds),
         )
 
@@ -310,10 +305,9 @@ class Session:
         with self.memory.lock:
             if self._unusable == _CLOSED:
                 return
-            release_rows(self._rows)
+            self._batch.release()
             for layer in list(self._raw):
                 self._drop_raw(layer)
-            self._rows, self._prompt = [], PromptTracker()
             self._unusable = _CLOSED
             self.memory.finish(self._name)
 
@@ -336,7 +330,7 @@ class Session:
         if not 0 <= layer < len(self._columns):
             raise InputError(f"layer must be 0 to {len(self._columns) - 1}, got {layer}")
         shape = self.memory.layout.layers[layer]
-        rows = len(self._rows) or keys.shape[0]
+        rows = self.rows or keys.shape[0]
         need_keys = (rows, shape.num_kv_heads, keys.shape[2], shape.key_dim)
         need_values = (rows, shape.num_kv_heads, keys.shape[2], shape.value_dim)
         if tuple(keys.shape) != need_keys or tuple(values.shape) != need_values or not keys.shape[2]:
@@ -348,7 +342,7 @@ class Session:
             raise InputError(f"positions must be [{rows} or 1, {keys.shape[2]}], got {list(positions.shape)}")
 
     def _spans(self, spans: Sequence[slice] | None, tokens: int) -> Sequence[slice]:
-        return spans if spans is not None else [slice(0, tokens)] * len(self._rows)
+        return spans if spans is not None else [slice(0, tokens)] * self.rows
 
     def _begin_step(self, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[slice] | None) -> None:
         """Once per step: note the columns, and plan the memory of a prompt."""
@@ -356,79 +350,8 @@ class Session:
         first = self._history.empty
         self._history.note(tokens, None if spans is None else tuple(span.stop - span.start for span in spans))
         if first or tokens > self.memory.layout.block_tokens:
-            coming = max(tokens, (self._prompt.end or 0) - self.length)
+            coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
             self.memory.plan(self._name, distinct_rows(keys, values), held=self.length, coming=coming, chunk=tokens)
-
-    def _attend_row(self, layer: int, row: int, queries: Queries) -> Partial:
-        sequence = self._rows[row][layer]
-        if isinstance(sequence, WindowSequence):
-            return attend_all(sequence, queries)
-        policy = self.memory.policy
-        sequence.group.store.tick()
-        if policy.retrieval is None or policy.read is None or not self._decoding(layer) or layer < policy.retrieval.dense_layers:
-            sequence.group.store.touch(sequence.pages.view)
-            if self._decoding(layer):
-                self._pages_held += sequence.pages.length
-                self._pages_read += sequence.pages.length
-            return attend_all(sequence, queries)
-        partial, pages = attend_chosen(sequence, queries, policy.retrieval, policy.read)
-        self._pages_held += sequence.pages.length
-        self._pages_read += pages
-        return partial
-
-    def _decoding(self, layer: int) -> bool:
-        return self._prompt.decoding(self._columns[layer])
-
-    def _note_window(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
-        """While a prompt is running, remember its last queries if a policy will ask for their attention."""
-        selection = self.memory.policy.selection
-        if selection is None or self._decoding(layer) or isinstance(self._rows[row][layer], WindowSequence):
-            return
-        width = selection.window_queries
-        self._prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
-
-    def _end_layer(self, layer: int, last: Queries) -> None:
-        """A layer was attended: evict at the end of a prompt, free what only this step needed, work ahead."""
-        policy = self.memory.policy
-        self._drop_raw(layer)
-        if policy.selection is not None and policy.keep is not None and self._columns[layer] == self._prompt.end:
-            self._evict(layer, last)
-        for row, sequences in enumerate(self._rows):
-            sequence = sequences[layer]
-            if isinstance(sequence, WindowSequence):
-                sequence.settle()
-            elif policy.retrieval is not None and self._decoding(layer):
-                self._prefetch(row, layer + 1)
-        held = self._rows[0][layer]
-        if isinstance(held, LayerSequence):
-            held.group.store.write_behind(held.group.low_water())
-
-    def _evict(self, layer: int, last: Queries) -> None:
-        policy = self.memory.policy
-        held = [row[layer] for row in self._rows]
-        sequences = [sequence for sequence in held if isinstance(sequence, LayerSequence)]
-        if len(sequences) < len(held) or policy.selection is None or policy.keep is None:
-            return
-        evicted = evict_rows(sequences, self._prompt.take(layer, len(held)), last, policy.selection, policy.keep[layer])
-        for row, sequence in zip(self._rows, evicted, strict=True):
-            row[layer] = sequence
-        group = sequences[0].group
-        if layer == group.layers[-1]:
-            group.planned_frames = 0
-            group.store.compact()
-
-    def _prefetch(self, row: int, layer: int) -> None:
-        """Start fetching what the next layer chose last time."""
-        following = self._rows[row][layer] if layer < len(self._columns) else None
-        if isinstance(following, LayerSequence) and following.chosen is not None:
-            group = following.group
-            group.store.prefetch(following.chosen.ravel(), most=group.staging_columns * group.heads)
-
-    def _set_recording(self) -> None:
-        for sequences in self._rows:
-            for sequence in sequences:
-                if isinstance(sequence, WindowSequence):
-                    sequence.recording = self._recording
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""

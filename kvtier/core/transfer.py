@@ -23,8 +23,8 @@ class TransferEngine:
 
     Notes
     -----
-    On CUDA a copy runs on a side stream that first waits for what the caller's stream had queued at ``submit``; the future
-    completes when the copy has.
+    On CUDA a copy runs on a side stream that first waits for what the caller's stream had queued at ``submit``; the
+    future completes when the copy has.
     """
 
     def __init__(self, workers: int = 2) -> None:

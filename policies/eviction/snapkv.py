@@ -19,8 +19,8 @@ __all__ = ["SnapKV"]
 class SnapKV(SelectionPolicy):
     """Evict once, at the end of prefill, by the pooled attention of the last queries.
 
-    The published code ranks per query head after repeating K and V; here the G query heads of a KV head cast one vote, so
-    nothing is stored twice.
+    The published code ranks per query head after repeating K and V; here the G query heads of a KV head cast one
+    vote, so nothing is stored twice.
 
     Parameters
     ----------

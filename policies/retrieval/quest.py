@@ -57,5 +57,5 @@ class Quest(RetrievalPolicy):
         return 2 * key_dim * element_bytes
 
     def rank(self, query: torch.Tensor, sketch: Sketch) -> torch.Tensor:
-        """Upper bounds [B, Hk, N] of the logits in each page, reduced over the group and the queries [B, Hq, Tq, Dk]."""
+        """Upper bounds [B, Hk, N] of the logits in each page for queries [B, Hq, Tq, Dk]."""
         return box_scores(query, sketch["low"], sketch["high"], self.group_reduce)

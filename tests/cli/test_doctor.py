@@ -216,6 +216,22 @@ def test_another_package_named_kernels_is_fine(tmp_path: Path, monkeypatch: pyte
     assert look("kernels package", tmp_path).status == "PASS"
 
 
+def test_kernels_in_use_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVTIER_KERNELS", raising=False)
+
+    check = look("kernel dispatch", tmp_path)
+    assert check.status == "PASS"
+    assert "gather_attention" in check.detail
+
+
+def test_kernels_that_do_not_exist_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTIER_KERNELS", "florp")
+
+    check = look("kernel dispatch", tmp_path)
+    assert (check.status, check.fix) == ("FAIL", "unset KVTIER_KERNELS")
+    assert "florp" in check.detail
+
+
 def test_kvikio_forced_out_of_compatibility_mode_fails_without_being_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

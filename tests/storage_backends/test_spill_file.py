@@ -80,29 +80,32 @@ def test_direct_io_is_reported_as_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Invalid argument" in buffered.note
 
 
+@pytest.mark.parametrize("stop", [4096, 5000])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_transfers_that_stop_short_go_on(spill: SpillFile, monkeypatch: pytest.MonkeyPatch, aligned: bool) -> None:
+def test_transfers_that_stop_short_go_on(
+    spill: SpillFile, monkeypatch: pytest.MonkeyPatch, aligned: bool, stop: int
+) -> None:
     real_read, real_write = os.preadv, os.pwritev
     calls = []
 
     def stingy(call: Callable[..., int]) -> Callable[..., int]:
         def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
             calls.append(offset)
-            return call(descriptor, [buffers[0][:4096]], offset)
+            return min(call(descriptor, [buffers[0][:8192]], offset), stop)
 
         return short
 
     monkeypatch.setattr(os, "preadv", stingy(real_read))
     monkeypatch.setattr(os, "pwritev", stingy(real_write))
     rows = aligned_rows(1, 16) if aligned else random_rows(1, 17, 8192)[1:, :]
-    into = torch.zeros_like(rows)
+    into = empty_aligned(16 * 8192).view(16, 8192) if aligned else torch.zeros_like(rows)
     with spill as slots:
         taken = slots.reserve(16)
         slots.write(taken, rows)
         slots.read(taken, into)
 
     assert torch.equal(into, rows)
-    assert len(calls) == 64, "a write and a read of 32 blocks, one each call"
+    assert len(calls) >= 2 * 16 * 8192 // stop
 
 
 def test_a_file_that_ends_early_is_an_error_and_not_zeros(spill: SpillFile) -> None:

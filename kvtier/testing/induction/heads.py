@@ -91,8 +91,10 @@ def head_weights(role: HeadRole, spec: InductionSpec) -> HeadWeights:
         case "match":
             gain = spec.match_gain
             dims = _slow_dims(spec)
-            query[dims, at.code] = torch.eye(spec.code_dims)
-            key[dims, at.previous] = torch.eye(spec.code_dims)
+            balance = torch.ones(spec.code_dims)
+            balance[: spec.document_dims] = spec.needle_norm
+            query[dims, at.code] = torch.diag(balance)
+            key[dims, at.previous] = torch.diag(1 / balance)
             _carry_code(value, output, at.code, at.output)
         case "sink":
             gain = _SINK_GAIN

@@ -12,7 +12,7 @@ __all__ = ["HeadRole", "InductionSpec"]
 
 HeadRole = Literal["previous", "match", "sink", "local", "noise"]
 
-_IDLE: tuple[HeadRole, ...] = ("local", "noise", "sink")
+_IDLE: tuple[HeadRole, ...] = ("noise", "local", "sink")
 _MIN_FAST_PAIRS = 4
 
 
@@ -44,6 +44,9 @@ class InductionSpec:
         Logit of one RoPE pair in the previous-token head, at a distance of one token.
     match_gain : float
         Logit of a match. Two words share at most ``hot - 1`` dimensions, so the margin is at least ``match_gain / hot``.
+    needle_norm : float
+        Norm of a needle word's match key over that of a document word, whose queries make up for it: the few needle
+        keys then span the first principal directions, and a low-rank codec keeps them.
     seed : int
         Which word gets which code.
 
@@ -65,13 +68,14 @@ class InductionSpec:
     max_words: int = 30000
     previous_gain: float = 40.0
     match_gain: float = 128.0
+    needle_norm: float = 16.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_query_heads", "num_kv_heads", "max_positions", "hot", "needle_dims", "max_words"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rope_theta", "slow_turn", "previous_gain", "match_gain"):
+        for name in ("rope_theta", "slow_turn", "previous_gain", "match_gain", "needle_norm"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.num_layers < 2:
@@ -131,4 +135,4 @@ class InductionSpec:
             return "previous"
         if layer == self.match_layer and kv_head == self.num_kv_heads - 1:
             return "match"
-        return _IDLE[(layer + kv_head - 1) % len(_IDLE)]
+        return _IDLE[(2 * layer + kv_head) % len(_IDLE)]

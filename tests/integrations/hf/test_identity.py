@@ -1,10 +1,12 @@
 """A patched model says, token by token, what the same model says unpatched."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvtier.integrations.hf.layout import layout_of
-from kvtier.integrations.hf.patch import attach
+from kvtier.integrations.hf.patch import PatchHandle, attach
 from kvtier.testing.oracles import PlainMemory
 from kvtier.testing.tiny_models import left_padded, tiny_model
 
@@ -20,6 +22,7 @@ LISTED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "gpt
 BEYOND = ["olmo2", "granite", "qwen2_moe"]
 NEW_TOKENS = 10
 
+Attach = Callable[..., PatchHandle]
 NewCache = Callable[[], Any]
 Mode = Callable[[Any, NewCache], torch.Tensor]
 
@@ -107,42 +110,41 @@ MODES: dict[str, Mode] = {
 }
 
 
-def both_ways(model: Any, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+def both_ways(model: Any, mode: Mode, attach: Attach) -> tuple[torch.Tensor, torch.Tensor]:
     """What a mode gives without and with the patch."""
     stock = mode(model, lambda: DynamicCache(config=model.config))
-    with attach(model, PlainMemory(layout_of(model))) as handle:
+    with attach(model) as handle:
         return stock, mode(model, handle.new_cache)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", LISTED)
-def test_tokens_are_those_of_the_unpatched_model(family: str, mode: str) -> None:
-    stock, patched = both_ways(tiny_model(family), MODES[mode])
+def test_tokens_are_those_of_the_unpatched_model(family: str, mode: str, under_each: Attach) -> None:
+    stock, patched = both_ways(tiny_model(family), MODES[mode], under_each)
     assert patched.tolist() == stock.tolist()
 
 
 @pytest.mark.parametrize("family", BEYOND)
-def test_families_outside_the_list_just_work(family: str) -> None:
-    stock, patched = both_ways(tiny_model(family), MODES["left_padding"])
+def test_families_outside_the_list_just_work(family: str, under_each: Attach) -> None:
+    stock, patched = both_ways(tiny_model(family), MODES["left_padding"], under_each)
     assert patched.tolist() == stock.tolist()
 
 
 @pytest.mark.parametrize("patch_assistant", [False, True], ids=["stock_assistant", "patched_assistant"])
 @pytest.mark.parametrize("family", LISTED)
-def test_assisted_generation(family: str, patch_assistant: bool) -> None:
+def test_assisted_generation(family: str, patch_assistant: bool, under_each: Attach) -> None:
     model, assistant = tiny_model(family), tiny_model(family)
     with torch.no_grad():
         assistant.lm_head.weight.add_(torch.randn(assistant.lm_head.weight.shape, generator=torch.manual_seed(3)) * 0.1)
     stock = greedy(model)
-    memory = PlainMemory(layout_of(assistant))
-    with attach(model, PlainMemory(layout_of(model))) as handle:
-        if patch_assistant:
-            with attach(assistant, memory):
-                assisted = greedy(model, assistant_model=assistant)
-        else:
-            assisted = greedy(model, assistant_model=assistant)
-        assert handle.report().to_dict()["columns"] >= stock.shape[1] - 1
-    assert bool(memory.sessions) == patch_assistant
+    if not patch_assistant:
+        try:
+            greedy(model, assistant_model=assistant)
+        except RuntimeError as error:
+            pytest.skip(f"transformers {transformers.__version__} itself fails here: {error}")
+    with under_each(model), under_each(assistant) if patch_assistant else nullcontext() as helper:
+        assisted = greedy(model, assistant_model=assistant)
+        assert helper is None or helper.report().to_dict()["rows"] == 1
     assert assisted.tolist() == stock.tolist()
 
 
@@ -162,18 +164,19 @@ def test_control_an_attention_that_forgets_one_token_is_noticed(monkeypatch: pyt
     assert forgetful.tolist() != stock.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for an old name
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_lora_adapters(family: str) -> None:
+def test_lora_adapters(family: str, under_each: Attach) -> None:
     model = get_peft_model(tiny_model(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.eval()
     stock, logits = greedy(model, (24, 15)), model(**left_padded([24])).logits
-    with attach(model, PlainMemory(layout_of(model))):
+    with under_each(model):
         assert greedy(model, (24, 15)).tolist() == stock.tolist()
         torch.testing.assert_close(model(**left_padded([24])).logits, logits)
     assert torch.equal(model(**left_padded([24])).logits, logits)
 
 
-def test_embedded_prompts() -> None:
+def test_embedded_prompts(attached: Attach) -> None:
     model = tiny_model("qwen3")
     prompt = left_padded([24, 15])
     embeds = {
@@ -181,13 +184,13 @@ def test_embedded_prompts() -> None:
         "attention_mask": prompt["attention_mask"],
     }
     stock = model.generate(**embeds, do_sample=False, max_new_tokens=NEW_TOKENS)
-    with attach(model, PlainMemory(layout_of(model), max_prefill=7)):
+    with attached(model, max_prefill=7):
         assert model.generate(**embeds, do_sample=False, max_new_tokens=NEW_TOKENS).tolist() == stock.tolist()
 
 
-def test_second_turn_of_a_padded_batch() -> None:
+def test_second_turn_of_a_padded_batch(under_each: Attach) -> None:
     model = tiny_model("llama")
-    first, second = left_padded([12, 7]), left_padded([3, 6], seed=1)
+    first, second = left_padded([12, 7]), left_padded([5, 5], seed=1)
 
     def turns(cache: Any) -> torch.Tensor:
         tokens = model.generate(**first, past_key_values=cache, do_sample=False, max_new_tokens=4)
@@ -199,20 +202,23 @@ def test_second_turn_of_a_padded_batch() -> None:
         return result
 
     stock = turns(DynamicCache(config=model.config))
-    with attach(model, PlainMemory(layout_of(model))) as handle:
+    with under_each(model) as handle:
         assert turns(handle.new_cache()).tolist() == stock.tolist()
 
 
 @given(
-    family=st.sampled_from(["llama", "mistral", "gemma2", "gpt_oss"]),
+    # Families that stock SDPA serves: the eager functions of the others take their softmax in fp32.
+    family=st.sampled_from(["llama", "mistral", "gemma3", "qwen2_moe"]),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
     chunk=st.none() | st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-def test_any_batch_in_any_chunks_in_fp64(family: str, lengths: list[int], chunk: int | None, seed: int) -> None:
-    model = tiny_model(family, dtype=torch.float64, num_hidden_layers=2)
+def test_any_batch_in_any_chunks_in_fp64(
+    under_each: Attach, family: str, lengths: list[int], chunk: int | None, seed: int
+) -> None:
+    model = tiny_model(family, dtype=torch.float64, experts_implementation="eager")
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "prefill_chunk_size": chunk}
     prompt = left_padded(lengths, seed=seed)
     stock = model.generate(**prompt, **options)
-    with attach(model, PlainMemory(layout_of(model))):
+    with under_each(model):
         assert model.generate(**prompt, **options).tolist() == stock.tolist()

@@ -1,0 +1,1 @@
+"""Kernels: attention over pages, and the small operators around it; one operator, one folder."""

@@ -1,0 +1,185 @@
+"""Attention over a run of keys, or over pages gathered from an arena, as a partial (FlashAttention, Dao et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+import torch
+
+from kvtier.errors import InputError
+from kvtier.kernels.dispatch import Candidate, Operator
+from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.types import Partial, Visibility
+
+__all__ = ["attend_pages", "attend_run"]
+
+
+class GatherAttention(Protocol):
+    """What an implementation of this operator provides: the public functions with checked arguments."""
+
+    def attend_run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        /,
+        *,
+        scale: float,
+        softcap: float | None,
+        visible: Visibility | None,
+    ) -> Partial:
+        """Attention over a run."""
+
+    def attend_pages(
+        self,
+        q: torch.Tensor,
+        k_arena: torch.Tensor,
+        v_arena: torch.Tensor,
+        frames: torch.Tensor,
+        /,
+        *,
+        scale: float,
+        softcap: float | None,
+        visible: Visibility | None,
+    ) -> Partial:
+        """Attention over pages."""
+
+
+OPERATOR: Final = Operator[GatherAttention](
+    "gather_attention",
+    [
+        Candidate("blocked", lambda: blocked, "fastest in plain torch"),
+        Candidate("reference", lambda: reference, "dense, in one piece"),
+    ],
+)
+
+
+def attend_run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    visible: Visibility | None = None,
+) -> Partial:
+    """Softmax attention of queries over one run of keys.
+
+    Computed in fp32 whatever the 16-bit type of the inputs, in fp64 when one of them is fp64. Not differentiable: call it under
+    ``torch.no_grad()``. Any number of threads may call it at the same time.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, Hq, Tq, Dk].
+    k, v : Tensor
+        [B, Hk, N, Dk] and [B, Hk, N, Dv]; strided views are read in place. Query head h belongs to KV head ``h // (Hq // Hk)``.
+    scale : float
+        Multiplies q k^T.
+    softcap : float, optional
+        Logits become ``softcap * tanh(logits / softcap)`` after scaling.
+    visible : Visibility, optional
+        q_pos [B, Tq] and k_pos [B, Hk or 1, N]; None lets every query see every key.
+
+    Returns
+    -------
+    Partial
+        out [B, Hq, Tq, Dv], lse [B, Hq, Tq]; ``(0, -inf)`` for a query that sees no key.
+
+    Raises
+    ------
+    InputError
+        When shapes do not fit together.
+    """
+    if not (
+        q.dim() == k.dim() == v.dim() == 4
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and k.shape[1]
+        and q.shape[1] % k.shape[1] == 0
+        and (visible is None or _fits(visible, q, k.shape[1], k.shape[2]))
+    ):
+        raise InputError(
+            "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"
+            f"{_positions('N')}, got {_told(q, k, v, visible=visible)}"
+        )
+    return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+
+
+def attend_pages(
+    q: torch.Tensor,
+    k_arena: torch.Tensor,
+    v_arena: torch.Tensor,
+    frames: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    visible: Visibility | None = None,
+) -> Partial:
+    """Softmax attention of queries over pages, each KV head over its own; frames that are not named are never read.
+
+    Precision, threads and gradients as for :func:`attend_run`.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, Hq, Tq, Dk].
+    k_arena, v_arena : Tensor
+        [F, P, Dk] and [F, P, Dv]: F frames of P slots.
+    frames : Tensor
+        [B, Hk, N] int64: which frame holds page n of each KV head; every slot of a page takes part.
+    scale, softcap
+        As for :func:`attend_run`.
+    visible : Visibility, optional
+        q_pos [B, Tq] and k_pos [B, Hk or 1, N * P], pages end to end.
+
+    Returns
+    -------
+    Partial
+        out [B, Hq, Tq, Dv], lse [B, Hq, Tq].
+
+    Raises
+    ------
+    InputError
+        When shapes do not fit together.
+    """
+    if not (
+        q.dim() == 4
+        and frames.dim() == k_arena.dim() == v_arena.dim() == 3
+        and k_arena.shape[:2] == v_arena.shape[:2]
+        and q.shape[0] == frames.shape[0]
+        and q.shape[3] == k_arena.shape[2]
+        and frames.shape[1]
+        and q.shape[1] % frames.shape[1] == 0
+        and (visible is None or _fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
+    ):
+        raise InputError(
+            "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a multiple of Hk"
+            f"{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
+        )
+    return OPERATOR.on(q.device).attend_pages(
+        q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible
+    )
+
+
+def _fits(visible: Visibility, q: torch.Tensor, kv_heads: int, keys: int) -> bool:
+    q_pos, k_pos = visible.q_pos, visible.k_pos
+    return (
+        q_pos.shape == (q.shape[0], q.shape[2])
+        and k_pos.dim() == 3
+        and k_pos.shape[0] == q.shape[0]
+        and k_pos.shape[1] in {1, kv_heads}
+        and k_pos.shape[2] == keys
+    )
+
+
+def _positions(keys: str) -> str:
+    return f", and positions [B, Tq] and [B, Hk or 1, {keys}]"
+
+
+def _told(*tensors: torch.Tensor, visible: Visibility | None) -> str:
+    shapes = [list(tensor.shape) for tensor in tensors]
+    if visible is not None:
+        shapes += [list(visible.q_pos.shape), list(visible.k_pos.shape)]
+    return ", ".join(map(str, shapes))

@@ -1,0 +1,28 @@
+"""Folding of batch and KV heads into one batch dimension H = B * Hk, and the types kernels accumulate in."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["accumulation_dtype", "fold_heads", "fold_queries"]
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 when one of the inputs is fp64, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def fold_heads(x: torch.Tensor) -> torch.Tensor | None:
+    """x [B, Hk, ...] as a view [B * Hk, ...]; None where its strides allow none and a copy would be needed."""
+    batch, heads = x.shape[:2]
+    if batch == 1:
+        return x[0]
+    if heads == 1:
+        return x[:, 0]
+    return x.flatten(0, 1) if x.stride(0) == heads * x.stride(1) else None
+
+
+def fold_queries(q: torch.Tensor, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """q [B, Hq, Tq, D] as [B * Hk, G, Tq, D] of ``dtype``: the queries of one KV head side by side, keys never repeated."""
+    batch, query_heads, queries, dim = q.shape
+    return q.to(dtype).reshape(batch * kv_heads, query_heads // kv_heads, queries, dim)

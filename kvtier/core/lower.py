@@ -1,0 +1,199 @@
+"""The tiers below the device: copies of sealed pages in host memory and on NVMe, and room for more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kvtier.core.arena import Arena
+from kvtier.core.pages import DEVICE, HOST, NVME, PageTable
+from kvtier.core.policy import IntArray, PlacementPolicy
+from kvtier.errors import CapacityError, DamagedSlotsError, PagesLostError, StorageError
+from kvtier.storage_backends.base import SlotBackend
+from kvtier.types import format_bytes
+
+__all__ = ["TIER_NAMES", "LowerTiers", "Traffic"]
+
+TIER_NAMES = {DEVICE: "device", HOST: "host", NVME: "nvme"}
+_BATCH_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes moved since the start, counted at the copies.
+
+    ``written`` left the device, ``spilled`` went from host to NVMe, ``read`` came back, ``promoted`` of those stayed.
+    """
+
+    written: int = 0
+    spilled: int = 0
+    read: int = 0
+    promoted: int = 0
+
+
+@dataclass(slots=True)
+class LowerTiers:
+    """Copies of pages below the device; a slot holds K [P, Dk] then V [P, Dv] of one page.
+
+    Parameters
+    ----------
+    backends : dict of int to SlotBackend
+        Those of ``HOST`` and ``NVME`` that exist, in this order.
+
+    Attributes
+    ----------
+    peak : dict of int to int
+        The most bytes each tier ever held.
+    """
+
+    arena: Arena
+    table: PageTable
+    placement: PlacementPolicy
+    backends: dict[int, SlotBackend] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    peak: dict[int, int] = field(default_factory=dict)
+
+    def read(self, tier: int, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages in these slots, on the device: K [n, P, Dk], V [n, P, Dv].
+
+        Raises
+        ------
+        PagesLostError
+            When stored bytes fail their digest or cannot be read.
+        """
+        arena, layer = self.arena, self.arena.layer
+        rows = torch.empty(slots.size, arena.frame_bytes, dtype=torch.uint8)
+        try:
+            self.backends[tier].read(slots, rows)
+        except DamagedSlotsError as error:
+            raise PagesLostError(
+                f"{len(error.slots)} pages of this session in the {TIER_NAMES[tier]} tier do not match their digest; "
+                "call handle.recover() to run the prompt again"
+            ) from error
+        except StorageError as error:
+            raise PagesLostError(
+                f"pages of this session in the {TIER_NAMES[tier]} tier cannot be read ({error}); "
+                "call handle.recover() to run the prompt again"
+            ) from error
+        flat = rows.view(arena.dtype)
+        split = arena.page_tokens * layer.key_dim
+        keys = flat[:, :split].unflatten(1, (arena.page_tokens, layer.key_dim))
+        values = flat[:, split:].unflatten(1, (arena.page_tokens, layer.value_dim))
+        return keys.to(arena.device), values.to(arena.device)
+
+    def write(self, tier: int, slots: IntArray, frames: IntArray) -> None:
+        """Copy frames [n] of the arena into slots [n]."""
+        step = max(1, _BATCH_BYTES // self.arena.frame_bytes)
+        for start in range(0, slots.size, step):
+            keys, values = self.arena.read(frames[start : start + step])
+            rows = torch.cat([keys.flatten(1), values.flatten(1)], dim=1).cpu().view(torch.uint8)
+            self.backends[tier].write(slots[start : start + step], rows)
+
+    def reserve(self, tier: int, count: int) -> IntArray:
+        """Slots [count] of a tier."""
+        backend = self.backends[tier]
+        slots = backend.reserve(count)
+        self.peak[tier] = max(self.peak.get(tier, 0), backend.used_slots * backend.slot_bytes)
+        return slots
+
+    def store(self, pages: IntArray) -> None:
+        """Give resident pages a copy below, in the fastest tier with room; older pages move on to make it.
+
+        Raises
+        ------
+        CapacityError
+            Before anything moves, when they do not fit.
+        StorageError
+            When a write fails; pages written before it keep their copies, the others stay where they are.
+        """
+        self.check_room(pages.size)
+        rest = pages
+        for tier, backend in self.backends.items():
+            if tier == HOST:
+                self._make_host_room(rest.size)
+            part, rest = rest[: backend.free_slots], rest[backend.free_slots :]
+            if part.size:
+                self._copy_down(tier, part)
+
+    def check_room(self, count: int) -> None:
+        """Raise ``CapacityError`` if ``count`` more pages find no place below the device."""
+        free = sum(backend.free_slots for backend in self.backends.values())
+        if HOST in self.backends:
+            copy = self.table.copy
+            free += int(np.count_nonzero(copy[HOST] & (copy[DEVICE] | copy[NVME]) & ~self.table.busy))
+        if count <= free:
+            return
+        tiers = ", ".join(
+            f"{TIER_NAMES[tier]} {format_bytes(backend.used_slots * backend.slot_bytes)} of "
+            f"{format_bytes(backend.capacity_slots * backend.slot_bytes)}"
+            for tier, backend in self.backends.items()
+        )
+        page = self.arena.frame_bytes
+        raise CapacityError(
+            f"{format_bytes(count * page)} of pages must leave the device and {format_bytes(free * page)} are free "
+            f"below it ({tiers or 'no tier below the device'}); raise a capacity, add a tier, or keep fewer tokens"
+        )
+
+    def release(self, pages: IntArray) -> None:
+        """Free every copy of these pages below the device."""
+        for tier, backend in self.backends.items():
+            held = pages[self.table.copy[tier][pages]]
+            if held.size:
+                backend.release(self.table.slot[tier][held])
+                self.table.copy[tier][held] = False
+
+    def close(self) -> None:
+        """Close every backend; idempotent."""
+        for backend in self.backends.values():
+            backend.close()
+
+    def _copy_down(self, tier: int, pages: IntArray) -> None:
+        slots = self.reserve(tier, pages.size)
+        try:
+            self.write(tier, slots, self.table.slot[DEVICE][pages])
+        except Exception:
+            self.backends[tier].release(slots)
+            raise
+        self.table.slot[tier][pages] = slots
+        self.table.copy[tier][pages] = True
+        self.traffic.written += pages.size * self.arena.frame_bytes
+
+    def _make_host_room(self, count: int) -> None:
+        """Free host slots for ``count`` pages as far as possible: drop spare copies first, then spill to NVMe."""
+        host, table = self.backends[HOST], self.table
+        movable = table.copy[HOST] & ~table.busy
+        short = count - host.free_slots
+        if short > 0:
+            spare = np.flatnonzero(movable & (table.copy[DEVICE] | table.copy[NVME]))
+            self._leave_host(spare[self.placement.victims(table.last_use[spare], min(short, spare.size))])
+        short = count - host.free_slots
+        if short > 0 and NVME in self.backends:
+            only = np.flatnonzero(table.copy[HOST] & ~table.busy)
+            room = min(short, only.size, self.backends[NVME].free_slots)
+            self._spill(only[self.placement.victims(table.last_use[only], room)])
+
+    def _spill(self, pages: IntArray) -> None:
+        """Host to NVMe, in batches; a page leaves the host only after its batch is written."""
+        step = max(1, _BATCH_BYTES // self.arena.frame_bytes)
+        host, nvme = self.backends[HOST], self.backends[NVME]
+        for start in range(0, pages.size, step):
+            part = pages[start : start + step]
+            rows = torch.empty(part.size, self.arena.frame_bytes, dtype=torch.uint8)
+            host.read(self.table.slot[HOST][part], rows)
+            slots = self.reserve(NVME, part.size)
+            try:
+                nvme.write(slots, rows)
+            except Exception:
+                nvme.release(slots)
+                raise
+            self.table.slot[NVME][part] = slots
+            self.table.copy[NVME][part] = True
+            self._leave_host(part)
+            self.traffic.spilled += part.size * self.arena.frame_bytes
+
+    def _leave_host(self, pages: IntArray) -> None:
+        if pages.size:
+            self.backends[HOST].release(self.table.slot[HOST][pages])
+            self.table.copy[HOST][pages] = False

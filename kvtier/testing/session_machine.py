@@ -1,0 +1,236 @@
+"""A stateful test of the session: any order of its operations equals plain tensors, on every tier.
+
+Subclass ``SessionMachine``, set what differs (layout, policy, budgets, tiers), and run its ``TestCase``::
+
+    class Spilling(SessionMachine):
+        device_bytes = 60_000
+        tiers = {"tiers": [{"name": "host", "backend": "host", "capacity": "64KiB"}]}
+
+    TestSpilling = Spilling.TestCase
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvtier.config import load_config
+from kvtier.core.compose import policy
+from kvtier.core.memory import Memory
+from kvtier.core.session import Session
+from kvtier.testing.oracles import PlainSession
+from kvtier.types import Budgets, KVLayout, LayerLayout
+
+__all__ = ["SessionMachine", "small_layout"]
+
+_SCALE = 0.3
+_TOLERANCE = 1e-10
+_FORKS = 3
+
+
+def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2) -> KVLayout:
+    """Three small fp64 layers, pages of 4 and blocks of 8; the middle layer slides if ``window`` is given."""
+
+    def layer(sliding: int | None) -> LayerLayout:
+        return LayerLayout(
+            num_query_heads=heads * group,
+            num_kv_heads=heads,
+            key_dim=6,
+            value_dim=4,
+            dtype="float64",
+            window=sliding,
+        )
+
+    return KVLayout(layers=(layer(None), layer(window), layer(None)), page_tokens=4, block_tokens=8, chunk_tokens=16)
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Random appends, forks, crops, reorders, drafts, demotions and promotions against ``PlainSession``.
+
+    Attributes
+    ----------
+    layout, policy_text, device_bytes, tiers
+        What the memory under test is made of; the policy must be lossless within its budgets.
+    rows : int
+        Rows of the batch.
+    """
+
+    layout: ClassVar[KVLayout] = small_layout()
+    policy_text: ClassVar[str] = "full"
+    device_bytes: ClassVar[int | None] = None
+    tiers: ClassVar[Mapping[str, Any]] = {"tiers": [{"name": "host", "backend": "host", "capacity": "16MiB"}]}
+    rows: ClassVar[int] = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = load_config({**self.tiers, "page_tokens": 4, "block_tokens": 8})
+        self.memory = Memory(self.layout, policy(self.policy_text), Budgets(device=self.device_bytes), config)
+        self.pairs: list[tuple[Session, PlainSession]] = [
+            (self.memory.session(), PlainSession(len(self.layout.layers)))
+        ]
+        self.current = 0
+        self.next_position = [0]
+        self.draft_from: int | None = None
+        for session, _ in self.pairs:
+            session.record_past(True)
+
+    @precondition(lambda self: self.draft_from is None or self.pairs[self.current][0].length < self.draft_from + 12)
+    @rule(tokens=st.integers(1, 40), seed=st.integers(0, 2**16), equal=st.booleans())
+    def append(self, tokens: int, seed: int, equal: bool) -> None:
+        """Append to every layer and attend; rows may be equal, so that they share pages."""
+        if self.draft_from is not None:
+            tokens = min(tokens, 3)
+        note(f"append {tokens} tokens to session {self.current}, equal rows: {equal}")
+        session, plain = self.pairs[self.current]
+        rows = session.rows or self.rows
+        random = torch.Generator().manual_seed(seed)
+        start = self.next_position[self.current]
+        positions = torch.arange(start, start + tokens)[None].expand(rows, tokens)
+        for index, layer in enumerate(self.layout.layers):
+            count = 1 if equal else rows
+
+            def draw(heads: int, dim: int, count: int = count) -> torch.Tensor:
+                drawn = torch.randn(count, heads, tokens, dim, generator=random, dtype=torch.float64)
+                return drawn.expand(rows, heads, tokens, dim)
+
+            keys, values = draw(layer.num_kv_heads, layer.key_dim), draw(layer.num_kv_heads, layer.value_dim)
+            query = draw(layer.num_query_heads, layer.key_dim)
+            session.append(index, keys, values, positions)
+            plain.append(index, keys, values, positions)
+            got = session.attend(index, query, positions, scale=_SCALE, window=layer.window)
+            expected = plain.attend(index, query, positions, scale=_SCALE, window=layer.window)
+            torch.testing.assert_close(got, expected, rtol=0, atol=_TOLERANCE)
+        self.next_position[self.current] += tokens
+
+    @precondition(lambda self: len(self.pairs) < _FORKS and self.draft_from is None)
+    @rule()
+    def fork(self) -> None:
+        """Go on in a fork; the original stays and must not change."""
+        session, plain = self.pairs[self.current]
+        self.pairs.append((session.fork(), plain.fork()))
+        self.next_position.append(self.next_position[self.current])
+        self.current = len(self.pairs) - 1
+        note(f"fork into session {self.current}")
+
+    @precondition(lambda self: len(self.pairs) > 1 and self.draft_from is None)
+    @rule(index=st.integers(0, _FORKS - 1))
+    def switch(self, index: int) -> None:
+        """Go on in another fork."""
+        self.current = index % len(self.pairs)
+        note(f"switch to session {self.current}")
+
+    @precondition(lambda self: len(self.pairs) > 1 and self.draft_from is None)
+    @rule()
+    def close(self) -> None:
+        """Close the current fork; the others keep their pages."""
+        note(f"close session {self.current}")
+        session, plain = self.pairs.pop(self.current)
+        self.next_position.pop(self.current)
+        session.close()
+        plain.close()
+        self.current = 0
+
+    @precondition(lambda self: self.draft_from is None)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        """Forget some of the newest columns."""
+        session, plain = self.pairs[self.current]
+        remove = int(share * session.croppable)
+        note(f"crop {remove} of {session.length}")
+        session.crop(remove)
+        plain.crop(remove)
+        self.next_position[self.current] -= remove
+
+    @precondition(lambda self: self.pairs[self.current][0].rows > 0 and self.draft_from is None)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        """Permute, repeat or drop rows, as a beam search does."""
+        session, plain = self.pairs[self.current]
+        order = data.draw(st.lists(st.integers(0, session.rows - 1), min_size=self.rows, max_size=self.rows))
+        note(f"reorder rows {order}")
+        session.reorder(order)
+        plain.reorder(order)
+
+    @precondition(lambda self: self.draft_from is None and self.pairs[self.current][0].length > 0)
+    @rule()
+    def begin_draft(self) -> None:
+        """Speculate from here."""
+        session, plain = self.pairs[self.current]
+        note("begin a draft")
+        self.draft_from = session.length
+        session.begin_draft()
+        plain.begin_draft()
+
+    @precondition(lambda self: self.draft_from is not None)
+    @rule(share=st.floats(0, 1))
+    def accept(self, share: float) -> None:
+        """Commit a prefix of the draft."""
+        session, plain = self.pairs[self.current]
+        drafted = session.length - (self.draft_from or 0)
+        kept = int(share * drafted)
+        note(f"accept {kept} of {drafted}")
+        session.accept(range(kept))
+        plain.accept(range(kept))
+        self.next_position[self.current] -= drafted - kept
+        self.draft_from = None
+
+    @rule(share=st.floats(0, 1))
+    def demote(self, share: float) -> None:
+        """Push pages off the device, as pressure would."""
+        for group in self.memory.groups:
+            held = group.arena.total_frames - group.arena.free_frames
+            group.store.tick()
+            group.store.demote(int(share * held), 0)
+        note(f"demote {share:.2f} of the resident pages")
+
+    @rule()
+    def promote(self) -> None:
+        """Bring back what fits, in the background."""
+        note("prefetch all pages that fit")
+        for group in self.memory.groups:
+            live = torch.from_numpy(group.store.table.refs).nonzero()[:, 0].numpy()
+            group.store.prefetch(live, most=group.arena.free_frames)
+
+    @invariant()
+    def lengths_agree(self) -> None:
+        """Columns and rows are those of the oracle."""
+        for session, plain in self.pairs:
+            if session.length != plain.length or session.rows != plain.rows:
+                raise AssertionError(f"{session.length}, {session.rows} != {plain.length}, {plain.rows}")
+
+    @invariant()
+    def bytes_are_accounted(self) -> None:
+        """No device budget is passed; frames used equal resident pages; slots used equal copies below."""
+        for ledger in self.memory.ledgers.values():
+            if ledger.limit is not None and ledger.peak > ledger.limit:
+                raise AssertionError(f"peak {ledger.peak} > limit {ledger.limit}")
+        for group in self.memory.groups:
+            store = group.store
+            store.settle()
+            used = group.arena.total_frames - group.arena.free_frames
+            if used != int(store.table.copy[0].sum()):
+                raise AssertionError(f"{used} frames used, {int(store.table.copy[0].sum())} pages resident")
+            for tier, backend in store.lower.backends.items():
+                if backend.used_slots != int(store.table.copy[tier].sum()):
+                    raise AssertionError(
+                        f"tier {tier}: {backend.used_slots} slots, {store.table.copy[tier].sum()} copies"
+                    )
+
+    def teardown(self) -> None:
+        """Closing every session frees every page in every tier."""
+        for session, _ in self.pairs:
+            session.close()
+        for group in self.memory.groups:
+            if group.store.table.live or any(backend.used_slots for backend in group.store.lower.backends.values()):
+                raise AssertionError("pages outlived their sessions")
+        left = {
+            purpose: count for ledger in self.memory.ledgers.values() for purpose, count in ledger.by_purpose.items()
+        }
+        if any(left.values()):
+            raise AssertionError(f"bytes outlived their sessions: {left}")
+        self.memory.close()

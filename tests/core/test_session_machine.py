@@ -1,0 +1,51 @@
+"""The session, in any order of its operations, equals plain tensors on every arrangement of tiers."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import ClassVar
+
+from kvtier.testing.session_machine import SessionMachine, small_layout
+
+
+class Unbounded(SessionMachine):
+    """Everything on the device."""
+
+
+class OnHost(SessionMachine):
+    """A device that holds a fraction, the rest on the host."""
+
+    device_bytes: ClassVar = 150_000
+
+
+class OnNvme(SessionMachine):
+    """A device and a host that hold a fraction each, the rest in a file."""
+
+    device_bytes: ClassVar = 150_000
+    tiers: ClassVar = {
+        "tiers": [
+            {"name": "host", "backend": "host", "capacity": "16KiB"},
+            {"name": "nvme", "backend": "spill", "capacity": "16MiB", "path": tempfile.gettempdir()},
+        ]
+    }
+
+
+class Sliding(SessionMachine):
+    """A sliding-window layer between two full ones."""
+
+    layout: ClassVar = small_layout(window=13)
+    device_bytes: ClassVar = 150_000
+
+
+class Retrieving(SessionMachine):
+    """Quest with a read budget that covers everything, over tiers: chosen pages are all pages."""
+
+    policy_text: ClassVar = "quest(dense_layers=1, read=100000)"
+    device_bytes: ClassVar = 400_000
+
+
+TestUnbounded = Unbounded.TestCase
+TestOnHost = OnHost.TestCase
+TestOnNvme = OnNvme.TestCase
+TestSliding = Sliding.TestCase
+TestRetrieving = Retrieving.TestCase
