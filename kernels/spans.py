@@ -131,7 +131,9 @@ def _block_states(visible: Visibility, row_block: int, key_block: int) -> list[l
 
 def _bounds(positions: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest of positions [B, h, n] in each block of n."""
-    low, high = (positions[0, 0],) * 2 if positions[..., 0].numel() == 1 else torch.aminmax(positions.flatten(0, 1), dim=0)
+    low, high = (
+        (positions[0, 0],) * 2 if positions[..., 0].numel() == 1 else torch.aminmax(positions.flatten(0, 1), dim=0)
+    )
     short = -low.shape[0] % block
     if short:
         low = torch.cat([low, low[-1:].expand(short)])

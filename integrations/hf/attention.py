@@ -104,6 +104,7 @@ def attention(
 
 def mask(
     *,
+    q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None = None,
@@ -125,9 +126,11 @@ def mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape[-1] != kv_length:
+    # Without a cache transformers takes the length of the keys from the mask itself.
+    columns = max(q_length, kv_length)
+    if attention_mask.shape[-1] != columns:
         raise MaskError(
-            f"the attention mask must cover all {kv_length} columns (cached and new), got {attention_mask.shape[-1]}; "
+            f"the attention mask must cover all {columns} columns (cached and new), got {attention_mask.shape[-1]}; "
             "pass the mask of the cached columns too"
         )
     return None if bool(attention_mask.all()) else attention_mask

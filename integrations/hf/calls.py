@@ -88,6 +88,7 @@ class PatchedCalls:
             given = self.pool.new_cache()
             call = {**call, "past_key_values": given}
         cache = self.check_cache(given)
+        cache.state.check_ready()
         self.pool.use(cache)
         if module is self.model and cache.state.split is not None:
             call = split_forward(self.model, call, cache.state.length, cache.state.split)

@@ -94,12 +94,16 @@ def _operator() -> Callable[..., Any] | None:
     if operator is None:
         return None
     try:
-        works = all(_agrees(operator, dtype, kind) for dtype in _TRIAL_LIMITS for kind in ("visible", "causal", "masked"))
+        works = all(
+            _agrees(operator, dtype, kind) for dtype in _TRIAL_LIMITS for kind in ("visible", "causal", "masked")
+        )
     except (RuntimeError, TypeError) as error:
         _log.info("torch %s: fused CPU attention is not used: %s", torch.__version__, error)
         return None
     if not works:
-        _log.warning("torch %s: fused CPU attention is not used: its answers differ from the formula", torch.__version__)
+        _log.warning(
+            "torch %s: fused CPU attention is not used: its answers differ from the formula", torch.__version__
+        )
     return operator if works else None
 
 

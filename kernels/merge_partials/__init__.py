@@ -55,7 +55,9 @@ def merge_partials(parts: Sequence[Partial]) -> Partial:
         Without parts, or when their shapes differ.
     """
     if not parts:
-        raise InputError("merge_partials needs at least one partial, got none; empty_partial() is attention over no keys")
+        raise InputError(
+            "merge_partials needs at least one partial, got none; empty_partial() is attention over no keys"
+        )
     first = parts[0]
     out_shape = first.out.shape
     if first.lse.shape != out_shape[:-1] or any(
