@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+BENCH ?= decode
 LOWEST := transformers-5.16.0
 
 BIN := .venv/bin
@@ -36,7 +37,7 @@ compat: $(VENV) $(COMPAT)/.ready
 	PYTHONPATH=$(CURDIR)/$(COMPAT) $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/integrations/hf
 
 bench: $(VENV)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 $(VENV): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtier needs Python 3.11 or newer; set PYTHON=")'

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: chosen by device, overridden by ``KVTIER_KERNELS``, and told to ``kvtier doctor``."""
+"""Which implementation of an operator runs: chosen by device or ``KVTIER_KERNELS``, and told to ``kvtier doctor``."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Chosen:
 class Operator(Generic[K]):
     """An operator with several implementations, the preferred first.
 
-    A choice is made once per device and kept, so ``KVTIER_KERNELS`` must be set before the first call. Any thread may ask;
-    two that ask first at the same time come to the same answer.
+    A choice is made once per device and kept, so ``KVTIER_KERNELS`` must be set before the first call. Any thread may
+    ask; two that ask first at the same time come to the same answer.
     """
 
     def __init__(self, name: str, candidates: Sequence[Candidate[K]]) -> None:
@@ -103,7 +103,7 @@ class Operator(Generic[K]):
         wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
         if wanted != "auto":
             return self._named(wanted, device), f"asked for by {ENVIRONMENT_VARIABLE}={wanted}"
-        passed_over = []
+        passed_over: list[str] = []
         for candidate in self._candidates:
             obstacle = candidate.obstacle(device)
             if obstacle is None:

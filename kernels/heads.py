@@ -13,7 +13,7 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def fold_heads(x: torch.Tensor) -> torch.Tensor | None:
-    """x [B, Hk, ...] as a view [B * Hk, ...]; None where its strides allow none and a copy would be needed."""
+    """View of x [B, Hk, ...] as [B * Hk, ...]; None where its strides allow none and a copy would be needed."""
     batch, heads = x.shape[:2]
     if batch == 1:
         return x[0]
@@ -23,6 +23,6 @@ def fold_heads(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def fold_queries(q: torch.Tensor, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """q [B, Hq, Tq, D] as [B * Hk, G, Tq, D] of ``dtype``: the queries of one KV head side by side, keys never repeated."""
+    """Queries q [B, Hq, Tq, D] as [B * Hk, G, Tq, D] of ``dtype``, so that keys need not be repeated for the group."""
     batch, query_heads, queries, dim = q.shape
     return q.to(dtype).reshape(batch * kv_heads, query_heads // kv_heads, queries, dim)

@@ -1,14 +1,15 @@
-"""Which keys which queries may see, by blocks: whole blocks are skipped or need no mask, masks exist only in between."""
+"""Which keys which queries may see, by blocks: most blocks are skipped or need no mask, masks exist in between."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
 
 from kvtier.types import Visibility
 
-__all__ = ["Rows", "Span", "causal_plan", "hidden_pairs", "plan_blocks", "whole_plan"]
+__all__ = ["Rows", "Span", "batch_row", "causal_plan", "fits", "hidden_pairs", "plan_blocks", "whole_plan"]
 
 Kind = Literal["visible", "causal", "masked"]
 
@@ -41,6 +42,23 @@ class Rows(NamedTuple):
     spans: list[Span]
 
 
+def fits(visible: Visibility, q: torch.Tensor, kv_heads: int, keys: int) -> bool:
+    """Whether the shapes of the positions are those of q [B, Hq, Tq, Dk] and of ``keys`` keys of each KV head."""
+    q_pos, k_pos = visible.q_pos, visible.k_pos
+    return (
+        q_pos.shape == (q.shape[0], q.shape[2])
+        and k_pos.dim() == 3
+        and k_pos.shape[0] == q.shape[0]
+        and k_pos.shape[1] in {1, kv_heads}
+        and k_pos.shape[2] == keys
+    )
+
+
+def batch_row(visible: Visibility | None, row: slice) -> Visibility | None:
+    """The positions of some batch rows alone."""
+    return None if visible is None else Visibility(visible.q_pos[row], visible.k_pos[row], visible.window)
+
+
 def whole_plan(queries: int, keys: int, row_block: int) -> list[Rows]:
     """Every key visible to every query."""
     spans = [Span(0, keys, "visible")]
@@ -65,8 +83,8 @@ def plan_blocks(visible: Visibility, row_block: int, key_block: int) -> list[Row
 def causal_plan(visible: Visibility, row_block: int) -> list[Rows] | None:
     """Spans of a prompt chunk over its own keys and any past ones, or None when that is not what the positions are.
 
-    Required: no window that hides anything; queries at consecutive positions; keys that are first, in any order, the past
-    (before every query) and then consecutive positions. Then no mask is needed at all.
+    Required: no window that hides anything; queries at consecutive positions; keys that are first, in any order, the
+    past (before every query) and then consecutive positions. Then no mask is needed at all.
     """
     shape = _chunk_shape(visible)
     if shape is None:
@@ -75,7 +93,7 @@ def causal_plan(visible: Visibility, row_block: int) -> list[Rows] | None:
     queries, keys = visible.q_pos.shape[-1], visible.k_pos.shape[-1]
     edges = sorted({0, min(late, queries), *range(late, queries, row_block), queries})
     plan = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         seen = min(past + max(0, start - late), keys)
         spans = [Span(0, seen, "visible")] if seen else []
         if start >= late and seen < keys:

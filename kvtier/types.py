@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -160,6 +161,19 @@ class KVLayout:
             block_tokens=block_tokens,
             chunk_tokens=chunk_tokens,
         )
+
+    @classmethod
+    def of(cls, model: object) -> KVLayout:
+        """Layout of a transformers model.
+
+        Raises
+        ------
+        UnsupportedModelError
+            With the reason, for a model that kvtier cannot serve.
+        """
+        # By name: this module loads nothing but the standard library.
+        layout: KVLayout = importlib.import_module("kvtier.integrations.hf.layout").layout_of(model)
+        return layout
 
     @property
     def token_bytes(self) -> int:

@@ -85,20 +85,20 @@ def attention(
     layout = _adopted.get(module)
     if layout is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} asks for kvtier's attention, but its model is not patched: it shares its config with a "
-            "patched model or is a copy of one; build it from a config of its own"
+            f"{type(module).__name__} asks for kvtier's attention, but its model is not patched: it shares its config "
+            "with a patched model or is a copy of one; build it from a config of its own"
         )
     _refuse(module, dropout, kwargs)
     window = _window(layout, sliding_window)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         if staged is None:
             out = _attend_given(query, key, value, attention_mask, position_ids, softmax)
         else:
             _check_staged(module, staged, key, value)
             out = _attend_session(staged, query, attention_mask, position_ids, softmax)
     if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradient.apply(out, query)
+        out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -121,7 +121,8 @@ def mask(
     """
     if use_vmap or not allow_is_causal_skip or not compat.is_causal_pattern(mask_function):
         raise MaskError(
-            f"kvtier serves causal and sliding-window masks with padding, got {getattr(mask_function, '__qualname__', 'another')}; "
+            "kvtier serves causal and sliding-window masks with padding, "
+            f"got {getattr(mask_function, '__qualname__', 'another')}; "
             "leave out custom, packed, block-wise and bidirectional masks"
         )
     if attention_mask is None:
@@ -149,7 +150,7 @@ def _attend_session(
     batch, width = query.shape[0], query.shape[2]
     columns = state.begin(layer, attention_mask, position_ids, batch, width)
     positions = columns.positions_on(query.device)
-    state.session.append(layer, staged.key, staged.value, positions, spans=columns.spans)
+    state.session.append(layer, staged.key.detach(), staged.value.detach(), positions, spans=columns.spans)
     out = state.session.attend(layer, query, positions, spans=columns.spans, **softmax._asdict())
     state.finish(layer)
     return out
@@ -177,8 +178,8 @@ def _attend_given(
 def _check_staged(module: nn.Module, staged: Staged, key: torch.Tensor, value: torch.Tensor) -> None:
     if staged.layer != module.layer_idx or key is not staged.key or value is not staged.value:
         raise UnsupportedModelError(
-            f"{type(module).__name__} changes its keys or values after it caches them; kvtier serves families that attend to "
-            "what they cached"
+            f"{type(module).__name__} changes its keys or values after it caches them; kvtier serves families that "
+            "attend to what they cached"
         )
 
 
@@ -188,10 +189,14 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions"):
         raise InputError("paged attention has no attention weights; leave out output_attentions=True")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError(f"{type(module).__name__} asks for bidirectional attention; kvtier serves causal models")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for bidirectional attention; kvtier serves causal models"
+        )
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign:
-        raise UnsupportedModelError(f"{type(module).__name__} passes {foreign[0]} to its attention, which kvtier does not serve")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {foreign[0]} to its attention; kvtier does not serve that"
+        )
 
 
 def _window(layout: LayerLayout, given: int | None) -> int | None:

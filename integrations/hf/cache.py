@@ -19,14 +19,14 @@ __all__ = ["KVTierCache", "KVTierLayer"]
 
 
 class KVTierLayer(CacheLayerMixin):
-    """One layer, as transformers sees it: it answers lengths and stages K and V; everything else is the whole cache's affair."""
+    """One layer, as transformers sees it: it answers lengths and stages K and V; the cache does the rest."""
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
     def __init__(self, state: CacheState, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.is_sliding = state.memory.layout.layers[index].window is not None
         self._state = state
         self._index = index
@@ -52,7 +52,7 @@ class KVTierLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stage key [B, Hk, Tq, Dk] and value [B, Hk, Tq, Dv] for the attention function; return them as they came."""
+        """Stage key [B, Hk, Tq, Dk] and value [B, Hk, Tq, Dv] for the attention function; return them untouched."""
         self._state.check_alive()
         stage.put(Staged(self._state, self._index, key_states, value_states))
         self.is_initialized = True
@@ -74,7 +74,7 @@ class KVTierLayer(CacheLayerMixin):
 class KVTierCache(Cache):
     """A cache for one batch of sequences; ``handle.new_cache()`` makes them.
 
-    Pass it as ``past_key_values``. One thread at a time; ``copy.deepcopy`` forks it, sharing pages where the memory can.
+    Pass it as ``past_key_values``. One thread at a time; ``copy.deepcopy`` forks it, sharing pages if the memory can.
 
     Attributes
     ----------
@@ -126,7 +126,8 @@ class KVTierCache(Cache):
         """Forget everything and start over with an empty session."""
         self.state.restart()
         for layer in self.layers:
-            layer.is_initialized = False
+            if isinstance(layer, KVTierLayer):
+                layer.is_initialized = False
 
     def close(self) -> None:
         """Free the session; a second call does nothing."""

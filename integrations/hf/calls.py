@@ -90,8 +90,12 @@ class PatchedCalls:
         cache = self.check_cache(given)
         cache.state.check_ready()
         self.pool.use(cache)
-        if module is self.model and cache.state.split is not None:
-            call = split_forward(self.model, call, cache.state.length, cache.state.split)
+        split = cache.state.split
+        if module is self.model and split is not None:
+            # The parts are forwards of their own and come by here again.
+            cache.state.split = None
+            call = split_forward(self.model, call, cache.state.length, split)
+            cache.state.split = split
         cache.state.fed = call.get("input_ids")
         return call
 
@@ -120,7 +124,9 @@ class PatchedCalls:
                 f"a patched model takes past_key_values=handle.new_cache(), or none, got {type(cache).__name__}"
             )
         if cache.memory is not self.pool.memory:
-            raise UnsupportedModelError("this cache belongs to another handle; pass one from this handle's new_cache(), or none")
+            raise UnsupportedModelError(
+                "this cache belongs to another handle; pass one from this handle's new_cache(), or none"
+            )
         return cache
 
     def _generate_on(self, cache: KVTierCache, original: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -138,7 +144,7 @@ class PatchedCalls:
         state.split = Split(chunk, apart=drafts) if drafts or chunk is not None else None
         call = {**call, "past_key_values": cache}
         if chunk is not None:
-            # transformers 5.16 cuts a continued prompt wrongly, and every version an embedded one: those are cut before forward.
+            # transformers 5.16 cuts a continued prompt wrongly, every version an embedded one: forward() cuts those.
             call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
         self.pool.use(cache)
         try:
@@ -148,7 +154,7 @@ class PatchedCalls:
 
     @torch.no_grad()
     def _prefill(self, cache: KVTierCache, fed: History) -> None:
-        device = self.model.device
+        device = compat.module_device(self.model.get_input_embeddings())
         call: dict[str, Any] = {
             "input_ids": None if fed.ids is None else fed.ids.to(device),
             "attention_mask": None if bool(fed.real.all()) else fed.real.to(device),
@@ -182,11 +188,15 @@ class PatchedCalls:
         kind = compat.generation_option(self.model, "cache_implementation", call)
         # "hybrid" is what configurations of older models say; transformers itself ignores it.
         if kind not in (None, "hybrid"):
-            raise UnsupportedModelError(f"a patched model brings its own cache, got cache_implementation={kind!r}; leave it out")
+            raise UnsupportedModelError(
+                f"a patched model brings its own cache, got cache_implementation={kind!r}; leave it out"
+            )
         if compat.generation_option(self.model, "output_attentions", call):
             raise InputError("paged attention has no attention weights; leave out output_attentions=True")
         if compat.generation_option(self.model, "assistant_early_exit", call) is not None:
-            raise UnsupportedModelError("assistant_early_exit runs half of the layers; use an assistant model or prompt lookup")
+            raise UnsupportedModelError(
+                "assistant_early_exit runs half of the layers; use an assistant model or prompt lookup"
+            )
 
 
 def arguments_by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

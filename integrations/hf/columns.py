@@ -82,8 +82,8 @@ def real_spans(real: torch.Tensor) -> tuple[slice, ...]:
     if bool(holed.any()):
         row = int(holed.to(torch.int8).argmax())
         raise MaskError(
-            f"the tokens of a row must be one run, padded left or right, but the mask of row {row} has a hole between columns "
-            f"{int(first[row])} and {int(last[row])}; remove the masked tokens from the input"
+            f"the tokens of a row must be one run, padded left or right, but the mask of row {row} has a hole between "
+            f"columns {int(first[row])} and {int(last[row])}; remove the masked tokens from the input"
         )
     return tuple(slice(a, a + n) for a, n in zip(first.tolist(), count.tolist(), strict=True))
 
@@ -91,8 +91,8 @@ def real_spans(real: torch.Tensor) -> tuple[slice, ...]:
 def _check_shape(mask: torch.Tensor, batch: int, columns: int) -> None:
     if tuple(mask.shape) != (batch, columns):
         raise MaskError(
-            f"the attention mask must be [{batch}, {columns}] (rows, columns in the cache and new), 1 for tokens and 0 for padding, "
-            f"got {list(mask.shape)}; pass the padding mask of all columns"
+            f"the attention mask must be [{batch}, {columns}] (rows, columns in the cache and new), 1 for tokens and 0 "
+            f"for padding, got {list(mask.shape)}; pass the padding mask of all columns"
         )
 
 
@@ -101,7 +101,9 @@ def _positions(position_ids: torch.Tensor | None, batch: int, start: int, width:
     if position_ids is None:
         return torch.arange(start, start + width).expand(batch, width)
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != width:
-        raise MaskError(f"position_ids must be [{batch} or 1, {width}] (rows, new columns), got {list(position_ids.shape)}")
+        raise MaskError(
+            f"position_ids must be [{batch} or 1, {width}] (rows, new columns), got {list(position_ids.shape)}"
+        )
     return position_ids.to(device="cpu", dtype=torch.int64).expand(batch, width)
 
 

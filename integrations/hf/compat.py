@@ -17,7 +17,9 @@ try:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import causal_mask_function
 except ImportError as error:
-    raise MissingDependencyError(f"kvtier.patch needs transformers 5.16 to 5.23 ({error}); pip install 'kvtier[hf]'") from error
+    raise MissingDependencyError(
+        f"kvtier.patch needs transformers 5.16 to 5.23 ({error}); pip install 'kvtier[hf]'"
+    ) from error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,22 +118,22 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         for module in model.get_decoder().modules()
         if isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
     ]
-    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]  # checked above
+    return sorted(found, key=lambda module: int(module.layer_idx))
 
 
 def attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that attention and masks of the text decoder read, each once; a vision tower's are not among them."""
+    """The configurations that attention and masks of the text decoder read, each once; not those of a vision tower."""
     holders: list[Any] = [module.config for module in attention_modules(model) if hasattr(module, "config")]
     return list({id(config): config for config in [text_config(model), *holders]}.values())
 
 
 def implementation(config: PreTrainedConfig) -> str | None:
     """The name of the attention function that this configuration asks for."""
-    return config._attn_implementation_internal  # type: ignore[no-any-return]  # noqa: SLF001
+    return config._attn_implementation_internal  # noqa: SLF001
 
 
 def set_implementation(config: PreTrainedConfig, name: str | None) -> None:
-    """Ask for an attention function in this configuration alone; the public setter would go on into sub-configurations."""
+    """Ask for an attention function in this configuration alone; the public setter also sets its sub-configurations."""
     config._attn_implementation_internal = name  # noqa: SLF001
 
 
@@ -147,10 +149,11 @@ def cached_layers(config: PreTrainedConfig) -> list[CachedLayer]:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where a module computes; under accelerate its weights may wait elsewhere."""
-    placed = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if placed is not None:
-        return torch.device(placed)
+    """Where a module computes: its weights may wait elsewhere, and then accelerate's hooks on it or its parts know."""
+    for part in module.modules():
+        placed = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if placed is not None:
+            return torch.device(placed)
     return next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
 

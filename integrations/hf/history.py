@@ -1,4 +1,4 @@
-"""What a cache was fed: token ids, padding and positions of every column, to check masks by and to prefill again from."""
+"""What a cache was fed: ids, padding and positions of every column, to check masks by and to prefill again from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _NEVER = 2**62
 
 class History:
     """Columns of B rows, on the CPU: about 17 bytes a token, in buffers that double.
+
+    The buffers are made outside inference mode, so that turns may run inside and outside of it.
 
     Not safe to share between threads; the cache that owns it is not either.
     """
@@ -66,11 +68,12 @@ class History:
             agrees = torch.equal(mask[:, : self.length].to(device="cpu", dtype=torch.bool), self.real)
         if not agrees:
             raise MaskError(
-                f"the attention mask must repeat, for the {self.length} columns in the cache, the padding they were fed with; "
-                "pass the mask of all columns, the old ones unchanged"
+                f"the attention mask must repeat, for the {self.length} columns in the cache, the padding they were "
+                "fed with; pass the mask of all columns, the old ones unchanged"
             )
         self._check_forward(columns)
 
+    @torch.inference_mode(False)
     def extend(self, columns: Columns, ids: torch.Tensor | None) -> None:
         """Add columns; ``ids`` [B, Tq] None when they came as embeddings."""
         batch, width = columns.positions.shape
@@ -86,6 +89,7 @@ class History:
             self._ids[:, new] = ids
         self.length += width
 
+    @torch.inference_mode(False)
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` columns."""
         if remove:
@@ -93,12 +97,15 @@ class History:
             self._last = _last_positions(self.positions, self.real)
             self._padded = not bool(self.real.all())
 
+    @torch.inference_mode(False)
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         index = torch.tensor(rows, dtype=torch.long)
         self._ids, self._positions, self._real = self._ids[index], self._positions[index], self._real[index]
         self._last = self._last[index]
+        self._padded = self._padded and not bool(self.real.all())
 
+    @torch.inference_mode(False)
     def copy(self) -> History:
         """A second history that grows apart."""
         twin = History()
@@ -114,8 +121,8 @@ class History:
         if bool(back.any()):
             row = int(back.to(torch.int8).argmax())
             raise MaskError(
-                f"positions must increase along a row: row {row} of the cache ends at position {int(self._last[row])} and its new "
-                f"tokens start at {int(first[row])}; pass position_ids that go on, or leave them out"
+                f"positions must increase along a row: row {row} of the cache ends at position {int(self._last[row])} "
+                f"and its new tokens start at {int(first[row])}; pass position_ids that go on, or leave them out"
             )
 
     def _reserve(self, batch: int, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""The KV layout of a transformers model: read from its configuration and weights, refused where paging would be wrong."""
+"""The KV layout of a transformers model: read from its configuration, refused where paging would be wrong."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def layout_of(model: Any, *, page_tokens: int = 16, block_tokens: int = 64, chun
     Raises
     ------
     UnsupportedModelError
-        With the reason, for a model whose cache is not one K and one V per layer, token and KV head under causal attention:
-        latent attention (MLA), encoder-decoders, recurrent or hybrid layers, chunked or bidirectional attention, layers that
-        share keys and values, and families outside transformers' attention interface.
+        With the reason, for a model whose cache is not one K and one V per layer, token and KV head under causal
+        attention: latent attention (MLA), encoder-decoders, recurrent or hybrid layers, chunked or bidirectional
+        attention, layers that share keys and values, and families outside transformers' attention interface.
     """
     inner = compat.unwrap(model)
     config = compat.text_config(inner)
@@ -56,12 +56,17 @@ def _refuse_configuration(model: PreTrainedModel, config: PreTrainedConfig) -> N
         raise UnsupportedModelError(f"{name} is an encoder-decoder; kvtier serves decoder-only models")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} caches latents (multi-head latent attention, kv_lora_rank={config.kv_lora_rank}), not K and V per head"
+            f"{name} caches latents (multi-head latent attention, kv_lora_rank={config.kv_lora_rank}), "
+            "not K and V per head"
         )
     if getattr(config, "num_kv_shared_layers", None) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise UnsupportedModelError(f"{name} has layers that read the keys and values of other layers")
-    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedModelError(f"{name} has chunked attention, where a token does not see the chunk before its own")
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise UnsupportedModelError(
+            f"{name} has chunked attention, where a token does not see the chunk before its own"
+        )
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(f"{name} has bidirectional attention; kvtier serves causal models")
     if not getattr(config, "num_attention_heads", None):
@@ -72,14 +77,17 @@ def _refuse_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: lis
     name = type(model).__name__
     odd = sorted({layer.kind for layer in layers if not layer.plain})
     if odd:
-        raise UnsupportedModelError(f"{name} has layers that transformers caches as {', '.join(odd)}, not as plain K and V")
+        raise UnsupportedModelError(
+            f"{name} has layers that transformers caches as {', '.join(odd)}, not as plain K and V"
+        )
     if not compat.takes_attention_functions(model):
         raise UnsupportedModelError(f"{name} does not call its attention through transformers' AttentionInterface")
     modules = compat.attention_modules(model)
     indices = [module.layer_idx for module in modules]
     if indices != list(range(config.num_hidden_layers)) or len(layers) != len(indices):
         raise UnsupportedModelError(
-            f"{name} must have one attention module for each of its {config.num_hidden_layers} layers, got layers {indices}"
+            f"{name} must have one attention module for each of its {config.num_hidden_layers} layers, "
+            f"got layers {indices}"
         )
     if any(getattr(module, "is_causal", True) is False for module in modules):
         raise UnsupportedModelError(f"{name} has bidirectional attention; kvtier serves causal models")

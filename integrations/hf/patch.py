@@ -163,8 +163,8 @@ class PatchHandle:
         Returns
         -------
         cache : KVTierCache
-            The same object, as it was before the forward that failed. ``cache.input_ids`` are all tokens fed to it, those of
-            that forward included: ``model.generate(cache.input_ids, past_key_values=cache)`` goes on.
+            The same object, as it was before the forward that failed. ``cache.input_ids`` are all tokens fed to it,
+            those of that forward too: ``model.generate(cache.input_ids, past_key_values=cache)`` goes on.
 
         Raises
         ------
@@ -175,7 +175,9 @@ class PatchHandle:
         state = self._calls.check_cache(cache).state
         state.check_alive()
         if state.history.ids is None:
-            raise SessionStateError("this cache was fed embeddings, so its tokens are not known; start over with a new cache")
+            raise SessionStateError(
+                "this cache was fed embeddings, so its tokens are not known; start over with a new cache"
+            )
         self._calls.rebuild(cache)
         return cache
 
@@ -191,7 +193,9 @@ class PatchHandle:
             raise SessionStateError("this handle is removed; patch the model again")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.remove()
 
     def _install(self, undo: ExitStack, outer: nn.Module) -> None:
@@ -224,12 +228,13 @@ class PatchHandle:
         return prepare
 
     def _replace_generate(self, undo: ExitStack) -> None:
-        model, attributes = self.model, self.model.__dict__
+        model: Any = self.model
+        attributes = model.__dict__
         before = attributes.get("generate")
         original = model.generate if before is None else before
 
         @wraps(original)
-        def generate(owner: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        def generate(owner: Any, *args: Any, **kwargs: Any) -> Any:
             if owner is not model:
                 return type(owner).generate(owner, *args, **kwargs)
             return self._calls.generate(original, arguments_by_name(original, args, kwargs))

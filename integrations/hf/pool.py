@@ -18,8 +18,8 @@ class CachePool:
 
     Notes
     -----
-    Threads share a pool; every method may be called from any of them. The garbage collector, which may run inside any call that
-    holds the memory's lock, only puts a dropped state on a queue; ``sweep`` closes it later.
+    Threads share a pool; every method may be called from any of them. The garbage collector, which may run inside
+    any call that holds the memory's lock, only puts a dropped state on a queue; ``sweep`` closes it later.
     """
 
     def __init__(self, memory: Memory) -> None:

@@ -1,4 +1,4 @@
-"""What one call of ``generate`` is about to feed: checked before anything runs, and cut into chunks where memory asks for it."""
+"""What one call of ``generate`` is about to feed: checked before anything runs, and cut where memory asks for it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Split:
     widest : int, optional
         The most columns at once.
     apart : bool
-        Run the columns whose logits are wanted apart from those before: drafted tokens, which may be taken back, apart from the
-        prompt.
+        Run the columns whose logits are wanted apart from those before: drafted tokens, which may be taken back, apart
+        from the prompt.
     """
 
     widest: int | None
@@ -85,7 +85,9 @@ def read_prompt(model: PreTrainedModel, call: dict[str, Any], cached: int) -> Pr
     whole = mask is None or mask.shape[1] == length
     columns = length - cached if whole else length
     if columns < 1:
-        raise InputError(f"the cache holds {cached} tokens and the prompt is {length}; append at least one new token to it")
+        raise InputError(
+            f"the cache holds {cached} tokens and the prompt is {length}; append at least one new token to it"
+        )
     _check_positions(model, mask, cached, columns)
     if mask is not None:
         _check_padding(mask, columns)
@@ -132,7 +134,9 @@ def _check_positions(model: PreTrainedModel, mask: torch.Tensor | None, cached: 
     limit = getattr(compat.text_config(model), "max_position_embeddings", None)
     tokens = cached + columns if mask is None else int(mask.sum(dim=1).max())
     if limit is not None and tokens > limit:
-        raise InputError(f"the model has {limit} positions, got a prompt of {tokens} tokens; shorten it by {tokens - limit}")
+        raise InputError(
+            f"the model has {limit} positions, got a prompt of {tokens} tokens; shorten it by {tokens - limit}"
+        )
 
 
 def _check_padding(mask: torch.Tensor, columns: int) -> None:
@@ -144,5 +148,6 @@ def _check_padding(mask: torch.Tensor, columns: int) -> None:
     right = [row for row, span in enumerate(spans) if span.stop < columns]
     if right:
         raise MaskError(
-            f"prompts must be padded on the left, and row {right[0]} is padded on the right; set tokenizer.padding_side = 'left'"
+            f"prompts must be padded on the left, and row {right[0]} is padded on the right; "
+            "set tokenizer.padding_side = 'left'"
         )

@@ -39,7 +39,7 @@ class Session(Protocol):
         *,
         spans: Sequence[slice] | None = None,
     ) -> None:
-        """Take k [B, Hk, Tq, Dk] and v [B, Hk, Tq, Dv] at positions [B, Tq]; ``spans[b]`` are the real tokens of row b."""
+        """Take k [B, Hk, Tq, Dk], v [B, Hk, Tq, Dv] at positions [B, Tq]; ``spans[b]`` are the tokens of row b."""
 
     def attend(
         self,

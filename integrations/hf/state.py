@@ -19,7 +19,7 @@ _Given = tuple[torch.Tensor | None, torch.Tensor | None]
 class CacheState:
     """A session as transformers counts it: in columns, complete forwards only.
 
-    The cache and its layers share it, and it knows neither, so that a dropped cache is freed at once. One thread at a time.
+    The cache and its layers share it, and it knows neither, so a dropped cache is freed at once. One thread at a time.
 
     Parameters
     ----------
@@ -99,7 +99,8 @@ class CacheState:
         self.check_alive()
         if self.unfinished:
             raise SessionStateError(
-                "the last forward on this cache failed half-way; call handle.recover(cache), or cache.reset() to start over"
+                "the last forward on this cache failed half-way; call handle.recover(cache), or cache.reset() to start "
+                "over"
             )
 
     def check_shapes(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> LayerLayout:
@@ -115,12 +116,14 @@ class CacheState:
         got = (key.shape[1], key.shape[3], value.shape[3], str(key.dtype).removeprefix("torch."))
         if got != required or value.shape[:3] != key.shape[:3] or value.dtype != key.dtype:
             raise UnsupportedModelError(
-                f"layer {layer} must make keys and values of (KV heads, key dim, value dim, dtype) {required}, got {got}; "
-                "load the model in one dtype, and without autocast"
+                f"layer {layer} must make keys and values of (KV heads, key dim, value dim, dtype) {required}, "
+                f"got {got}; load the model in one dtype, and without autocast"
             )
         return layout
 
-    def begin(self, layer: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int) -> Columns:
+    def begin(
+        self, layer: int, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int
+    ) -> Columns:
         """The columns of the running forward, as layer ``layer`` joins it; read once per mask and positions.
 
         Raises
@@ -133,13 +136,17 @@ class CacheState:
         if layer == 0:
             self._open_forward(mask, position_ids, batch, width)
         elif layer != self._next_layer:
-            raise SessionStateError(f"layer {self._next_layer} must attend next, got layer {layer}; layers run once and in order")
+            raise SessionStateError(
+                f"layer {self._next_layer} must attend next, got layer {layer}; layers run once and in order"
+            )
         for (seen_mask, seen_positions), columns in self._read:
             if seen_mask is mask and seen_positions is position_ids:
                 return columns
         columns = read_columns(mask, position_ids, batch=batch, start=self.length, width=width)
         if columns.spans != self._read[0][1].spans:
-            raise MaskError(f"all layers must see the same padding, but the mask of layer {layer} differs from that of layer 0")
+            raise MaskError(
+                f"all layers must see the same padding, but the mask of layer {layer} differs from that of layer 0"
+            )
         self._read.append(((mask, position_ids), columns))
         return columns
 
@@ -152,7 +159,7 @@ class CacheState:
 
     def reorder(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
-        if self.history.rows:
+        if rows != list(range(self.history.rows)) and self.history.rows:
             self.session.reorder(rows)
             self.history.reorder(rows)
 
@@ -174,7 +181,7 @@ class CacheState:
         return CacheState(self.memory, self.session.fork(), self.history.copy())
 
     def restart(self) -> tuple[History, torch.Tensor | None]:
-        """Put an empty session in place of this one; return what the old one was fed, and the ids of a forward that failed."""
+        """Put an empty session in place of this one; return what that was fed, and the ids of a failed forward."""
         fed = self.history
         failed = self.waiting if self._running is None else self._running[1]
         self.session.close()
@@ -195,10 +202,14 @@ class CacheState:
         self.closed = True
         self.session.close()
 
-    def _open_forward(self, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int) -> None:
+    def _open_forward(
+        self, mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, width: int
+    ) -> None:
         self.check_ready()
         if self.history.rows and batch != self.history.rows:
-            raise InputError(f"the cache holds {self.history.rows} rows, got a batch of {batch}; use one cache per batch")
+            raise InputError(
+                f"the cache holds {self.history.rows} rows, got a batch of {batch}; use one cache per batch"
+            )
         columns = read_columns(mask, position_ids, batch=batch, start=self.length, width=width)
         self.history.check(mask, columns)
         ids, self.fed = self.fed, None

@@ -23,7 +23,7 @@ def attend_stateless(
     softcap: float | None,
     sink: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention of q [B, Hq, T, Dk] over k [B, Hk, T, Dk], v [B, Hk, T, Dv] -> [B, Hq, T, Dv], zeros on padding."""
+    """Causal attention of q [B, Hq, T, Dk] over k, v [B, Hk, T, D] -> [B, Hq, T, Dv], zeros on padding."""
     positions = columns.positions_on(q.device)
     if columns.spans is None:
         return _attend(q, k, v, positions, scale, window, softcap, sink)

@@ -1,4 +1,4 @@
-"""Attention summed per key, by a second pass with the saved log-sum-exp: what H2O, SnapKV and D2O rank tokens by."""
+"""Column sums of attention from a saved lse, in a second pass over the keys: what H2O and SnapKV vote with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.column_sums import blocked, reference
 from kvtier.kernels.dispatch import Candidate, Operator
+from kvtier.kernels.spans import fits
 from kvtier.types import Visibility
 
 __all__ = ["column_sums"]
 
 
 class ColumnSums(Protocol):
-    """What an implementation of this operator provides."""
+    """What an implementation of this operator provides: the public function with checked arguments."""
 
     def column_sums(
         self,
@@ -28,7 +29,7 @@ class ColumnSums(Protocol):
         softcap: float | None,
         visible: Visibility | None,
     ) -> torch.Tensor:
-        """The checked arguments of the public function."""
+        """Sums over the queries."""
 
 
 OPERATOR: Final = Operator[ColumnSums](
@@ -49,25 +50,29 @@ def column_sums(
     softcap: float | None = None,
     visible: Visibility | None = None,
 ) -> torch.Tensor:
-    """Probabilities ``exp(logit - lse)`` of every query, summed per key.
+    """Attention that each key received: the sum over the queries of ``exp(logit - lse)``.
 
-    The matrix of probabilities never exists as a whole.
+    The lse may come from more keys than these (all parts of a sequence, merged): the sums over all of them then add up
+    to one per query. Pairs that do not see each other count 0, and so does a query whose lse is -inf. Weights exist
+    only tile by tile.
 
     Parameters
     ----------
     q : Tensor
         [B, Hq, Tq, Dk].
     lse : Tensor
-        [B, Hq, Tq], over all keys that each query attended to, natural logarithm; -inf for a query that saw none.
+        [B, Hq, Tq], natural logarithm, as attention over the keys gave it.
     k : Tensor
-        [B, Hk, N, Dk], any part of those keys.
-    scale, softcap, visible
-        As for :func:`kvtier.kernels.gather_attention.attend_run`.
+        [B, Hk, N, Dk]; a strided view is read in place.
+    scale, softcap
+        As attention had them.
+    visible : Visibility, optional
+        q_pos [B, Tq] and k_pos [B, Hk or 1, N]; None lets every query see every key.
 
     Returns
     -------
     Tensor
-        [B, Hq, N] fp32, or fp64 for fp64 inputs.
+        [B, Hq, N], fp32, or fp64 when q or k is.
 
     Raises
     ------
@@ -81,9 +86,11 @@ def column_sums(
         and q.shape[3] == k.shape[3]
         and k.shape[1]
         and q.shape[1] % k.shape[1] == 0
+        and (visible is None or fits(visible, q, k.shape[1], k.shape[2]))
     ):
+        shapes = [list(tensor.shape) for tensor in (q, lse, k, *(visible[:2] if visible is not None else ()))]
         raise InputError(
             "column_sums needs q [B, Hq, Tq, Dk], lse [B, Hq, Tq], k [B, Hk, N, Dk] with Hq a multiple of Hk, "
-            f"got {list(q.shape)}, {list(lse.shape)}, {list(k.shape)}"
+            f"and positions [B, Tq] and [B, Hk or 1, N], got {', '.join(map(str, shapes))}"
         )
     return OPERATOR.on(q.device).column_sums(q, lse, k, scale=scale, softcap=softcap, visible=visible)

@@ -1,4 +1,4 @@
-"""Column sums block by block: a bounded piece of the matrix of probabilities exists at a time."""
+"""Column sums in tiles of queries by keys that stay in the cache; tiles that hold no visible pair are skipped."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from typing import Final
 
 import torch
 
-from kvtier.kernels.heads import accumulation_dtype, fold_queries
-from kvtier.kernels.spans import hidden_pairs, plan_blocks, whole_plan
+from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
+from kvtier.kernels.spans import Span, batch_row, hidden_pairs, plan_blocks, whole_plan
 from kvtier.types import Visibility
 
 __all__ = ["column_sums"]
 
-_ROWS: Final = 128
-_KEYS: Final = 2048
+TILE_ROWS: Final = 512
+"""Queries of one KV head, over its whole group, in a tile."""
+TILE_KEYS: Final = {"cpu": 512}
+DEVICE_TILE_KEYS: Final = 8192
 
 
 def column_sums(
@@ -25,27 +27,58 @@ def column_sums(
     softcap: float | None,
     visible: Visibility | None,
 ) -> torch.Tensor:
-    """One product, one exponential and one sum for each block of queries and keys that see each other at all."""
-    batch, kv_heads, keys, dim = k.shape
-    queries = q.shape[2]
-    wide = accumulation_dtype(q, k)
-    grouped = fold_queries(q, kv_heads, wide) * scale
-    # A query that saw nothing has lse -inf: with +inf in its place every probability is exp(-inf) = 0.
-    total = lse.to(wide).masked_fill(torch.isneginf(lse), float("inf"))
-    total = total.reshape(batch * kv_heads, -1, queries, 1)
-    sums = q.new_zeros(batch * kv_heads, grouped.shape[1], keys, dtype=wide)
-    plan = whole_plan(queries, keys, _ROWS) if visible is None else plan_blocks(visible, _ROWS, _KEYS)
-    for rows in plan:
-        part = slice(rows.start, rows.stop)
-        block = grouped[:, :, part].flatten(1, 2)
-        for span in (piece for whole in rows.spans for piece in whole.pieces(_KEYS)):
-            columns = slice(span.start, span.stop)
-            folded = k[:, :, columns].to(wide).reshape(batch * kv_heads, -1, dim)
-            logits = torch.bmm(block, folded.transpose(1, 2)).unflatten(1, (-1, rows.stop - rows.start))
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            weights = logits.sub_(total[:, :, part]).exp_()
-            if span.kind == "masked" and visible is not None:
-                weights.masked_fill_(hidden_pairs(visible, part, columns, batch * kv_heads).unsqueeze(1), 0.0)
-            sums[:, :, columns] += weights.sum(dim=2)
-    return sums.view(batch, -1, keys)
+    """Sums [B, Hq, N] of ``exp(logit - lse)`` over the queries that see a key."""
+    folded_k = fold_heads(k)
+    if folded_k is None:
+        rows = [slice(b, b + 1) for b in range(q.shape[0])]
+        return torch.cat(
+            [column_sums(q[b], lse[b], k[b], scale=scale, softcap=softcap, visible=batch_row(visible, b)) for b in rows]
+        )
+    dtype = accumulation_dtype(q, k)
+    scaled = fold_queries(q, k.shape[1], dtype) * scale
+    # exp(logit - inf) = 0: a query that sees no key counts nowhere.
+    totals = lse.to(dtype).reshape(scaled.shape[:3])
+    totals = totals.masked_fill(torch.isneginf(totals), float("inf"))
+    sums = scaled.new_zeros(*scaled.shape[:2], k.shape[2])
+    if scaled.numel() and sums.numel():
+        _add(sums, scaled, totals, folded_k, softcap, visible)
+    return sums.view(q.shape[0], q.shape[1], k.shape[2])
+
+
+def _add(
+    sums: torch.Tensor,
+    q: torch.Tensor,
+    totals: torch.Tensor,
+    k: torch.Tensor,
+    softcap: float | None,
+    visible: Visibility | None,
+) -> None:
+    """Add to sums [H, G, N] the weights of q [H, G, Tq, Dk], already scaled, with totals [H, G, Tq]."""
+    heads, group, queries, _ = q.shape
+    rows = max(TILE_ROWS // group, 1)
+    keys = TILE_KEYS.get(q.device.type, DEVICE_TILE_KEYS)
+    plan = whole_plan(queries, k.shape[1], rows) if visible is None else plan_blocks(visible, rows, keys)
+    for block in plan:
+        at = slice(block.start, block.stop)
+        tile_q = q[:, :, at].reshape(heads, -1, q.shape[3])
+        tile_totals = totals[:, :, at].reshape(heads, -1, 1)
+        for span in block.spans:
+            for piece in span.pieces(keys):
+                weights = _weights(tile_q, tile_totals, k[:, piece.start : piece.stop], softcap)
+                weights = weights.view(heads, group, block.stop - block.start, -1)
+                sums[:, :, piece.start : piece.stop] += _counted(weights, piece, visible, at).sum(2)
+
+
+def _weights(q: torch.Tensor, totals: torch.Tensor, k: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits minus totals, [H, R, n], not yet exponentiated."""
+    k = k.to(q.dtype)
+    if softcap is None:
+        return torch.baddbmm(totals, q, k.mT, beta=-1)
+    return torch.bmm(q, k.mT).div_(softcap).tanh_().mul_(softcap).sub_(totals)
+
+
+def _counted(logits: torch.Tensor, piece: Span, visible: Visibility | None, rows: slice) -> torch.Tensor:
+    if visible is not None and piece.kind == "masked":
+        hidden = hidden_pairs(visible, rows, slice(piece.start, piece.stop), logits.shape[0])
+        logits.masked_fill_(hidden.unsqueeze(1), float("-inf"))
+    return logits.exp_()

@@ -1,4 +1,4 @@
-"""Column sums of attention, dense and in one piece: the truth that the fast path is compared with."""
+"""Attention weights of all pairs from a saved lse, summed over the queries: the truth for the fast path."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ def column_sums(
     softcap: float | None,
     visible: Visibility | None,
 ) -> torch.Tensor:
-    """The matrix of probabilities [B, Hk, G, Tq, N], summed over Tq."""
+    """Weights [B, Hk, G, Tq, N] in one piece, then a sum over Tq."""
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype) else torch.float32
-    kv_heads = k.shape[1]
-    grouped = q.to(wide).unflatten(1, (kv_heads, q.shape[1] // kv_heads))
-    logits = torch.einsum("bhgtd,bhnd->bhgtn", grouped, k.to(wide)) * scale
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    logits = torch.einsum("bhgtd,bhnd->bhgtn", q.to(wide).unflatten(1, groups), k.to(wide)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    total = lse.to(wide).unflatten(1, (kv_heads, q.shape[1] // kv_heads)).unsqueeze(-1)
-    weights = torch.where(torch.isneginf(total), torch.zeros_like(logits), torch.exp(logits - total))
+    total = lse.to(wide).unflatten(1, groups).unsqueeze(-1)
+    counted = ~torch.isneginf(total).expand_as(logits)
     if visible is not None:
         q_pos = visible.q_pos[:, None, None, :, None]
         k_pos = visible.k_pos[:, :, None, None, :]
-        seen = k_pos <= q_pos
+        counted = counted & (k_pos <= q_pos)
         if visible.window is not None:
-            seen = seen & (k_pos > q_pos - visible.window)
-        weights = torch.where(seen, weights, torch.zeros_like(weights))
-    return weights.sum(dim=-2).flatten(1, 2)
+            counted = counted & (k_pos > q_pos - visible.window)
+    weights = torch.where(counted, torch.exp(logits - total), torch.zeros_like(logits))
+    return weights.sum(dim=3).flatten(1, 2)

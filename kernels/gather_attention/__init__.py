@@ -1,4 +1,4 @@
-"""Attention over a run of keys, or over pages gathered from an arena, as a partial (FlashAttention, Dao et al. 2022)."""
+"""Attention over a run of keys, or over pages of an arena, as a partial (FlashAttention, Dao et al. 2022)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.kernels.spans import fits
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
@@ -65,15 +66,15 @@ def attend_run(
 ) -> Partial:
     """Softmax attention of queries over one run of keys.
 
-    Computed in fp32 whatever the 16-bit type of the inputs, in fp64 when one of them is fp64. Not differentiable: call it under
-    ``torch.no_grad()``. Any number of threads may call it at the same time.
+    Computed in fp32 whatever the 16-bit type of the inputs, in fp64 when one of them is fp64. Not differentiable: call
+    it under ``torch.no_grad()``. Any number of threads may call it at the same time.
 
     Parameters
     ----------
     q : Tensor
         [B, Hq, Tq, Dk].
     k, v : Tensor
-        [B, Hk, N, Dk] and [B, Hk, N, Dv]; strided views are read in place. Query head h belongs to KV head ``h // (Hq // Hk)``.
+        [B, Hk, N, Dk] and [B, Hk, N, Dv]; strided views are read in place. Query head h belongs to KV head ``h // G``.
     scale : float
         Multiplies q k^T.
     softcap : float, optional
@@ -98,7 +99,7 @@ def attend_run(
         and q.shape[3] == k.shape[3]
         and k.shape[1]
         and q.shape[1] % k.shape[1] == 0
-        and (visible is None or _fits(visible, q, k.shape[1], k.shape[2]))
+        and (visible is None or fits(visible, q, k.shape[1], k.shape[2]))
     ):
         raise InputError(
             "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"
@@ -152,25 +153,14 @@ def attend_pages(
         and q.shape[3] == k_arena.shape[2]
         and frames.shape[1]
         and q.shape[1] % frames.shape[1] == 0
-        and (visible is None or _fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
+        and (visible is None or fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
     ):
         raise InputError(
-            "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a multiple of Hk"
-            f"{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
+            "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a "
+            f"multiple of Hk{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
         )
     return OPERATOR.on(q.device).attend_pages(
         q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible
-    )
-
-
-def _fits(visible: Visibility, q: torch.Tensor, kv_heads: int, keys: int) -> bool:
-    q_pos, k_pos = visible.q_pos, visible.k_pos
-    return (
-        q_pos.shape == (q.shape[0], q.shape[2])
-        and k_pos.dim() == 3
-        and k_pos.shape[0] == q.shape[0]
-        and k_pos.shape[1] in {1, kv_heads}
-        and k_pos.shape[2] == keys
     )
 
 

@@ -1,21 +1,21 @@
-"""Attention over a run or over pages in blocks: fused for many queries or few keys, streamed for few queries over many keys.
+"""Attention in blocks: fused for many queries or few keys, streamed for few queries over many keys.
 
-The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; the README beside this file has the numbers.
+The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; README.md has the numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from kvtier.kernels.gather_attention.fused import fused_fits, fused_part
+from kvtier.kernels.gather_attention.fused import fused_fits, fused_part, fused_whole
 from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoader
 from kvtier.kernels.gather_attention.streamed import DIRECT_ROWS, streamed_part
 from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
-from kvtier.kernels.spans import Rows, Span, causal_plan, hidden_pairs, plan_blocks, whole_plan
+from kvtier.kernels.scratch import KEPT_BYTES
+from kvtier.kernels.spans import Rows, Span, batch_row, causal_plan, hidden_pairs, plan_blocks, whole_plan
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
@@ -23,12 +23,13 @@ __all__ = ["attend_pages", "attend_run"]
 STREAMED_ROWS: Final = 16
 """Up to this many queries per KV head, reading keys costs more than computing with them."""
 FUSED_KEYS: Final = 1024
-"""Up to this many keys, one fused call is quicker than the handful of calls of the streamed form, even for one query."""
-CAUSAL_ROWS: Final = 4096
-MASKED_BLOCK: Final = 512
-COPIED_KEYS: Final = 4096
+"""Up to this many keys, one fused call is quicker than the handful of the streamed form, even for one query."""
+FUSED_ROWS: Final = 4096
+"""Queries per fused call where no mask is needed; also the most keys that are copied for one."""
+BLOCK: Final = 512
+"""Queries and keys of a block that is skipped, seen whole or masked."""
 CACHE_BYTES: Final = 4 * 2**20
-LOGIT_BYTES: Final = 64 * 2**20
+SCRATCH_BYTES: Final = KEPT_BYTES
 PARTS_HELD: Final = 8
 
 
@@ -42,17 +43,19 @@ def attend_run(
     visible: Visibility | None,
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv]."""
+    dtype = accumulation_dtype(q, k, v)
+    if visible is None and _one_call(q, k.shape[1], k.shape[2], v.shape[3], softcap, view=k.dtype == v.dtype == dtype):
+        return fused_whole(q.to(dtype), k.to(dtype), v.to(dtype), scale)
     folded_k, folded_v = fold_heads(k), fold_heads(v)
     if folded_k is None or folded_v is None:
-        rows = [
-            attend_run(q[b : b + 1], k[b : b + 1], v[b : b + 1], scale=scale, softcap=softcap, visible=_row(visible, b))
-            for b in range(q.shape[0])
+        rows = [slice(b, b + 1) for b in range(q.shape[0])]
+        parts = [
+            attend_run(q[b], k[b], v[b], scale=scale, softcap=softcap, visible=batch_row(visible, b)) for b in rows
         ]
-        return Partial(torch.cat([row.out for row in rows]), torch.cat([row.lse for row in rows]))
-    dtype = accumulation_dtype(q, k, v)
+        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
     folded_q = fold_queries(q, k.shape[1], dtype)
     stage = DIRECT_ROWS < folded_q.shape[1] * folded_q.shape[2] <= STREAMED_ROWS and k.shape[2] > FUSED_KEYS
-    keys, values = RunLoader(folded_k, dtype, stage=stage), RunLoader(folded_v, dtype, stage=stage)
+    keys, values = RunLoader("keys", folded_k, dtype, stage=stage), RunLoader("values", folded_v, dtype, stage=stage)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
 
 
@@ -68,9 +71,22 @@ def attend_pages(
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv]."""
     dtype = accumulation_dtype(q, k_arena, v_arena)
+    slots = frames.shape[2] * k_arena.shape[1]
+    if visible is None and _one_call(q, frames.shape[1], slots, v_arena.shape[2], softcap, view=False):
+        shape, index = (*frames.shape[:2], slots, q.shape[3]), frames.flatten()
+        k, v = (arena.index_select(0, index).view(shape).to(dtype) for arena in (k_arena, v_arena))
+        return fused_whole(q.to(dtype), k, v, scale)
     folded_q, folded_frames = fold_queries(q, frames.shape[1], dtype), frames.flatten(0, 1)
-    keys, values = PageLoader(k_arena, folded_frames, dtype), PageLoader(v_arena, folded_frames, dtype)
+    keys = PageLoader("keys", k_arena, folded_frames, dtype)
+    values = PageLoader("values", v_arena, folded_frames, dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
+
+
+def _one_call(q: torch.Tensor, kv_heads: int, keys: int, value_dim: int, softcap: float | None, *, view: bool) -> bool:
+    """Whether one fused call is the quickest way over keys that every query sees; ``view`` if none need be copied."""
+    if not fused_fits(q, q.shape[3], value_dim, softcap) or not keys or not q.numel():
+        return False
+    return keys <= FUSED_KEYS or (view and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
 
 
 class _Attention:
@@ -94,15 +110,16 @@ class _Attention:
         self.heads, self.group, self.queries, _ = q.shape
         self.few = self.group * self.queries <= STREAMED_ROWS
         self.fused = fused_fits(q, keys.dim, values.dim, softcap)
+        self.key_bytes = self.heads * max(keys.dim, values.dim) * q.element_size()
 
     def partial(self) -> Partial:
-        """out [H, G, Tq, Dv], lse [H, G, Tq]."""
+        """Attention over all keys: out [H, G, Tq, Dv], lse [H, G, Tq]."""
         if self.q.numel() == 0 or self.keys.length == 0:
-            return self._empty()
+            return self._empty(self.queries)
         plan = self._plan()
         if len(plan) == 1:
             return self._over_rows(plan[0])
-        whole = self._empty()
+        whole = self._empty(self.queries)
         for rows in plan:
             part = self._over_rows(rows)
             whole.out[:, :, rows.start : rows.stop] = part.out
@@ -110,14 +127,25 @@ class _Attention:
         return whole
 
     def _plan(self) -> list[Rows]:
-        tile = self.queries if self.few else max(MASKED_BLOCK // (1 if self.fused else self.group), 1)
         if self.visible is None:
-            return whole_plan(self.queries, self.keys.length, CAUSAL_ROWS if self.fused else tile)
+            rows = self._copied_keys() if self.fused else self._tile_rows()
+            return whole_plan(self.queries, self.keys.length, rows)
         if self.fused and not self.few:
-            plan = causal_plan(self.visible, CAUSAL_ROWS)
+            plan = causal_plan(self.visible, self._copied_keys())
             if plan is not None:
                 return plan
-        return plan_blocks(self.visible, tile, _multiple(MASKED_BLOCK, self.keys.align))
+        return plan_blocks(self.visible, self._tile_rows(), _multiple(BLOCK, self.keys.align))
+
+    def _tile_rows(self) -> int:
+        """Queries per block where masks or logits are held."""
+        if self.few:
+            return self.queries
+        held = SCRATCH_BYTES // (self.heads * self.group * BLOCK * self.q.element_size())
+        return BLOCK if self.fused else max(min(BLOCK // self.group, held), 1)
+
+    def _copied_keys(self) -> int:
+        """Keys per fused call where they must be copied to the accumulation type."""
+        return _multiple(min(max(SCRATCH_BYTES // self.key_bytes, BLOCK), FUSED_ROWS), self.keys.align)
 
     def _over_rows(self, rows: Rows) -> Partial:
         q = self.q[:, :, rows.start : rows.stop]
@@ -128,38 +156,38 @@ class _Attention:
                 parts.append(self._fused(q, rows, piece) if fused else self._streamed(q, rows, piece))
                 if len(parts) == PARTS_HELD:
                     parts = [merging.merge_partials(parts)]
-        if not parts:
-            return self._empty(rows.stop - rows.start)
-        return merging.merge_partials(parts)
+        return merging.merge_partials(parts) if parts else self._empty(rows.stop - rows.start)
 
     def _most_keys(self, span: Span, q: torch.Tensor, fused: bool) -> int:
         """Keys that one part may cover: bounds copies, masks and logits, whatever the length of the run."""
+        if fused and span.kind == "visible":
+            return self._copied_keys() if self.keys.copies else self.keys.length
         if fused:
-            return self.keys.length if span.kind == "visible" and not self.keys.copies else COPIED_KEYS
-        bytes_per_key = self.heads * self.group * q.shape[2] * q.element_size()
-        budget = LOGIT_BYTES if self.few or q.device.type != "cpu" else CACHE_BYTES
-        return _multiple(max(budget // bytes_per_key, MASKED_BLOCK), self.keys.align)
+            return _multiple(BLOCK, self.keys.align)
+        logit_bytes = self.heads * self.group * q.shape[2] * q.element_size()
+        budget = SCRATCH_BYTES if self.few or q.device.type != "cpu" else CACHE_BYTES
+        return _multiple(max(budget // logit_bytes, BLOCK), self.keys.align)
 
     def _fused(self, q: torch.Tensor, rows: Rows, span: Span) -> Partial:
         return fused_part(
             q,
-            self.keys(span.start, span.stop),
-            self.values(span.start, span.stop),
+            self.keys.load(span.start, span.stop),
+            self.values.load(span.start, span.stop),
             scale=self.scale,
             causal=span.kind == "causal",
             hidden=self._hidden(rows, span),
         )
 
     def _streamed(self, q: torch.Tensor, rows: Rows, span: Span) -> Partial:
-        bytes_per_key = self.heads * max(self.keys.dim, self.values.dim) * q.element_size()
-        cache = CACHE_BYTES if q.device.type == "cpu" else LOGIT_BYTES
+        cache = CACHE_BYTES if q.device.type == "cpu" else SCRATCH_BYTES
         return streamed_part(
-            q * self.scale,
+            q,
             self.keys,
             self.values,
             span.start,
             span.stop,
-            block=_multiple(max(cache // bytes_per_key, 1), self.keys.align),
+            block=_multiple(max(cache // self.key_bytes, 1), self.keys.align),
+            scale=self.scale,
             softcap=self.softcap,
             hidden=self._hidden(rows, span),
         )
@@ -169,19 +197,13 @@ class _Attention:
             return None
         return hidden_pairs(self.visible, slice(rows.start, rows.stop), slice(span.start, span.stop), self.heads)
 
-    def _empty(self, queries: int | None = None) -> Partial:
-        shape = (self.heads, self.group, self.queries if queries is None else queries)
+    def _empty(self, queries: int) -> Partial:
+        shape = (self.heads, self.group, queries)
         return Partial(self.q.new_zeros(*shape, self.values.dim), self.q.new_full(shape, float("-inf")))
 
 
 def _shaped(part: Partial, q: torch.Tensor) -> Partial:
     return Partial(part.out.reshape(*q.shape[:3], part.out.shape[-1]), part.lse.reshape(q.shape[:3]))
-
-
-def _row(visible: Visibility | None, b: int) -> Visibility | None:
-    if visible is None:
-        return None
-    return Visibility(visible.q_pos[b : b + 1], visible.k_pos[b : b + 1], visible.window)
 
 
 def _multiple(count: int, of: int) -> int:

@@ -1,4 +1,4 @@
-"""Keys or values in blocks of the accumulation type, from a run or from pages, through one reusable cache-sized buffer."""
+"""Keys or values in blocks of the accumulation type, from a run or from pages, copied through cache-sized scratch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Protocol
 
 import torch
 
+from kvtier.kernels.scratch import scratch
+
 __all__ = ["Loader", "PageLoader", "RunLoader"]
 
 
 class Loader(Protocol):
-    """Keys or values [H, length, dim] of folded heads, handed out in blocks; used by one thread at a time."""
+    """Keys or values [H, length, dim] of folded heads, handed out in blocks; for one thread and one call."""
 
     length: int
     dim: int
@@ -19,64 +21,57 @@ class Loader(Protocol):
     copies: bool
     """Whether blocks are copies, which lie in the cache, or views of memory."""
 
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
-        """[H, stop - start, dim]; read it before the next call, which may overwrite it."""
+    def load(self, start: int, stop: int) -> torch.Tensor:
+        """Block [H, stop - start, dim]; read it before the next call, which may overwrite it."""
 
 
 class RunLoader:
-    """Blocks of a strided run [H, N, dim]; without a copy unless the type differs or ``stage`` asks for one."""
+    """Blocks of a strided run [H, N, dim]; copied only when the type differs or ``stage`` asks for it.
+
+    Parameters
+    ----------
+    name : str
+        Of the scratch memory: two loaders that are read at the same time need two names.
+    """
 
     align = 1
 
-    def __init__(self, run: torch.Tensor, dtype: torch.dtype, *, stage: bool) -> None:
+    def __init__(self, name: str, run: torch.Tensor, dtype: torch.dtype, *, stage: bool) -> None:
         self.length, self.dim = run.shape[1:]
         self.copies = stage or run.dtype != dtype
+        self._name = name
         self._run = run
         self._dtype = dtype
-        self._buffer: torch.Tensor | None = None
 
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
+    def load(self, start: int, stop: int) -> torch.Tensor:
+        """Block [H, stop - start, dim]."""
         view = self._run[:, start:stop]
         if not self.copies:
             return view
-        self._buffer, block = _room(self._buffer, view, view.shape, self._dtype)
-        return block.copy_(view)
+        return scratch(self._name, tuple(view.shape), self._dtype, view.device).copy_(view)
 
 
 class PageLoader:
-    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], laid end to end."""
+    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], laid end to end; ``name`` as above."""
 
     copies = True
 
-    def __init__(self, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype) -> None:
         self.align, self.dim = arena.shape[1:]
         self.length = frames.shape[1] * self.align
+        self._name = name
         self._arena = arena
         self._frames = frames
         self._dtype = dtype
-        self._gathered: torch.Tensor | None = None
-        self._buffer: torch.Tensor | None = None
 
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
+    def load(self, start: int, stop: int) -> torch.Tensor:
+        """Block [H, stop - start, dim]: pages that it only touches are gathered whole."""
         first, last = start // self.align, -(-stop // self.align)
         frames = self._frames[:, first:last]
         shape = (frames.numel(), self.align, self.dim)
-        self._gathered, pages = _room(self._gathered, self._arena, shape, self._arena.dtype)
+        pages = scratch(self._name, shape, self._arena.dtype, self._arena.device)
         torch.index_select(self._arena, 0, frames.flatten(), out=pages)
         if pages.dtype != self._dtype:
-            self._buffer, wide = _room(self._buffer, pages, shape, self._dtype)
-            pages = wide.copy_(pages)
+            pages = scratch(self._name, shape, self._dtype, self._arena.device).copy_(pages)
         run = pages.view(frames.shape[0], -1, self.dim)
         return run[:, start - first * self.align : stop - first * self.align]
-
-
-def _room(
-    buffer: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A buffer of at least that many elements, the old one if it is large enough, and its head viewed as ``shape``."""
-    count = 1
-    for size in shape:
-        count *= size
-    if buffer is None or buffer.numel() < count:
-        buffer = torch.empty(count, dtype=dtype, device=like.device)
-    return buffer, buffer[:count].view(shape)

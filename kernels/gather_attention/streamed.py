@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from kvtier.kernels.gather_attention.loaders import Loader
+from kvtier.kernels.scratch import scratch
 from kvtier.types import Partial
 
 __all__ = ["DIRECT_ROWS", "streamed_part"]
 
 DIRECT_ROWS = 4
-"""Up to this many queries per KV head, K times q^T streams keys from memory; above, a block is copied to the cache first."""
+"""Up to this many queries per KV head, K q^T streams keys from memory; above, blocks are copied to the cache first."""
 
 
 def streamed_part(
@@ -21,6 +22,7 @@ def streamed_part(
     stop: int,
     *,
     block: int,
+    scale: float,
     softcap: float | None,
     hidden: torch.Tensor | None,
 ) -> Partial:
@@ -29,7 +31,7 @@ def streamed_part(
     Parameters
     ----------
     q : Tensor
-        [H, G, Tq, Dk], multiplied by the scale, of the accumulation type.
+        [H, G, Tq, Dk] of the accumulation type.
     block : int
         Keys per block where blocks are copied.
     hidden : Tensor, optional
@@ -41,40 +43,46 @@ def streamed_part(
         out [H, G, Tq, Dv], lse [H, G, Tq].
     """
     shape = q.shape[:3]
-    logits = _logits(q.reshape(shape[0], -1, q.shape[3]), keys, start, stop, block)
+    scaled = (q * (scale if softcap is None else scale / softcap)).reshape(shape[0], -1, q.shape[3])
+    logits = _logits(scaled, keys, start, stop, block)
     if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+        logits.tanh_().mul_(softcap)
     if hidden is not None:
         logits.view(*shape, -1).masked_fill_(hidden.unsqueeze(1), float("-inf"))
     greatest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(greatest.clamp_min(torch.finfo(logits.dtype).min)).exp_()
+    base = greatest if hidden is None else greatest.clamp_min(torch.finfo(logits.dtype).min)
+    weights = logits.sub_(base).exp_()
     total = weights.sum(-1, keepdim=True)
-    # The greatest logit contributes exp(0): total is at least 1 unless every key is hidden, and then it is 0.
-    out = _weighted(weights, values, start, stop, block).div_(total.clamp_min(1))
+    # The greatest logit contributes exp(0): total is at least 1, or 0 when every key is hidden.
+    out = _weighted(weights, values, start, stop, block).div_(total if hidden is None else total.clamp_min(1))
     return Partial(out.view(*shape, -1), total.log_().add_(greatest).view(shape))
 
 
 def _logits(q: torch.Tensor, keys: Loader, start: int, stop: int, block: int) -> torch.Tensor:
-    """q [H, R, Dk] times the keys, contiguous [H, R, n]."""
+    """Products of q [H, R, Dk] with the keys, contiguous [H, R, n], in scratch memory."""
+    heads, rows, _ = q.shape
+    logits = scratch("logits", (heads, rows, stop - start), q.dtype, q.device)
     if not keys.copies:
-        run = keys(start, stop)
+        run = keys.load(start, stop)
+        if rows > DIRECT_ROWS:
+            return torch.bmm(q, run.mT, out=logits)
         # BLAS packs the left operand: with K there it is read as a stream, over twice as fast from memory as q K^T.
-        return torch.bmm(run, q.mT).mT.contiguous() if q.shape[1] <= DIRECT_ROWS else torch.bmm(q, run.mT)
+        turned = scratch("products", (heads, stop - start, rows), q.dtype, q.device)
+        return logits.copy_(torch.bmm(run, q.mT, out=turned).mT)
     if stop - start <= block:
-        return torch.bmm(q, keys(start, stop).mT)
-    logits = q.new_empty(*q.shape[:2], stop - start)
+        return torch.bmm(q, keys.load(start, stop).mT, out=logits)
     for at in range(start, stop, block):
         to = min(at + block, stop)
-        logits[:, :, at - start : to - start] = torch.bmm(q, keys(at, to).mT)
+        logits[:, :, at - start : to - start] = torch.bmm(q, keys.load(at, to).mT)
     return logits
 
 
 def _weighted(weights: torch.Tensor, values: Loader, start: int, stop: int, block: int) -> torch.Tensor:
-    """Weights [H, R, n] times the values, [H, R, Dv]."""
+    """Products of weights [H, R, n] with the values, [H, R, Dv]."""
     if not values.copies or stop - start <= block:
-        return torch.bmm(weights, values(start, stop))
-    out = torch.bmm(weights[:, :, :block], values(start, start + block))
+        return torch.bmm(weights, values.load(start, stop))
+    out = torch.bmm(weights[:, :, :block], values.load(start, start + block))
     for at in range(start + block, stop, block):
         to = min(at + block, stop)
-        out.baddbmm_(weights[:, :, at - start : to - start], values(at, to))
+        out.baddbmm_(weights[:, :, at - start : to - start], values.load(at, to))
     return out

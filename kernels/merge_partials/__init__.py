@@ -1,4 +1,4 @@
-"""Merging of partials: attention over parts of the keys becomes attention over all of them (FlashAttention, Dao et al. 2022)."""
+"""Merging of partials: from attention over parts of the keys to all of them (FlashAttention, Dao et al. 2022)."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ OPERATOR: Final = Operator[MergePartials](
 def merge_partials(parts: Sequence[Partial]) -> Partial:
     """Merge partials over disjoint sets of keys into the partial over their union.
 
-    ``m = max lse_i``, ``w_i = exp(lse_i - m)``, ``out = sum w_i out_i / sum w_i``, ``lse = m + ln sum w_i``. The order does not
-    matter; a part without keys ``(0, -inf)`` changes nothing; parts that are all empty give the empty partial.
+    ``m = max lse_i``, ``w_i = exp(lse_i - m)``, ``out = sum w_i out_i / sum w_i``, ``lse = m + ln sum w_i``. The order
+    does not matter; a part without keys ``(0, -inf)`` changes nothing; parts that are all empty give the empty partial.
 
     Parameters
     ----------
     parts : sequence of Partial
-        At least one; out [B, Hq, Tq, Dv] and lse [B, Hq, Tq] of equal shapes, dtypes and devices. None is written to; the
-        only one of a single part is returned as it is.
+        At least one; out [B, Hq, Tq, Dv] and lse [B, Hq, Tq] of equal shapes, dtypes and devices. None is written to; a
+        single one is returned as it is.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Merge of partials in as few tensor operations as there are: a merge happens in every layer of every step."""
+"""Merge of partials in few tensor operations: it happens in every layer of every step."""
 
 from __future__ import annotations
 
@@ -12,26 +12,12 @@ __all__ = ["merge_partials"]
 
 
 def merge_partials(parts: Sequence[Partial]) -> Partial:
-    """Two parts are interpolated, more are summed with weights ``exp(lse_i - lse)``."""
-    if len(parts) == 1:
-        return parts[0]
-    if len(parts) == 2:
-        return _merge_two(*parts)
-    shares = torch.stack([part.lse for part in parts])
-    lse = torch.logsumexp(shares, dim=0)
-    weights = shares.sub_(_finite(lse)).exp_().unsqueeze_(-1).unbind()
-    out = parts[0].out * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        out.addcmul_(part.out, weight)
-    return Partial(out, lse)
-
-
-def _merge_two(first: Partial, second: Partial) -> Partial:
-    lse = torch.logaddexp(first.lse, second.lse)
-    share = (second.lse - _finite(lse)).exp_().unsqueeze_(-1)
-    return Partial(torch.lerp(first.out, second.out, share), lse)
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    # -inf - -inf would be NaN; with the least finite number in its place the share of an empty part is exp(-inf) = 0.
-    return lse.clamp_min(torch.finfo(lse.dtype).min)
+    """Interpolate the first part with each next one: ``out + share * (next.out - out)``, four operations a part."""
+    merged = parts[0]
+    for index, part in enumerate(parts[1:]):
+        lse = torch.logaddexp(merged.lse, part.lse)
+        # -inf - -inf would be NaN; with the least finite number in its place an empty part has the share exp(-inf) = 0.
+        share = (part.lse - lse.clamp_min(torch.finfo(lse.dtype).min)).exp_().unsqueeze_(-1)
+        out = merged.out.lerp_(part.out, share) if index else torch.lerp(merged.out, part.out, share)
+        merged = Partial(out, lse)
+    return merged

@@ -1,8 +1,8 @@
-"""Ranking of pages by what is known of their keys (Quest, Tang et al. 2024, section 3.3)."""
+"""Scores by which pages are ranked: a bound from the limits of each channel (Quest, Tang et al. 2024, section 3.2)."""
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Final, Protocol, get_args
 
 import torch
 
@@ -13,57 +13,62 @@ from kvtier.types import GroupReduce
 
 __all__ = ["box_scores"]
 
+_REDUCTIONS: Final = get_args(GroupReduce)
+
 
 class PageScores(Protocol):
-    """What an implementation of this operator provides."""
+    """What an implementation of this operator provides: the public function with checked arguments."""
 
     def box_scores(
-        self, q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, group_reduce: GroupReduce, /
+        self, q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_reduce: GroupReduce, /
     ) -> torch.Tensor:
-        """The checked arguments of the public function."""
+        """Scores of pages."""
 
 
 OPERATOR: Final = Operator[PageScores](
     "page_scores",
     [
-        Candidate("blocked", lambda: blocked, "two matrix products"),
+        Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "channel by channel"),
     ],
 )
 
 
-def box_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
-    """Upper bounds of q.k over the keys of each page, from their channel-wise bounds.
+def box_scores(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
+    """Upper bound of q . k over the keys of each page: ``relu(q) . kmax - relu(-q) . kmin``.
 
     Parameters
     ----------
     q : Tensor
         [B, Hq, Tq, Dk].
-    low, high : Tensor
-        [B, Hk, N, Dk]: channel-wise minimum and maximum of each page's keys.
+    kmin, kmax : Tensor
+        [B, Hk, N, Dk] as :func:`kvtier.kernels.page_summaries.page_bounds` gives them; strided views are read in place.
     group_reduce : "mean" | "max" | "sum"
-        How the G query heads of one KV head agree; with "max" the score bounds every head's logits before scaling.
+        How the G query heads of a KV head come to one score; over the Tq queries the greatest counts.
 
     Returns
     -------
     Tensor
-        [B, Hk, N] fp32, or fp64 for fp64 inputs; the greatest over the queries.
+        [B, Hk, N], fp32, or fp64 when an input is.
 
     Raises
     ------
     InputError
-        When shapes do not fit together.
+        When shapes do not fit together, there is no query, or the reduction is unknown.
     """
     if not (
-        q.dim() == low.dim() == 4
-        and low.shape == high.shape
-        and q.shape[0] == low.shape[0]
-        and q.shape[3] == low.shape[3]
-        and low.shape[1]
-        and q.shape[1] % low.shape[1] == 0
+        q.dim() == kmin.dim() == 4
+        and kmin.shape == kmax.shape
+        and q.shape[0] == kmin.shape[0]
+        and q.shape[3] == kmin.shape[3]
+        and q.shape[2]
+        and kmin.shape[1]
+        and q.shape[1] % kmin.shape[1] == 0
     ):
         raise InputError(
-            "box_scores needs q [B, Hq, Tq, Dk] and bounds [B, Hk, N, Dk] with Hq a multiple of Hk, "
-            f"got {list(q.shape)}, {list(low.shape)}, {list(high.shape)}"
+            "box_scores needs q [B, Hq, Tq, Dk] with Tq >= 1, kmin and kmax [B, Hk, N, Dk] with Hq a multiple of Hk, "
+            f"got {list(q.shape)}, {list(kmin.shape)}, {list(kmax.shape)}"
         )
-    return OPERATOR.on(q.device).box_scores(q, low, high, group_reduce)
+    if group_reduce not in _REDUCTIONS:
+        raise InputError(f"group_reduce must be one of {', '.join(_REDUCTIONS)}, got {group_reduce!r}")
+    return OPERATOR.on(q.device).box_scores(q, kmin, kmax, group_reduce)

@@ -1,26 +1,44 @@
-"""Scores of pages as two matrix products: positive channels meet the upper bounds, negative ones the lower."""
+"""Scores of pages by two matrix products with the bounds as left operand, a cache-sized block of pages at a time."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
-from kvtier.kernels.heads import accumulation_dtype, fold_queries
+from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
 from kvtier.types import GroupReduce
 
 __all__ = ["box_scores"]
 
+CACHE_BYTES: Final = 4 * 2**20
+DEVICE_BYTES: Final = 256 * 2**20
 
-def box_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
-    """``relu(q) . high - relu(-q) . low``, which is the sum of the greater products."""
-    batch, kv_heads, pages, _ = low.shape
-    wide = accumulation_dtype(q, low)
-    grouped = fold_queries(q, kv_heads, wide)
-    group, queries = grouped.shape[1:3]
-    flat = grouped.flatten(1, 2)
-    upper = high.to(wide).reshape(batch * kv_heads, pages, -1).transpose(1, 2)
-    lower = low.to(wide).reshape(batch * kv_heads, pages, -1).transpose(1, 2)
-    scores = torch.baddbmm(torch.bmm(flat.clamp(min=0), upper), flat.clamp(max=0), lower)
-    by_head = scores.view(batch, kv_heads, group, queries, pages).amax(dim=3)
+
+def box_scores(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
+    """Bounds stream from memory once; only 16-bit ones are copied, to fp32, block by block."""
+    low, high = fold_heads(kmin), fold_heads(kmax)
+    if low is None or high is None:
+        rows = [box_scores(q[b : b + 1], kmin[b : b + 1], kmax[b : b + 1], group_reduce) for b in range(q.shape[0])]
+        return torch.cat(rows)
+    queries = fold_queries(q, kmin.shape[1], accumulation_dtype(q, kmin, kmax))
+    heads, group, count, dim = queries.shape
+    flat = queries.reshape(heads, -1, dim)
+    # relu(q) . kmax - relu(-q) . kmin, and -relu(-q) = min(q, 0).
+    above, below = flat.clamp_min(0).mT, flat.clamp_max(0).mT
+    pages = kmin.shape[2]
+    budget = CACHE_BYTES if q.device.type == "cpu" else DEVICE_BYTES
+    block = max(64, budget // (heads * (dim + group * count) * queries.element_size()))
+    scores = queries.new_empty(heads, pages)
+    for at in range(0, pages, block):
+        part = slice(at, at + block)
+        bounds = torch.bmm(high[:, part].to(flat.dtype), above).baddbmm_(low[:, part].to(flat.dtype), below)
+        scores[:, part] = _reduced(bounds.unflatten(2, (group, count)), group_reduce).amax(-1)
+    return scores.view(*kmin.shape[:3])
+
+
+def _reduced(bounds: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
+    """Bounds [H, n, G, Tq] to [H, n, Tq]."""
     if group_reduce == "max":
-        return by_head.amax(dim=2)
-    return by_head.mean(dim=2) if group_reduce == "mean" else by_head.sum(dim=2)
+        return bounds.amax(2)
+    return bounds.mean(2) if group_reduce == "mean" else bounds.sum(2)

@@ -1,4 +1,4 @@
-"""Summaries of sealed pages, built once and used to rank them (Quest, Tang et al. 2024, section 3.3)."""
+"""Small summaries of pages by which they are ranked: per-channel bounds (Quest, Tang et al. 2024, section 3.2)."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ __all__ = ["page_bounds"]
 
 
 class PageSummaries(Protocol):
-    """What an implementation of this operator provides."""
+    """What an implementation of this operator provides: the public function with a checked argument."""
 
-    def page_bounds(self, keys: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """The checked arguments of the public function."""
+    def page_bounds(self, k: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds over the slots."""
 
 
 OPERATOR: Final = Operator[PageSummaries](
     "page_summaries",
     [
-        Candidate("blocked", lambda: blocked, "one pass over the keys"),
+        Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "slot by slot"),
     ],
 )
 
 
-def page_bounds(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channel-wise minimum and maximum of the keys of each page.
+def page_bounds(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest value of each channel over the slots of a page.
 
     Parameters
     ----------
-    keys : Tensor
+    k : Tensor
         [..., P, D] with at least one slot.
 
     Returns
     -------
-    low, high : Tensor
-        [..., D] each, in the dtype of the keys: exact, nothing is rounded.
+    tuple of Tensor
+        kmin and kmax, each [..., D] of the type of k: exact, no rounding.
 
     Raises
     ------
     InputError
-        For pages without slots.
+        When k has no slots or fewer than two dimensions.
     """
-    if keys.dim() < 2 or not keys.shape[-2]:
-        raise InputError(f"page_bounds needs keys [..., P, D] with P at least 1, got {list(keys.shape)}")
-    return OPERATOR.on(keys.device).page_bounds(keys)
+    if k.dim() < 2 or not k.shape[-2]:
+        raise InputError(f"page_bounds needs keys [..., P, D] with at least one slot, got {list(k.shape)}")
+    return OPERATOR.on(k.device).page_bounds(k)

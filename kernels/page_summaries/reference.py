@@ -1,4 +1,4 @@
-"""Bounds of pages, channel by channel: the truth that the fast path is compared with."""
+"""Bounds of pages, slot by slot: the truth that the fast path is compared with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 __all__ = ["page_bounds"]
 
 
-def page_bounds(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A running minimum and maximum over the slots."""
-    low = high = keys[..., 0, :]
-    for slot in range(1, keys.shape[-2]):
-        low, high = torch.minimum(low, keys[..., slot, :]), torch.maximum(high, keys[..., slot, :])
-    return low, high
+def page_bounds(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first slot, then whatever a later slot lowers or raises."""
+    slots = k.unbind(dim=-2)
+    low, high = slots[0], slots[0]
+    for slot in slots[1:]:
+        low = torch.where(slot < low, slot, low)
+        high = torch.where(slot > high, slot, high)
+    return low.clone(), high.clone()

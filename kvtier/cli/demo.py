@@ -35,6 +35,7 @@ def demo(
     """
     from kvtier.cli.demo_run import Settings, run_demo, split_policies
     from kvtier.cli.demo_table import to_dict, to_table
+    from kvtier.cli.engine import quiet_transformers
     from kvtier.types import parse_bytes
 
     settings = Settings(
@@ -49,7 +50,7 @@ def demo(
         read=read,
         seed=seed,
     )
-    with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen:
+    with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen, quiet_transformers(screen):
         result = run_demo(settings, screen)
         if screen.as_json:
             screen.emit(to_dict(result))

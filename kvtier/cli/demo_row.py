@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from kvtier.core.policy import Policy
     from kvtier.types import Budgets
 
-__all__ = ["STOCK", "Row", "run_policy", "run_stock"]
+__all__ = ["ONCE", "PER_QUESTION", "STOCK", "Row", "run_policy", "run_stock"]
 
-STOCK: Final = "stock transformers"
+STOCK: Final = "transformers"
+ONCE: Final = "once, forked"
+PER_QUESTION: Final = "per question"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,18 +100,17 @@ def run_policy(
 
 def _ask_forks(scene: Scene, cache: Any, tick: Callable[[], object]) -> _Answers:
     """Run the text once, and ask each question on a copy of its cache."""
-    started = time.perf_counter()
-    with torch.inference_mode():
-        scene.model(scene.shared, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    shared_s = time.perf_counter() - started
+    # One new token: it is chosen but never fed, so the cache holds the text and nothing else.
+    _, shared = _generate(scene, scene.shared, cache, 1)
     tick()
     said, watches = [], []
     for index in range(len(scene.questions)):
-        tokens, watch = _ask(scene, index, copy.deepcopy(cache))
+        with _closing(copy.deepcopy(cache)) as twin:
+            tokens, watch = _ask(scene, index, twin)
         said.append(tokens)
         watches.append(watch)
         tick()
-    return _Answers(tuple(said), tuple(watches), shared_s)
+    return _Answers(tuple(said), tuple(watches), shared.prefill_s)
 
 
 def _ask_afresh(scene: Scene, new_cache: Callable[[], Any], tick: Callable[[], object]) -> _Answers:
@@ -117,22 +118,38 @@ def _ask_afresh(scene: Scene, new_cache: Callable[[], Any], tick: Callable[[], o
     said, watches = [], []
     tick()
     for index in range(len(scene.questions)):
-        tokens, watch = _ask(scene, index, new_cache())
+        with _closing(new_cache()) as cache:
+            tokens, watch = _ask(scene, index, cache)
         said.append(tokens)
         watches.append(watch)
         tick()
     return _Answers(tuple(said), tuple(watches), None)
 
 
+@contextlib.contextmanager
+def _closing(cache: Any) -> Iterator[Any]:
+    """Free a cache at once; transformers' own has nothing to close."""
+    try:
+        yield cache
+    finally:
+        if hasattr(cache, "close"):
+            cache.close()
+
+
 def _ask(scene: Scene, index: int, cache: Any) -> tuple[tuple[int, ...], Stopwatch]:
-    """Generate as many tokens as the right answer has."""
+    """The answer to one question, as long as the right one."""
     prompt = torch.cat((scene.shared, scene.questions[index]), dim=1)
+    return _generate(scene, prompt, cache, len(scene.answers[index]))
+
+
+def _generate(scene: Scene, prompt: torch.Tensor, cache: Any, new_tokens: int) -> tuple[tuple[int, ...], Stopwatch]:
+    """Generate greedily after a prompt [1, T], of which the cache may hold the beginning."""
     watch = Stopwatch()
     output = scene.model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
-        max_new_tokens=len(scene.answers[index]),
+        max_new_tokens=new_tokens,
         streamer=watch,
     )
     return tuple(output[0, prompt.shape[1] :].tolist()), watch
@@ -157,7 +174,7 @@ def _row(
         found=sum(said == right for said, right in zip(answers.tokens, scene.answers, strict=True)),
         agreement=_agreement(answers.tokens, stock),
         bytes=held,
-        prefill="per question" if answers.shared_s is None else "once, forked",
+        prefill=PER_QUESTION if answers.shared_s is None else ONCE,
         prefill_s=first_token_s if answers.shared_s is None else answers.shared_s,
         first_token_s=first_token_s,
         decode_tokens_per_s=decode_steps / decode_s if decode_s > 0 else 0.0,

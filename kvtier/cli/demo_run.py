@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvtier.cli.demo_row import STOCK, Row, run_policy, run_stock
 from kvtier.cli.demo_scene import Scene, build_scene
-from kvtier.cli.generate_inputs import silence_transformers
 from kvtier.cli.tiers import check_budgets
 from kvtier.core.policy import Policy, Role
 from kvtier.errors import InputError
@@ -21,8 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["DemoResult", "Settings", "run_demo", "split_policies"]
 
 _DEVICE_SHARE: Final = 6  # the device holds less than a quarter of the KV cache, working space included
+_LEAST_DEVICE: Final = 2**21  # bytes; the tails and sketches of two sessions, and room to work
 _KEEP_SHARE: Final = 8
 _READ_SHARE: Final = 16
+_LEAST_TOKENS: Final = 128  # of short texts: the raw tail and a few pages
 _TIER_FACTOR: Final = 2  # room for everything, and for pages that are not full
 
 
@@ -96,10 +97,10 @@ def run_demo(settings: Settings, screen: Screen) -> DemoResult:
         For a document, context, budget or policy that cannot work; before the model runs.
     """
     chosen = _policies(settings)
-    silence_transformers(screen)
     screen.note("building the text and the model")
     scene = build_scene(settings.document, context=settings.context, needles=settings.needles, seed=settings.seed)
-    device = settings.device if settings.device is not None else scene.kv_bytes // _DEVICE_SHARE
+    share = max(_LEAST_DEVICE, scene.kv_bytes // _DEVICE_SHARE)
+    device = settings.device if settings.device is not None else share
     store = _store(settings, scene)
     with screen.progress() as bars:
         steps = len(scene.questions) + 1
@@ -125,13 +126,13 @@ def _policies(settings: Settings) -> dict[str, Policy]:
 def _budgets(policy: Policy, settings: Settings, device: int) -> Budgets:
     """The budgets that this policy has a use for, unless it brings its own."""
     shares: dict[str, int] = {}
-    for word, role, asked, share in (
-        ("keep", Role.SELECTION, settings.keep, _KEEP_SHARE),
-        ("read", Role.RETRIEVAL, settings.read, _READ_SHARE),
+    for word, role, asked, default in (
+        ("keep", Role.SELECTION, settings.keep, settings.context // _KEEP_SHARE),
+        ("read", Role.RETRIEVAL, settings.read, settings.context // _READ_SHARE),
     ):
         takers = [part for part in policy.parts if role in part.roles]
         if takers and all(getattr(part, word, None) is None for part in takers):
-            shares[word] = asked if asked is not None else settings.context // share
+            shares[word] = asked if asked is not None else max(_LEAST_TOKENS, default)
     return Budgets(device=device, **shares)
 
 

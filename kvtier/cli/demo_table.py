@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from kvtier.cli.demo_row import STOCK, Row
+from kvtier.cli.demo_row import PER_QUESTION, STOCK, Row
 from kvtier.types import format_bytes
 
 if TYPE_CHECKING:
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from kvtier.cli.demo_run import DemoResult
 
 __all__ = ["to_dict", "to_table"]
+
+_TIERS: Final = {"device": "device", "host": "host", "nvme": "NVMe"}
+_CAPTION: Final = (
+    "device, host, NVMe: the most KV bytes each tier held, measured\n"
+    "prefill: the text through the model, once and then forked, or for each question\n"
+    "1st token: mean time from a question to the first token of its answer\n"
+    "same: generated tokens that are those of transformers with its own cache"
+)
 
 
 def to_dict(result: DemoResult) -> dict[str, Any]:
@@ -49,41 +57,41 @@ def _row_dict(row: Row, result: DemoResult) -> dict[str, Any]:
 
 
 def to_table(result: DemoResult) -> Table:
-    """One row a cache; the title says what ran on what."""
+    """One row a cache; the title says what ran on what. Fits in 80 columns."""
+    from rich import box
     from rich.table import Table
 
     scene = result.scene
     title = (
         f"{len(scene.document.needles)} needles in {scene.document.context} tokens of {scene.source}\n"
-        f"induction model (a small Llama set by hand, not trained), fp32, on {_machine()}\n"
+        f"induction model (a small Llama set by hand, not trained), fp32\n"
+        f"on {_machine()}\n"
         f"whole KV cache {format_bytes(scene.kv_bytes)}, device budget {format_bytes(result.device_bytes)}"
     )
-    caption = (
-        "device, host, NVMe: the most KV bytes each tier held, measured. prefill: the text through the model, once.\n"
-        "answer after: from a question to its first token. same tokens: as transformers makes with its own cache."
+    table = Table(
+        title=title, caption=_CAPTION, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False)
-    table.add_column("policy")
-    for column in ("found", "device", "host", "NVMe", "prefill", "answer after", "decode", "same tokens"):
+    tiers = [tier for tier in _TIERS if tier != "nvme" or any(row.bytes[tier] for row in result.rows)]
+    table.add_column("policy", no_wrap=True)
+    for column in ("found", *(_TIERS[tier] for tier in tiers), "prefill", "1st token", "tok/s", "same"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("text prefilled", no_wrap=True)
     for row in result.rows:
-        table.add_row(*_cells(row, len(scene.document.needles)))
+        table.add_row(*_cells(row, tiers, len(scene.document.needles)))
         if row.name == STOCK:
             table.add_section()
     return table
 
 
-def _cells(row: Row, needles: int) -> list[str]:
+def _cells(row: Row, tiers: list[str], needles: int) -> list[str]:
+    again = row.prefill == PER_QUESTION
     return [
         row.name,
         f"{row.found}/{needles}",
-        *(format_bytes(row.bytes[tier]) if row.bytes[tier] else "-" for tier in ("device", "host", "nvme")),
-        f"{row.prefill_s:.1f} s",
+        *(format_bytes(row.bytes[tier]) if row.bytes[tier] else "-" for tier in tiers),
+        f"{needles} x {row.prefill_s:.1f} s" if again else f"{row.prefill_s:.1f} s once",
         f"{row.first_token_s:.2f} s",
-        f"{row.decode_tokens_per_s:.1f} tok/s",
+        f"{row.decode_tokens_per_s:.1f}",
         f"{row.agreement:.0%}",
-        row.prefill,
     ]
 
 

@@ -42,7 +42,8 @@ def generate(
     debug: DebugFlag = False,
 ) -> None:
     """Ask your own model about a long document, under a policy."""
-    from kvtier.cli.generate_inputs import Request, prepare
+    from kvtier.cli.engine import quiet_transformers
+    from kvtier.cli.generate_inputs import Request, check_request, prepare
     from kvtier.cli.generate_run import answer, summary_table
     from kvtier.cli.tiers import store_of
     from kvtier.types import parse_bytes
@@ -62,8 +63,9 @@ def generate(
         chat_template=chat_template,
         seed=seed,
     )
-    with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen:
-        loaded = prepare(request, screen)
+    text = check_request(request)
+    with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen, quiet_transformers(screen):
+        loaded = prepare(request, text, screen)
         summary = answer(request, loaded, screen, stream=stream)
         if screen.as_json:
             screen.emit(summary)

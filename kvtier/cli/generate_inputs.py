@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from kvtier.cli.engine import transformers_module
 from kvtier.cli.tiers import check_budgets
-from kvtier.errors import InputError, MissingDependencyError
+from kvtier.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kvtier.cli.output import Screen
     from kvtier.core.policy import Policy
 
-__all__ = ["Loaded", "Request", "prepare", "read_document", "silence_transformers"]
+__all__ = ["Loaded", "Request", "check_request", "prepare", "read_document"]
 
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -59,27 +60,42 @@ class Loaded(NamedTuple):
     policy: Policy
 
 
-def prepare(request: Request, screen: Screen) -> Loaded:
-    """Read and check everything, what is cheap first; the weights come last.
+def check_request(request: Request) -> str:
+    """What can be checked without importing a model engine.
+
+    Returns
+    -------
+    str
+        The text of the document.
 
     Raises
     ------
     InputError
-        For a document, directory, length or budget that cannot work.
-    PolicyError
-        For a policy that does not exist.
+        For a document, question or directory that cannot work.
     """
-    document = read_document(request.document)
+    text = read_document(request.document)
     if not request.question.strip():
         raise InputError("--question is empty; ask something")
     _check_model_directory(request.model)
-    silence_transformers(screen)
+    return text
+
+
+def prepare(request: Request, text: str, screen: Screen) -> Loaded:
+    """Check the rest, what is cheap first; the weights come last.
+
+    Raises
+    ------
+    InputError
+        For a model, length or budget that cannot work.
+    PolicyError
+        For a policy that does not exist.
+    """
     from kvtier.core.compose import policy
 
     chosen = policy(request.policy)
     config = _load_config(request.model)
     tokenizer = _load_tokenizer(request.model)
-    ids = _prompt_ids(tokenizer, document, request)
+    ids = _prompt_ids(tokenizer, text, request)
     _check_length(config, ids.shape[1], request.max_new_tokens)
     check_budgets(chosen, request.keep, request.read, ids.shape[1])
     screen.note(f"loading {request.model} for a prompt of {ids.shape[1]} tokens")
@@ -132,7 +148,7 @@ def _load_config(directory: Path) -> Any:
     InputError
         When transformers cannot read it.
     """
-    transformers = _transformers()
+    transformers = transformers_module()
     try:
         return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
@@ -147,7 +163,7 @@ def _load_tokenizer(directory: Path) -> Any:
     InputError
         When transformers cannot read it.
     """
-    transformers = _transformers()
+    transformers = transformers_module()
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:
@@ -196,7 +212,7 @@ def _load_model(directory: Path, config: Any, dtype: str) -> Any:
     """
     import torch
 
-    transformers = _transformers()
+    transformers = transformers_module()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -204,20 +220,3 @@ def _load_model(directory: Path, config: Any, dtype: str) -> Any:
     except Exception as error:
         raise InputError(f"the model in {directory} cannot be loaded: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def silence_transformers(screen: Screen) -> None:
-    """No bars of transformers' own where ours are not drawn either; its advice only to those who debug."""
-    its_logging = _transformers().utils.logging
-    if not screen.bars:
-        its_logging.disable_progress_bar()
-    if not screen.debug:
-        its_logging.set_verbosity_error()
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError("this verb needs transformers; pip install 'kvtier[hf]'") from error
-    return transformers

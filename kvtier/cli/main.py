@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
+from kvtier import __version__
 from kvtier.cli.demo import demo
 from kvtier.cli.doctor import doctor
 from kvtier.cli.generate import generate
@@ -31,9 +32,7 @@ for verb in (demo, generate, policies, doctor):
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"kvtier {version('kvtier')}")
+        typer.echo(f"kvtier {__version__}")
         raise typer.Exit
 
 
@@ -94,6 +93,8 @@ def _explain(error: Exception) -> int:
         message, code = str(error), BAD_USE
     elif isinstance(error, OSError):
         message, code = _describe_os_error(error), BAD_USE
+    elif isinstance(error, MemoryError):
+        message, code = f"not enough memory: {error}", BAD_USE
     else:
         message = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
         code = FOUND_WRONG

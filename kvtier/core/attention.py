@@ -17,6 +17,9 @@ from kvtier.kernels.gather_attention import attend_pages, attend_run
 from kvtier.kernels.merge_partials import empty_partial, merge_partials
 from kvtier.types import Partial, Visibility
 
+# Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
+_MERGE_WIDTH = 8
+
 __all__ = ["Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
 
 
@@ -64,8 +67,12 @@ def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[S
 def attend_all(sequence: LayerSequence | WindowSequence, queries: Queries) -> Partial:
     """Attention over every slot, in whatever tier it lives."""
     positions = _positions(sequence)
+    partials: list[Partial] = []
     with segments_of(sequence) as segments:
-        partials = [_over(segment, queries, positions[:, segment.start : segment.stop]) for segment in segments]
+        for segment in segments:
+            partials.append(_over(segment, queries, positions[:, segment.start : segment.stop]))
+            if len(partials) == _MERGE_WIDTH:
+                partials = [merge_partials(partials)]
     return _merged(partials, queries, sequence)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvtier.core.attention import Queries, attend_all, attend_chosen
+from kvtier.core.checks import check_ascending
 from kvtier.core.memory import Memory
 from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
@@ -51,8 +52,16 @@ class Batch:
 
     def open(self, count: int) -> None:
         """Start ``count`` empty rows."""
-        layers = range(len(self.memory.layout.layers))
-        self.rows = [[self.memory.sequence(layer) for layer in layers] for _ in range(count)]
+        self.rows = [[] for _ in range(count)]
+        for row in self.rows:
+            for layer in range(len(self.memory.layout.layers)):
+                row.append(self.memory.sequence(layer))
+
+    def check_order(self, layer: int, positions: IntArray, spans: Sequence[slice]) -> None:
+        """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
+        for row, span in enumerate(spans):
+            last = self.rows[row][layer].last_position if self.rows else None
+            check_ascending(positions[row if positions.shape[0] > 1 else 0, span], last)
 
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, spans: Sequence[slice]
@@ -149,8 +158,10 @@ class Batch:
         """Row i becomes what row ``order[i]`` was: moved the first time, forked again; rows not named are freed."""
         taken: set[int] = set()
         result: Rows = []
+        repeated = [row for place, row in enumerate(order) if row in order[:place]]
+        forks = iter(_fork_rows([self.rows[row] for row in repeated]))
         for row in order:
-            result.append([sequence.fork() for sequence in self.rows[row]] if row in taken else self.rows[row])
+            result.append(next(forks) if row in taken else self.rows[row])
             taken.add(row)
         for row, sequences in enumerate(self.rows):
             if row not in taken:
@@ -159,7 +170,7 @@ class Batch:
 
     def fork(self) -> Batch:
         """A second owner of every sequence."""
-        return Batch(self.memory, [[sequence.fork() for sequence in row] for row in self.rows], self.prompt.fork())
+        return Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
 
     def release(self) -> None:
         """Let go of every sequence."""
@@ -175,6 +186,20 @@ def distinct_rows(keys: torch.Tensor, values: torch.Tensor) -> int:
             for row in range(keys.shape[0])
         }
     )
+
+
+def _fork_rows(rows: Rows) -> Rows:
+    """A fork of every sequence of every row; all or, when there is no room, none."""
+    forks: Rows = []
+    try:
+        for row in rows:
+            forks.append([])
+            for sequence in row:
+                forks[-1].append(sequence.fork())
+    except BaseException:
+        _release([sequence for row in forks for sequence in row])
+        raise
+    return forks
 
 
 def _release(sequences: Sequence[AnySequence]) -> None:

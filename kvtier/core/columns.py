@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 __all__ = ["ColumnHistory"]
+
+Spans: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class ColumnHistory:
     """Columns in the order they were appended, as stretches that agree on padding.
 
-    A stretch is (columns, real tokens per row), or (columns, None) where every column was a real token in every row.
+    A stretch is (columns, the span (start, stop) of the real tokens of each row), or (columns, None) where every column
+    was a real token in every row.
     """
 
-    def __init__(self, stretches: Sequence[tuple[int, tuple[int, ...] | None]] = ()) -> None:
+    def __init__(self, stretches: Sequence[tuple[int, Spans | None]] = ()) -> None:
         self._stretches = list(stretches)
 
     @property
@@ -21,7 +25,7 @@ class ColumnHistory:
         """Whether no column was ever noted."""
         return not self._stretches
 
-    def note(self, columns: int, real: tuple[int, ...] | None = None) -> None:
+    def note(self, columns: int, real: Spans | None = None) -> None:
         """Add columns at the end."""
         if real is None and self._stretches and self._stretches[-1][1] is None:
             columns += self._stretches.pop()[0]
@@ -35,11 +39,13 @@ class ColumnHistory:
         while remove:
             columns, real = left._stretches.pop()
             part = min(remove, columns)
-            taken = (part,) * rows if real is None else tuple(min(part, own) for own in real)
+            stay = columns - part
+            spans = ((0, columns),) * rows if real is None else real
+            taken = [max(0, stop - max(start, stay)) for start, stop in spans]
             counts = [count + own for count, own in zip(counts, taken, strict=True)]
-            if part < columns:
-                kept = None if real is None else tuple(own - gone for own, gone in zip(real, taken, strict=True))
-                left.note(columns - part, kept)
+            if stay:
+                cut = None if real is None else tuple((min(start, stay), min(stop, stay)) for start, stop in real)
+                left.note(stay, cut)
             remove -= part
         return left, counts
 

@@ -19,7 +19,7 @@ from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 __all__ = ["LayerGroup"]
 
 _STAGING_BYTES = 8 << 20
-_STAGING_SHARE = 32
+_STAGING_SHARE = 8
 _BUFFERS = 2
 
 
@@ -68,6 +68,7 @@ class LayerGroup:
             placement=placement,
             transfer=transfer,
             bounded=ledger.limit is not None,
+            block_pages=layout.block_tokens // layout.page_tokens,
             growth=self._growth,
         )
 
@@ -90,12 +91,8 @@ class LayerGroup:
     @contextmanager
     def staging(self, columns: int) -> Iterator[int]:
         """Count the staging bytes while ``columns`` are read ahead; yields how many to read at once."""
-        nbytes = self.staging_bytes(columns)
-        self.ledger.take("staging", nbytes)
-        try:
+        with self.ledger.lent("staging", self.staging_bytes(columns)):
             yield min(columns, self.staging_columns)
-        finally:
-            self.ledger.give("staging", nbytes)
 
     def piece_tokens(self) -> int:
         """Tokens whose pages fill half of what the arena may become."""

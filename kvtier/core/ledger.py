@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kvtier.errors import CapacityError
 from kvtier.types import format_bytes
@@ -79,6 +80,21 @@ class Ledger:
         """Count an allocation that was freed."""
         self.in_use -= nbytes
         self.by_purpose[purpose] -= nbytes
+
+    @contextmanager
+    def lent(self, purpose: str, nbytes: int) -> Iterator[None]:
+        """Count an allocation that lives as long as the context.
+
+        Raises
+        ------
+        CapacityError
+            As ``take``.
+        """
+        self.take(purpose, nbytes)
+        try:
+            yield
+        finally:
+            self.give(purpose, nbytes)
 
     def describe(self) -> str:
         """Bytes by purpose, for messages."""

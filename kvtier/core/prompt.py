@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvtier.core.selection import PromptWindow
+from kvtier.errors import InputError
 
 __all__ = ["PromptTracker"]
 
@@ -31,6 +32,18 @@ class PromptTracker:
     def announce(self, end: int) -> None:
         """A prompt ends at column ``end``."""
         self.announced, self.end = True, end
+
+    def check(self, columns: int, tokens: int) -> None:
+        """Refuse ``tokens`` that would begin inside an announced prompt, after ``columns``, and end behind it.
+
+        Raises
+        ------
+        InputError
+        """
+        if self.announced and self.end is not None and columns < self.end < columns + tokens:
+            raise InputError(
+                f"{self.end - columns} tokens are left of the announced prompt, got {tokens}; append what follows apart"
+            )
 
     def appended(self, columns: int, tokens: int) -> None:
         """A layer now has ``columns``, the last ``tokens`` of them new."""

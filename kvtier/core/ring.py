@@ -11,7 +11,7 @@ import torch
 from kvtier.core.ledger import Ledger
 from kvtier.core.policy import IntArray
 from kvtier.core.sequence import Segment
-from kvtier.errors import InputError, SessionStateError
+from kvtier.errors import SessionStateError
 from kvtier.types import LayerLayout
 
 __all__ = ["WindowSequence"]
@@ -64,11 +64,14 @@ class WindowSequence:
         """Tokens that a crop may take: all, or those beyond a whole window."""
         return self.seen if self.length == self.seen else max(0, self.length - self.window + 1)
 
+    @property
+    def last_position(self) -> int | None:
+        """Position of the newest token held; None when there is none."""
+        return int(self.positions[-1]) if self.length else None
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n]."""
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n], ascending from ``last_position``."""
         fresh = positions[0]
-        if fresh.size and ((np.diff(fresh) <= 0).any() or (self.length and fresh[0] <= self.positions[-1])):
-            raise InputError(f"positions must ascend within a sequence, got {fresh[:4].tolist()}...")
         if not (self.recording or self.draft_start is not None):
             self._keep_last(self.window - 1)
         end = self.start + self.length

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvtier.core.attention import Queries, key_votes, segments_of
-from kvtier.core.policy import SelectionPolicy
+from kvtier.core.policy import IntArray, SelectionPolicy
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
 from kvtier.types import GroupReduce
@@ -101,12 +101,17 @@ def _plan(
 
 def _apply(sequence: LayerSequence, keep: torch.Tensor) -> None:
     """Leave only the slots ``keep`` [Hk, K], ascending."""
-    group, layer = sequence.group, sequence.group.layer
+    group = sequence.group
     slots = keep.cpu().numpy()
-    count = slots.shape[1]
-    nbytes = count * layer.token_bytes
-    group.ledger.take("staging", nbytes)
-    like = sequence.tail_keys
+    nbytes = slots.shape[1] * group.layer.token_bytes
+    with group.ledger.lent("staging", nbytes):
+        sequence.replace(*_kept(sequence, slots))
+
+
+def _kept(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:
+    """Copies of these slots [Hk, K]: K [Hk, K, Dk], V [Hk, K, Dv] and positions [Hk, K]."""
+    group, layer = sequence.group, sequence.group.layer
+    count, like = slots.shape[1], sequence.raw.keys
     keys, values = (
         like.new_empty(group.heads, count, layer.key_dim),
         like.new_empty(group.heads, count, layer.value_dim),
@@ -120,5 +125,4 @@ def _apply(sequence: LayerSequence, keep: torch.Tensor) -> None:
             values[heads, columns] = segment.values[0][heads, source]
     held = sequence.positions.view
     positions = np.take_along_axis(np.broadcast_to(held, (slots.shape[0], held.shape[1])), slots, axis=1)
-    sequence.replace(keys, values, positions)
-    group.ledger.give("staging", nbytes)
+    return keys, values, positions

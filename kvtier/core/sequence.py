@@ -9,15 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kvtier.core.arena import Run
 from kvtier.core.group import LayerGroup
 from kvtier.core.growable import GrowingArray, GrowingSketch
 from kvtier.core.policy import IntArray
-from kvtier.errors import InputError, SessionStateError
+from kvtier.core.tail import Tail
+from kvtier.core.views import PageViews, join_short_runs, split_columns
+from kvtier.errors import SessionStateError
 
 __all__ = ["LayerSequence", "Segment"]
-
-_SHORT_RUN = 4
 
 
 class Segment(NamedTuple):
@@ -27,15 +26,6 @@ class Segment(NamedTuple):
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
-
-
-class _Layout(NamedTuple):
-    """Which columns are views, and which must be read into staging; valid for one version of the arena."""
-
-    version: int
-    pages: int
-    runs: list[Run]
-    rest: IntArray
 
 
 @dataclass(slots=True)
@@ -58,27 +48,28 @@ class LayerSequence:
     pages: GrowingArray[np.int64]
     positions: GrowingArray[np.int64]
     sketch: GrowingSketch | None
-    tail_keys: torch.Tensor
-    tail_values: torch.Tensor
-    tail_length: int = 0
+    raw: Tail
     evicted_length: int = 0
     version: object = field(default_factory=object)
     draft_start: int | None = None
     chosen: IntArray | None = None
-    _layout: _Layout | None = None
+    _views: PageViews | None = None
 
     @classmethod
     def empty(cls, group: LayerGroup, *, sketched: bool) -> LayerSequence:
         """A sequence without tokens; its tail is allocated and counted."""
-        keys, values = group.new_tail(group.block_tokens)
         return cls(
             group=group,
             pages=GrowingArray(group.heads, np.int64),
             positions=GrowingArray(1, np.int64),
             sketch=GrowingSketch(group.ledger) if sketched else None,
-            tail_keys=keys,
-            tail_values=values,
+            raw=Tail(group, group.block_tokens),
         )
+
+    @property
+    def tail_length(self) -> int:
+        """Slots in the tail."""
+        return self.raw.length
 
     @property
     def sealed(self) -> int:
@@ -88,7 +79,7 @@ class LayerSequence:
     @property
     def length(self) -> int:
         """Slots held."""
-        return self.sealed + self.tail_length
+        return self.sealed + self.raw.length
 
     @property
     def croppable(self) -> int:
@@ -101,24 +92,23 @@ class LayerSequence:
         return int(self.positions.view[:, -1].max()) if self.length else None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1 or Hk, n]; seal the blocks that became full.
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv]; seal the blocks that became full.
+
+        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
 
         Raises
         ------
-        InputError
-            When positions do not ascend.
         CapacityError
             When no tier has room; tokens before the one that found none are kept.
         """
         added = keys.shape[1]
         if not added:
             return
-        self._check_order(positions)
         done = 0
         while done < added:
             self.group.store.tick()
             if self.draft_start is not None:
-                self._widen_tail(self.tail_length + added)
+                self._make_room(self.tail_length + added)
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
             self._append_piece(keys[:, piece], values[:, piece])
@@ -129,16 +119,16 @@ class LayerSequence:
     @property
     def loose_columns(self) -> int:
         """Page columns that cannot be attended where they lie and must be read into staging."""
-        return self._layout_now().rest.size
+        return self._page_views().loose.size
 
     def segments(self, columns_at_once: int) -> Iterator[Segment]:
         """All slots in order of pages then tail: views where pages lie in runs, copies read ahead elsewhere."""
         store, page = self.group.store, self.group.page_tokens
-        layout = self._layout_now()
+        views = self._page_views()
         pages = self.pages.view
-        groups = _split(layout.rest, columns_at_once)
+        groups = split_columns(views.loose, columns_at_once)
         ahead = store.read_behind(pages[:, groups[0]].ravel()) if groups else None
-        for run in layout.runs:
+        for run in views.runs:
             yield Segment(run.start * page, run.stop * page, run.keys[None], run.values[None])
         for index, columns in enumerate(groups):
             if ahead is None:
@@ -153,22 +143,18 @@ class LayerSequence:
 
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the tail: K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
-        return self.tail_keys[None, :, : self.tail_length], self.tail_values[None, :, : self.tail_length]
+        keys, values = self.raw.view()
+        return keys[None], values[None]
 
     def fork(self) -> LayerSequence:
         """A second sequence with the same slots: pages shared, tail copied."""
-        keys, values = self.group.new_tail(self.tail_keys.shape[1])
-        keys[:, : self.tail_length] = self.tail_keys[:, : self.tail_length]
-        values[:, : self.tail_length] = self.tail_values[:, : self.tail_length]
         self.group.store.table.retain(self.pages.view)
         return LayerSequence(
             group=self.group,
             pages=self.pages.fork(),
             positions=self.positions.fork(),
             sketch=None if self.sketch is None else self.sketch.fork(),
-            tail_keys=keys,
-            tail_values=values,
-            tail_length=self.tail_length,
+            raw=self.raw.fork(),
             evicted_length=self.evicted_length,
             version=self.version,
             draft_start=self.draft_start,
@@ -191,7 +177,7 @@ class LayerSequence:
         if length < self.sealed:
             self._reopen(length)
         else:
-            self.tail_length = length - self.sealed
+            self.raw.length = length - self.sealed
         self.positions.truncate(length)
         self.version, self.chosen = object(), None
 
@@ -204,15 +190,15 @@ class LayerSequence:
         if self.draft_start is None:
             raise SessionStateError("accept() needs begin_draft() before the appends it judges")
         offset = self.draft_start - self.sealed
-        index = torch.from_numpy(path + offset).to(self.tail_keys.device)
-        kept_keys, kept_values = self.tail_keys[:, index], self.tail_values[:, index]
+        index = torch.from_numpy(path + offset).to(self.raw.keys.device)
+        kept_keys, kept_values = self.raw.keys[:, index], self.raw.values[:, index]
         kept_positions = self.positions.view[:, self.draft_start + path].copy()
-        self.tail_length = offset
+        self.raw.length = offset
         self.positions.truncate(self.draft_start)
         self.version, self.draft_start = object(), None
         if path.size:
             self.append(kept_keys, kept_values, kept_positions)
-        self._narrow_tail()
+        self.raw.resize(self.group.block_tokens)
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Hold only these slots from now on: K [Hk, n, Dk], V [Hk, n, Dv], positions [Hk, n]."""
@@ -223,8 +209,7 @@ class LayerSequence:
     def release(self) -> None:
         """Let go of pages, sketches and tail; the sequence is empty and must not be used again."""
         self._empty_pages()
-        self.group.give_tail(self.tail_keys.shape[1])
-        self.tail_keys, self.tail_values = self.tail_keys[:, :0], self.tail_values[:, :0]
+        self.raw.release()
 
     def _empty_pages(self) -> None:
         self.group.store.release(self.pages.view.ravel())
@@ -234,16 +219,7 @@ class LayerSequence:
         self.positions = GrowingArray(1, np.int64)
         if self.sketch is not None:
             self.sketch.release()
-        self.tail_length, self._layout = 0, None
-
-    def _check_order(self, positions: IntArray) -> None:
-        last = self.last_position
-        ascending = positions.shape[1] < 2 or bool((np.diff(positions, axis=1) > 0).all())
-        if not ascending or (last is not None and int(positions[:, 0].min()) <= last):
-            raise InputError(
-                f"positions must ascend within a sequence, got {positions[0, :4].tolist()}... after {last}; "
-                "packed sequences and repeated positions are not served"
-            )
+        self.raw.length, self._views = 0, None
 
     def _next_piece(self, wanted: int) -> int:
         """Tokens to take at once: all, or what fills half of a bounded arena."""
@@ -259,17 +235,17 @@ class LayerSequence:
         sealing = 0 if self.draft_start is not None else total // block * block
         if sealing:
             self._seal(keys, values, sealing)
-            keys, values = keys[:, sealing - self.tail_length :], values[:, sealing - self.tail_length :]
-            self.tail_length = 0
-        end = self.tail_length + keys.shape[1]
-        self.tail_keys[:, self.tail_length : end] = keys
-        self.tail_values[:, self.tail_length : end] = values
-        self.tail_length = end
+            keys, values = keys[:, sealing - self.raw.length :], values[:, sealing - self.raw.length :]
+            self.raw.length = 0
+            if join_short_runs(self.group.store, self.pages.view, self._page_views()):
+                self._views = None
+        self.raw.extend(keys, values)
 
     def _seal(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """Make pages of the tail followed by new tokens, ``tokens`` in all."""
-        group, kept = self.group, self.tail_length
+        group, (tail_keys, tail_values) = self.group, self.raw.view()
         pages = group.store.new_pages(group.heads, tokens // group.page_tokens)
+        self.pages.append(pages)
         runs, rest = group.arena.runs(group.store.frames(pages))
         page = group.page_tokens
         pieces = [(run.start * page, run.stop * page, run.keys, run.values) for run in runs]
@@ -278,8 +254,8 @@ class LayerSequence:
             (column * page, (column + 1) * page, part_keys, part_values) for column, part_keys, part_values in scratch
         ]
         for start, stop, into_keys, into_values in pieces:
-            _fill(into_keys, start, stop, self.tail_keys[:, :kept], keys)
-            _fill(into_values, start, stop, self.tail_values[:, :kept], values)
+            _fill(into_keys, start, stop, tail_keys, keys)
+            _fill(into_values, start, stop, tail_values, values)
             if self.sketch is not None and len(pieces) == 1:
                 self._sketch(into_keys)
         for column, part_keys, part_values in scratch:
@@ -287,12 +263,11 @@ class LayerSequence:
         if self.sketch is not None and len(pieces) > 1:
             sealed_keys, _ = group.arena.read(group.store.frames(pages).ravel())
             self._sketch(sealed_keys.unflatten(0, pages.shape).flatten(1, 2))
-        self.pages.append(pages)
 
     def _scratch(self, column: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         layer = self.group.layer
         shape = (self.group.heads, self.group.page_tokens)
-        like = self.tail_keys
+        like = self.raw.keys
         return column, like.new_empty(*shape, layer.key_dim), like.new_empty(*shape, layer.value_dim)
 
     def _sketch(self, keys: torch.Tensor) -> None:
@@ -303,27 +278,11 @@ class LayerSequence:
         made = policy.sketch(keys.unflatten(1, (-1, self.group.page_tokens)))
         self.sketch.append(made, self.group.expected_pages)
 
-    def _layout_now(self) -> _Layout:
-        """Columns that are views, cached until a page moves or is added."""
-        store = self.group.store
-        held = self._layout
-        if held is not None and held.version == store.arena.version and held.pages == self.pages.length:
-            return held
-        pages = self.pages.view
-        here = store.resident(pages).all(axis=0)
-        columns = np.flatnonzero(here)
-        runs: list[Run] = []
-        loose: list[IntArray] = [np.flatnonzero(~here)]
-        for first, last in _stretches(columns):
-            found, irregular = store.arena.runs(store.frames(pages[:, first:last]))
-            runs += [run._replace(start=run.start + first, stop=run.stop + first) for run in found]
-            loose.append(irregular + first)
-        short = [run for run in runs if run.stop - run.start < _SHORT_RUN]
-        if len(short) > 1:
-            loose += [np.arange(run.start, run.stop) for run in short]
-            runs = [run for run in runs if run.stop - run.start >= _SHORT_RUN]
-        self._layout = _Layout(store.arena.version, self.pages.length, runs, np.sort(np.concatenate(loose)))
-        return self._layout
+    def _page_views(self) -> PageViews:
+        """Which columns are views, cached until a page moves or is added."""
+        if self._views is None or not self._views.hold(self.group.store, self.pages.length):
+            self._views = PageViews.of(self.group.store, self.pages.view)
+        return self._views
 
     def _by_head(self, pages: torch.Tensor) -> torch.Tensor:
         """Pages [Hk * n, P, D], heads outermost, as [1, Hk, n * P, D]."""
@@ -339,34 +298,19 @@ class LayerSequence:
         if rest:
             columns = pages[:, kept_pages : kept_pages + -(-rest // page)]
             keys, values = group.store.read(columns.ravel())
-            self.tail_keys[:, :rest] = self._by_head(keys)[0, :, :rest]
-            self.tail_values[:, :rest] = self._by_head(values)[0, :, :rest]
+            self.raw.length = 0
+            self.raw.extend(self._by_head(keys)[0, :, :rest], self._by_head(values)[0, :, :rest])
         group.store.release(pages[:, kept_pages:].ravel())
         self.pages.truncate(kept_pages)
-        self._layout = None
+        self._views = None
         if self.sketch is not None:
             self.sketch.truncate(kept_pages)
-        self.tail_length = rest
+        self.raw.length = rest
 
-    def _widen_tail(self, tokens: int) -> None:
-        held = self.tail_keys.shape[1]
-        if tokens <= held:
-            return
-        keys, values = self.group.new_tail(max(tokens, 2 * held))
-        keys[:, : self.tail_length] = self.tail_keys[:, : self.tail_length]
-        values[:, : self.tail_length] = self.tail_values[:, : self.tail_length]
-        self.tail_keys, self.tail_values = keys, values
-        self.group.give_tail(held)
-
-    def _narrow_tail(self) -> None:
-        held = self.tail_keys.shape[1]
-        if held == self.group.block_tokens or self.draft_start is not None:
-            return
-        keys, values = self.group.new_tail(self.group.block_tokens)
-        keys[:, : self.tail_length] = self.tail_keys[:, : self.tail_length]
-        values[:, : self.tail_length] = self.tail_values[:, : self.tail_length]
-        self.tail_keys, self.tail_values = keys, values
-        self.group.give_tail(held)
+    def _make_room(self, tokens: int) -> None:
+        """A tail that holds ``tokens``, for drafts longer than a block."""
+        if tokens > self.raw.capacity:
+            self.raw.resize(max(tokens, 2 * self.raw.capacity))
 
 
 def _fill(into: torch.Tensor, start: int, stop: int, tail: torch.Tensor, fresh: torch.Tensor) -> None:
@@ -377,20 +321,3 @@ def _fill(into: torch.Tensor, start: int, stop: int, tail: torch.Tensor, fresh: 
         into[:, : split - start] = tail[:, start:split]
     if split < stop:
         into[:, split - start :] = fresh[:, split - kept : stop - kept]
-
-
-def _stretches(columns: IntArray) -> list[tuple[int, int]]:
-    """Ranges of consecutive column numbers."""
-    if not columns.size:
-        return []
-    cuts = np.flatnonzero(np.diff(columns) != 1) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(columns, cuts)]
-
-
-def _split(columns: IntArray, most: int) -> list[IntArray]:
-    """Consecutive columns in groups of at most ``most``."""
-    return [
-        np.arange(start, min(start + most, last))
-        for first, last in _stretches(columns)
-        for start in range(first, last, most)
-    ]

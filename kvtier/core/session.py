@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
@@ -14,6 +16,7 @@ import torch
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
+from kvtier.core.checks import check_keys, check_positions, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
@@ -124,24 +127,23 @@ class Session:
             When no tier has room. The session must be closed then: its layers no longer agree.
         """
         started = time.perf_counter()
-        where = self._positions_of(positions)
-        self._check(layer, keys, values, where)
-        if not self.rows:
-            self._batch.open(keys.shape[0])
-            self._batch.record(self._recording)
-        self._hold_raw(layer, keys, values)
-        if self._columns[layer] == max(self._columns):
-            self._begin_step(keys, values, spans)
-        try:
-            self._batch.append(layer, keys, values, where, self._spans(spans, keys.shape[2]))
-        except InputError:
-            raise
-        except BaseException as error:
-            self._unusable = f"an append failed before ({error}); close this session and start again"
-            raise
-        self._columns[layer] += keys.shape[2]
+        check_keys(layer_of(self.memory.layout, layer), layer, self.rows, keys, values)
+        rows, tokens = keys.shape[0], keys.shape[2]
+        check_positions(positions, rows, tokens)
+        where, real = self._positions_of(positions), spans_of(spans, rows, tokens)
+        self._batch.check_order(layer, where, real)
+        self._batch.prompt.check(self._columns[layer], tokens)
+        self._check_step(layer)
+        with self._or_unusable("an append"):
+            if not self.rows:
+                self._open(rows)
+            self._hold_raw(layer, keys, values)
+            if self._columns[layer] == max(self._columns):
+                self._begin_step(keys, values, spans)
+            self._batch.append(layer, keys, values, where, real)
+        self._columns[layer] += tokens
         if self._draft_columns is None:
-            self._batch.prompt.appended(self._columns[layer], keys.shape[2])
+            self._batch.prompt.appended(self._columns[layer], tokens)
         self._seconds["append"] += time.perf_counter() - started
 
     @_guarded
@@ -180,13 +182,16 @@ class Session:
             [B, Hq, Tq, Dv] in the dtype of the query; zeros on padding.
         """
         started = time.perf_counter()
-        if not self.rows or query.shape[0] != self.rows:
-            raise InputError(f"queries must have {self.rows} rows, as was appended, got {query.shape[0]}")
+        check_queries(layer_of(self.memory.layout, layer), layer, self.rows, query)
+        check_positions(positions, self.rows, query.shape[2])
+        real = spans_of(spans, self.rows, query.shape[2])
+        if not self._columns[layer]:
+            raise SessionStateError(f"nothing was appended to layer {layer}; append() its keys and values first")
         where, on_device = self._positions_of(positions), positions.to(query.device)
         decoding = self._batch.prompt.decoding(self._columns[layer])
         out = query.new_zeros(*query.shape[:3], self.memory.layout.layers[layer].value_dim)
         last: Queries | None = None
-        for row, span in enumerate(self._spans(spans, query.shape[2])):
+        for row, span in enumerate(real):
             if span.start >= span.stop:
                 continue
             source = row if where.shape[0] > 1 else 0
@@ -206,7 +211,8 @@ class Session:
             out[row, :, span] = partial.out[0]
         self._drop_raw(layer)
         if last is not None and self._columns[layer] == self._batch.prompt.end:
-            self._batch.evict(layer, last)
+            with self._or_unusable("an eviction"):
+                self._batch.evict(layer, last)
         self._batch.work_ahead(layer, decoding=decoding)
         self._seconds["attend"] += time.perf_counter() - started
         return out
@@ -239,6 +245,8 @@ class Session:
         SessionStateError
             When the tokens before them were evicted, or slid out of a window without ``record_past``; nothing changed.
         """
+        if self._draft_columns is not None:
+            raise SessionStateError("a draft is open; accept() it before a crop")
         if not 0 <= remove <= self.length:
             raise InputError(f"crop takes 0 to {self.length} columns, got {remove}")
         history, counts = self._history.without(remove, self.rows)
@@ -265,8 +273,9 @@ class Session:
         kept = np.asarray(list(path), dtype=np.int64)
         if kept.size and (kept[0] < 0 or kept[-1] >= drafted or (np.diff(kept) <= 0).any()):
             raise InputError(f"path must be ascending numbers from 0 to {drafted - 1}, got {list(path)}")
-        for sequence in self._batch.sequences:
-            sequence.accept(kept)
+        with self._or_unusable("accept()"):
+            for sequence in self._batch.sequences:
+                sequence.accept(kept)
         self._history, _ = self._history.without(drafted, self.rows)
         self._history.note(kept.size)
         self._columns = [self._draft_columns + kept.size] * len(self._columns)
@@ -283,6 +292,9 @@ class Session:
         """What this session and the memory under it hold, read and spent."""
         memory = self.memory
         kept = [sequence.length for sequence in self._batch.sequences]
+        held = Counter[str]()
+        for ledger in memory.ledgers.values():
+            held.update(ledger.by_purpose)
         return SessionReport(
             policy=memory.policy.label,
             tenant=memory.tenant,
@@ -291,9 +303,7 @@ class Session:
             tokens=self.length,
             kept=max(kept, default=0),
             bytes=memory.tier_reports(),
-            device_bytes={
-                purpose: count for ledger in memory.ledgers.values() for purpose, count in ledger.by_purpose.items()
-            },
+            device_bytes=dict(held),
             moved=memory.moved(),
             pages_read=self._batch.pages_read,
             pages_held=self._batch.pages_held,
@@ -326,29 +336,38 @@ class Session:
             self._positions = (positions, host.cpu().numpy())
         return self._positions[1]
 
-    def _check(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        if not 0 <= layer < len(self._columns):
-            raise InputError(f"layer must be 0 to {len(self._columns) - 1}, got {layer}")
-        shape = self.memory.layout.layers[layer]
-        rows = self.rows or keys.shape[0]
-        need_keys = (rows, shape.num_kv_heads, keys.shape[2], shape.key_dim)
-        need_values = (rows, shape.num_kv_heads, keys.shape[2], shape.value_dim)
-        if tuple(keys.shape) != need_keys or tuple(values.shape) != need_values or not keys.shape[2]:
-            raise InputError(
-                f"layer {layer} needs keys {list(need_keys)} and values {list(need_values)} with at least one token, "
-                f"got {list(keys.shape)} and {list(values.shape)}"
+    def _check_step(self, layer: int) -> None:
+        """Refuse to begin a step while a layer lacks the one before."""
+        columns = self._columns[layer]
+        if columns == max(self._columns) and columns != self.length:
+            behind = self._columns.index(self.length)
+            raise SessionStateError(
+                f"layer {behind} has seen {self.length} of {columns} columns: the last step did not finish; append() "
+                "to it first, or close this session"
             )
-        if positions.shape[0] not in (1, rows) or positions.shape[1] != keys.shape[2]:
-            raise InputError(f"positions must be [{rows} or 1, {keys.shape[2]}], got {list(positions.shape)}")
 
-    def _spans(self, spans: Sequence[slice] | None, tokens: int) -> Sequence[slice]:
-        return spans if spans is not None else [slice(0, tokens)] * self.rows
+    def _open(self, rows: int) -> None:
+        """Start the rows, in the state that was asked for before there were any."""
+        self._batch.open(rows)
+        self._batch.record(self._recording)
+        if self._draft_columns is not None:
+            for sequence in self._batch.sequences:
+                sequence.begin_draft()
+
+    @contextmanager
+    def _or_unusable(self, what: str) -> Iterator[None]:
+        """After an error in here the session can only be closed."""
+        try:
+            yield
+        except BaseException as error:
+            self._unusable = f"{what} failed before ({error}); close this session and start again"
+            raise
 
     def _begin_step(self, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[slice] | None) -> None:
         """Once per step: note the columns, and plan the memory of a prompt."""
         tokens = keys.shape[2]
         first = self._history.empty
-        self._history.note(tokens, None if spans is None else tuple(span.stop - span.start for span in spans))
+        self._history.note(tokens, None if spans is None else tuple((span.start, span.stop) for span in spans))
         if first or tokens > self.memory.layout.block_tokens:
             coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
             self.memory.plan(self._name, distinct_rows(keys, values), held=self.length, coming=coming, chunk=tokens)

@@ -44,6 +44,10 @@ class PageStore:
         Who leaves first.
     bounded : bool
         Whether the device may run out, so that use must be tracked.
+    block_pages : int
+        Pages of a block in one KV head.
+    growth : callable
+        Frames to add when some are missing; 0 when the budget has no room.
 
     Notes
     -----
@@ -57,6 +61,7 @@ class PageStore:
     placement: PlacementPolicy
     transfer: TransferEngine
     bounded: bool
+    block_pages: int
     growth: Callable[[int], int]
     clock: int = 1
     _flights: list[_Flight] = field(default_factory=list)
@@ -212,6 +217,7 @@ class PageStore:
         def land() -> None:
             self.table.slot[tier][pages] = slots
             self.table.copy[tier][pages] = True
+            self.lower.traffic.written += pages.size * self.arena.frame_bytes
 
         self._start(
             lambda: self.lower.write(tier, slots, frames),
@@ -239,6 +245,24 @@ class PageStore:
             failed = flight.future.exception() is not None
             self.table.busy[flight.pages] = False
             flight.abort() if failed else flight.land()
+
+    def join(self, pages: IntArray) -> bool:
+        """Move resident pages [Hk, n] into one run, if frames are free or may be added; whether they moved."""
+        self.settle(pages)
+        missing = pages.size - self.arena.free_frames
+        if missing > 0 and not self.bounded:
+            self.arena.grow(self.growth(missing))
+        if pages.size > self.arena.free_frames:
+            return False
+        frames = self.arena.allocate(*pages.shape)
+        if len(self.arena.runs(frames)[0]) != 1:
+            self.arena.release(frames)
+            return False
+        old = self.frames(pages).ravel()
+        self.arena.write(frames.ravel(), *self.arena.read(old))
+        self.table.slot[DEVICE][pages] = frames
+        self.arena.release(old)
+        return True
 
     def compact(self) -> None:
         """Give free memory back: move resident pages into one slab of their size, when half or more is free."""

@@ -120,7 +120,9 @@ class PlainSession:
             visible = k_pos <= q_pos
             if window is not None:
                 visible = visible & (k_pos > q_pos - window)
-            out[b, :, real] = _softmax_attention(q[b, :, real], row.k, row.v, visible.to(q.device), scale, softcap, sink)
+            out[b, :, real] = _softmax_attention(
+                q[b, :, real], row.k, row.v, visible.to(q.device), scale, softcap, sink
+            )
         return out
 
     def fork(self) -> PlainSession:
@@ -173,7 +175,9 @@ class PlainSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check_open(self) -> None:

@@ -94,16 +94,17 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     config = getattr(transformers, config_name)(**{**_COMMON, **changes, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = getattr(transformers, model_name)(config)
+        model: Any = getattr(transformers, model_name)(config)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "sinks" in name:
                 # The default of 0.02 would leave attention almost uniform, and any mistake in it invisible.
                 torch.nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.2)
-    return model.to(dtype).eval()
+    ready: PreTrainedModel = model.to(dtype).eval()
+    return ready
 
 
 def left_padded(lengths: Sequence[int], *, seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
-    """Random prompts of these lengths: ``input_ids`` and ``attention_mask`` [B, max length] int64, padded on the left."""
+    """Random prompts of these lengths, padded on the left: ``input_ids`` and ``attention_mask`` [B, T] int64."""
     draw = torch.Generator().manual_seed(seed)
     columns = max(lengths)
     ids = torch.randint(3, vocabulary, (len(lengths), columns), generator=draw)

@@ -12,6 +12,7 @@ from kvtier.cli.demo_row import STOCK, Row
 from kvtier.cli.demo_run import DemoResult, split_policies
 from kvtier.cli.main import run
 from kvtier.errors import InputError
+from kvtier.testing.induction import read_default_document
 
 ROW_KEYS = {"found", "recall", "agreement", "bytes", "prefill_s", "decode_tokens_per_s"}
 
@@ -64,16 +65,19 @@ def test_small_demo_finds_everything_in_a_fraction_of_the_memory(capsys: pytest.
     assert snapkv["bytes"]["device"] <= told["device_bytes"]
 
 
-def test_table_on_a_document_with_nvme(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["demo", "--document", str(saved.text), "--context", "400", "--needles", "2", "--policies", "full"]
+def test_table_on_a_document_with_nvme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text(read_default_document(1024), encoding="utf-8")
+    line = ["demo", "--document", str(document), "--context", "1024", "--needles", "2", "--policies", "full"]
 
-    assert run([*line, "--nvme", str(tmp_path), "--host-bytes", "256KiB", "--quiet"]) == 0
+    assert run([*line, "--nvme", str(tmp_path), "--host-bytes", "1MiB", "--quiet"]) == 0
 
     out, err = capsys.readouterr()
-    assert "2 needles in 400 tokens of document.txt" in out
+    assert "2 needles in 1024 tokens of document.txt" in out
     assert "induction model" in out
     assert "torch" in out
-    assert [line.split()[0] for line in out.splitlines() if "2/2" in line] == ["stock", "full"]
+    assert "NVMe  " in out
+    assert [line.split()[0] for line in out.splitlines() if "2/2" in line] == ["transformers", "full"]
     assert err == ""
 
 

@@ -44,7 +44,7 @@ def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("policy", "budgets"),
-    [("full", {}), ("full", {"device": "192KiB"}), ("quest", {"read": 128}), ("snapkv", {"keep": 256})],
+    [("full", {}), ("full", {"device": "512KiB"}), ("quest", {"read": 128}), ("snapkv", {"keep": 256})],
 )
 def test_json_holds_the_answer_and_what_it_took(
     policy: str, budgets: dict[str, object], saved: Any, capsys: pytest.CaptureFixture[str]
@@ -64,7 +64,7 @@ def test_json_holds_the_answer_and_what_it_took(
 
 
 def test_nvme_takes_what_host_memory_cannot(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = words(saved, device="192KiB", host="256KiB", nvme=tmp_path, nvme_capacity="8MiB", json=True)
+    line = words(saved, device="512KiB", host="256KiB", nvme=tmp_path, nvme_capacity="8MiB", json=True)
 
     assert run(line) == 0
 
@@ -112,14 +112,14 @@ def test_samples_follow_the_seed(saved: Any, capsys: pytest.CaptureFixture[str])
 def test_a_chat_template_is_used_unless_refused(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "chat"
     shutil.copytree(saved.model, model)
-    template = "{% for message in messages %}vault {{ message['content'] }}{% endfor %}"
+    template = "{% for message in messages %}vault vault {{ message['content'] }}{% endfor %}"
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokens = []
     for flags in ([], ["--no-chat-template"]):
         assert run([*words(saved, model=model, json=True), *flags]) == 0
         tokens.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
 
-    # The template's own word comes on top.
+    # The template brings two words, and not the first token that the tokenizer adds by itself.
     assert tokens == [saved.planted.context + 1, saved.planted.context]
 
 
@@ -149,7 +149,7 @@ def test_document_beyond_the_positions_of_the_model(
 
     said = refused(words(saved, document=document), capsys)
     assert f"the model has {POSITIONS} positions" in said
-    assert f"the prompt is {POSITIONS + 8} tokens" in said
+    assert f"the prompt is {POSITIONS + 9} tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,13 @@ def test_a_model_that_is_not_there(saved: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_full_disk(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = words(saved, device="192KiB", nvme=tmp_path, nvme_capacity="900TiB")
+    more_than_there_is = 2 * shutil.disk_usage(tmp_path).total
+    line = words(saved, device="512KiB", nvme=tmp_path, nvme_capacity=more_than_there_is)
 
     assert str(tmp_path) in refused(line, capsys)
 
 
 def test_nvme_directory_that_is_not_there(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = words(saved, device="192KiB", nvme=tmp_path / "none", nvme_capacity="8MiB")
+    line = words(saved, device="512KiB", nvme=tmp_path / "none", nvme_capacity="8MiB")
 
     assert str(tmp_path / "none") in refused(line, capsys)

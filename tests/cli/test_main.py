@@ -101,6 +101,7 @@ def test_bad_use_is_one_line(words: list[str], said: str, capsys: pytest.Capture
         (CapacityError("no room\n  for 3 pages"), 2, "error: no room for 3 pages\n"),
         (OSError(28, "No space left on device", "/data/kv"), 2, "error: '/data/kv': No space left on device\n"),
         (OSError("gone"), 2, "error: gone\n"),
+        (MemoryError("cannot allocate 112 GiB"), 2, "error: not enough memory: cannot allocate 112 GiB\n"),
         (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero (--debug shows where)\n"),
     ],
 )

@@ -15,8 +15,8 @@ __all__ = ["assign_codes"]
 def assign_codes(spec: InductionSpec, needle_flags: Sequence[bool]) -> list[tuple[int, ...]]:
     """The ``spec.hot`` dimensions of each word's code, in ``range(spec.code_dims)``; no two words share all of them.
 
-    The box bound of a page is the number of the query's hot dimensions that any of its keys has. A page of ordinary words
-    covers many document dimensions between them but not one needle dimension: that is why needle words have their own.
+    The box bound of a page counts the query's hot dimensions that any of its keys has. The keys of a page of ordinary
+    words cover many document dimensions between them, but not one needle dimension: needle words have their own.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def assign_codes(spec: InductionSpec, needle_flags: Sequence[bool]) -> list[tupl
     ConfigError
         When there are more words than codes.
     """
-    rng = random.Random(spec.seed)
+    rng = random.Random(spec.seed)  # noqa: S311 - nothing secret
     channels = {
         False: _shuffled_codes(range(spec.document_dims), spec.hot, rng),
         True: _shuffled_codes(range(spec.document_dims, spec.code_dims), spec.hot, rng),

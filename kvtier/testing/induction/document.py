@@ -65,7 +65,7 @@ def question(needle: Needle) -> str:
 
 
 def plant_needles(text: str, *, count: int, context: int, seed: int = 0, values: int = 2) -> PlantedDocument:
-    """Cut a text to length and plant needles in it, evenly spread, one at a random place in each of ``count`` stretches.
+    """Cut a text to length and plant needles in it, one at a random place in each of ``count`` equal stretches.
 
     Keys and values are taken from the words that only needles use, each once, and never one that the text has itself.
 
@@ -90,8 +90,11 @@ def plant_needles(text: str, *, count: int, context: int, seed: int = 0, values:
             raise InputError(f"{name} must be at least 1, got {number}")
     spans = split_words(text)
     if not spans:
-        raise InputError(f"a document must hold at least one word, got {len(text)} characters without one; pass another text")
-    facts = _choose_facts(random.Random(seed), {text[start:end] for start, end in spans}, count, values)
+        raise InputError(
+            f"a document must hold at least one word, got {len(text)} characters without one; pass another text"
+        )
+    rng = random.Random(seed)  # noqa: S311 - nothing secret
+    facts = _choose_facts(rng, {text[start:end] for start, end in spans}, count, values)
     overhead = 1 + len(split_words(question(facts[0]))) + count * len(split_words(facts[0].sentence))
     room = context - overhead
     if room < count:
@@ -104,7 +107,7 @@ def plant_needles(text: str, *, count: int, context: int, seed: int = 0, values:
             f"a context of {context} tokens needs a document of at least {room} words, got {len(spans)}; "
             "pass a longer document or a smaller context"
         )
-    return _plant(text, spans[:room], facts, context, random.Random(seed + 1))
+    return _plant(text, spans[:room], facts, context, rng)
 
 
 def _choose_facts(rng: random.Random, taken: set[str], count: int, values: int) -> list[Needle]:
@@ -113,8 +116,8 @@ def _choose_facts(rng: random.Random, taken: set[str], count: int, values: int) 
     numbers = [word for word in NEEDLE_VALUES if word not in taken]
     if len(keys) < count or len(numbers) < count * values:
         raise InputError(
-            f"{count} needles of {values} values need {count} keys and {count * values} values that the document does not "
-            f"have, got {len(keys)} and {len(numbers)}; plant fewer needles"
+            f"{count} needles of {values} values need {count} keys and {count * values} values that the document "
+            f"does not have, got {len(keys)} and {len(numbers)}; plant fewer needles"
         )
     keys, numbers = rng.sample(keys, count), rng.sample(numbers, count * values)
     return [
@@ -140,9 +143,9 @@ def _plant(
 
 
 def read_default_document(tokens: int) -> str:
-    """At least ``tokens`` words of real text: the sources of Python's standard library, folder by folder in the order of their names.
+    """At least ``tokens`` words of real text: the sources of Python's standard library, sorted by name within a folder.
 
-    The same for every call on one Python installation; another Python version has other sources.
+    The same on every call with one Python installation; another Python version has other sources.
 
     Raises
     ------
@@ -161,13 +164,14 @@ def read_default_document(tokens: int) -> str:
         found += len(split_words(piece))
     if found < tokens:
         raise InputError(
-            f"{tokens} words of the standard library's sources are needed, {root} has {found}; pass a document of your own"
+            f"{tokens} words of the standard library's sources are needed, {root} has {found}; "
+            "pass a document of your own"
         )
     return "\n".join(pieces)
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """The standard library's own Python files, sorted folder by folder; neither its tests nor what is installed beside it."""
+    """The standard library's own Python files, sorted; neither its tests nor what is installed beside it."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _FOREIGN_FOLDERS)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))

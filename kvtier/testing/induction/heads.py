@@ -1,4 +1,4 @@
-"""Attention weights of one KV head, by its role: the maths of the induction circuit (Olsson et al. 2022, section 2)."""
+"""Weights of one KV head, by its role: the maths of induction (Elhage et al. 2021; Olsson et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HeadWeights", "Residual", "head_weights"]
 
-_LOCAL_GAIN = 2.0
+_LOCAL_GAIN = 12.0
+_LOCAL_PAIRS = slice(2, None)  # without the fastest two the window is smooth and some twenty tokens wide
 _NOISE_GAIN = 24.0
 _SINK_GAIN = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """Where things stand in the residual stream: ``[code | previous code | output | constant | first-token flag | texture]``."""
+    """Where things stand in the residual stream: ``[code | previous code | output | constant | flag | texture]``."""
 
     spec: InductionSpec
 
@@ -58,10 +59,10 @@ class Residual:
     def size(self) -> int:
         """Hidden size: the least multiple of ``Hq * D`` that holds everything."""
         unit = self.spec.num_query_heads * self.spec.head_dim
-        return math.ceil(self.texture.stop / unit) * unit
+        return -(-(self.flag + 1 + self.spec.head_dim) // unit) * unit
 
     def energy(self, layer: int) -> float:
-        """Squared norm of the stream before a layer (``num_layers``: at the end): one unit for each part written by then."""
+        """Squared norm of the stream before a layer (``num_layers``: after the last): one for each part written."""
         return 3.0 + (layer > 0) + (layer > self.spec.match_layer)
 
 
@@ -86,7 +87,7 @@ def head_weights(role: HeadRole, spec: InductionSpec) -> HeadWeights:
     match role:
         case "previous":
             gain = spec.previous_gain
-            _point_back(query, key, at, distance=1)
+            _point_back(query, key, at, distance=1, pairs=slice(None))
             _carry_code(value, output, at.code, at.previous)
         case "match":
             gain = spec.match_gain
@@ -101,13 +102,13 @@ def head_weights(role: HeadRole, spec: InductionSpec) -> HeadWeights:
             query[-1, at.constant] = key[-1, at.flag] = 1.0
         case "local":
             gain = _LOCAL_GAIN
-            _point_back(query, key, at, distance=0)
+            _point_back(query, key, at, distance=0, pairs=_LOCAL_PAIRS)
         case "noise":
             gain = _NOISE_GAIN
             dims = _slow_dims(spec)
-            signs = torch.eye(spec.head_dim)
-            query[dims, at.texture] = signs[: spec.code_dims]
-            key[dims, at.texture] = signs.roll(1, dims=1)[: spec.code_dims]
+            one_to_one = torch.eye(spec.head_dim)
+            query[dims, at.texture] = one_to_one[: spec.code_dims]
+            key[dims, at.texture] = one_to_one.roll(1, dims=1)[: spec.code_dims]
     if role not in ("previous", "match"):
         value[:, at.texture] = torch.eye(spec.head_dim)
     return HeadWeights(query, key, value, output, gain)
@@ -119,10 +120,11 @@ def _slow_dims(spec: InductionSpec) -> list[int]:
     return [pair + side for pair in range(spec.fast_pairs, half) for side in (0, half)]
 
 
-def _point_back(query: torch.Tensor, key: torch.Tensor, at: Residual, *, distance: int) -> None:
-    """Attend to the token ``distance`` before: a pair that turns by w gives cos(w * (i - j - distance)), all 1 only there."""
+def _point_back(query: torch.Tensor, key: torch.Tensor, at: Residual, *, distance: int, pairs: slice) -> None:
+    """Attend to the token ``distance`` before: a fast pair that turns by w gives cos(w * (i - j - distance))."""
     half = at.spec.head_dim // 2
-    for pair, turn in enumerate(at.spec.inv_freq[: at.spec.fast_pairs]):
+    for pair in range(at.spec.fast_pairs)[pairs]:
+        turn = at.spec.inv_freq[pair]
         query[pair, at.constant] = 1.0
         key[pair, at.constant] = math.cos(turn * distance)
         key[pair + half, at.constant] = math.sin(turn * distance)

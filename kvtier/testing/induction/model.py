@@ -1,4 +1,4 @@
-"""The induction model: a Llama whose weights are set by hand, not trained, so that it continues what it has seen before."""
+"""The induction model: a Llama whose weights are set by hand, not trained, so that it continues what it saw before."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, spec: InductionSpec | Non
             _set_layer(layer, index, spec)
         model.model.norm.weight.fill_(_norm_weight(spec.num_layers, spec))
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(directory: str | Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
@@ -89,8 +90,8 @@ def _words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     missing = [word for word in (*SPECIAL_WORDS, *NEEDLE_KEYS, *NEEDLE_VALUES) if word not in vocabulary]
     if missing:
         raise InputError(
-            f"the tokenizer must hold the special words and the needle words, it lacks {len(missing)}, first {missing[0]!r}; "
-            "make it with build_tokenizer"
+            f"the tokenizer must hold the special words and the needle words, it lacks {len(missing)}, "
+            f"first {missing[0]!r}; make it with build_tokenizer"
         )
     return sorted(vocabulary, key=lambda word: vocabulary[word])
 

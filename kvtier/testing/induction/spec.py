@@ -23,7 +23,7 @@ class InductionSpec:
     Parameters
     ----------
     num_layers : int
-        L. The previous-token head sits in layer 0, the match head in layer ``num_layers // 2``; all other KV heads are idle.
+        L. The previous-token head sits in layer 0, the match head in layer ``num_layers // 2``; the rest is idle.
     num_query_heads, num_kv_heads : int
         Hq and Hk. The query heads of one KV head play the same role, each softer than the one before.
     head_dim : int
@@ -31,7 +31,7 @@ class InductionSpec:
     max_positions : int
         Tokens over which a match must hold.
     rope_theta : float
-        RoPE base. Pairs that turn by less than ``slow_turn`` over ``max_positions`` carry words, the others carry distance.
+        RoPE base. Pairs that turn by less than ``slow_turn`` over ``max_positions`` carry words, the others distance.
     slow_turn : float
         Radians.
     hot : int
@@ -43,7 +43,7 @@ class InductionSpec:
     previous_gain : float
         Logit of one RoPE pair in the previous-token head, at a distance of one token.
     match_gain : float
-        Logit of a match. Two words share at most ``hot - 1`` dimensions, so the margin is at least ``match_gain / hot``.
+        Logit of a match. Two words share at most ``hot - 1`` dimensions: the margin is at least ``match_gain / hot``.
     needle_norm : float
         Norm of a needle word's match key over that of a document word, whose queries make up for it: the few needle
         keys then span the first principal directions, and a low-rank codec keeps them.
@@ -82,27 +82,32 @@ class InductionSpec:
             raise ConfigError(f"induction needs num_layers of at least 2, got {self.num_layers}")
         if self.num_query_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_query_heads must be a multiple of num_kv_heads, got {self.num_query_heads} and {self.num_kv_heads}"
+                "num_query_heads must be a multiple of num_kv_heads, "
+                f"got {self.num_query_heads} and {self.num_kv_heads}"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"head_dim must be even and at least 2, got {self.head_dim}")
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse heads whose RoPE pairs cannot carry both distance and words."""
         if self.fast_pairs < _MIN_FAST_PAIRS:
             raise ConfigError(
-                f"{_MIN_FAST_PAIRS} RoPE pairs must turn by more than slow_turn over max_positions, got {self.fast_pairs}; "
-                "lower rope_theta or slow_turn, or raise head_dim"
+                f"at least {_MIN_FAST_PAIRS} RoPE pairs must turn by slow_turn or more over max_positions, "
+                f"got {self.fast_pairs}; lower rope_theta or slow_turn, or raise head_dim"
             )
-        self._check_room("needle_dims", self.needle_dims, self.hot)
-        self._check_room("code_dims - needle_dims", self.code_dims - self.needle_dims, self.hot)
-        if math.comb(self.document_dims, self.hot) < self.max_words:
+        for name, dims in (("needle_dims", self.needle_dims), ("document_dims", self.document_dims)):
+            if dims < self.hot:
+                raise ConfigError(
+                    f"{name} must be at least hot ({self.hot}), got {dims}; raise rope_theta or head_dim, or change "
+                    "needle_dims or hot"
+                )
+        codes = math.comb(self.document_dims, self.hot)
+        if codes < self.max_words:
             raise ConfigError(
-                f"{self.hot} of {self.document_dims} code dimensions name {math.comb(self.document_dims, self.hot)} words, "
-                f"max_words is {self.max_words}; lower max_words or needle_dims, or raise head_dim"
+                f"max_words must be at most {codes}, the choices of {self.hot} from {self.document_dims} dimensions, "
+                f"got {self.max_words}; lower it or needle_dims, or raise head_dim"
             )
-
-    def _check_room(self, name: str, dims: int, least: int) -> None:
-        """Refuse a channel with fewer dimensions than one code has hot ones."""
-        if dims < least:
-            raise ConfigError(f"{name} must be at least hot ({least}), got {dims}; raise head_dim or lower needle_dims or hot")
 
     @property
     def inv_freq(self) -> tuple[float, ...]:

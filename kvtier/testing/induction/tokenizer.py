@@ -27,9 +27,9 @@ __all__ = ["build_tokenizer"]
 
 
 def build_tokenizer(text: str, *, spec: InductionSpec | None = None) -> PreTrainedTokenizerFast:
-    """Tokenizer whose vocabulary is the special words, the needle words, then the document's words, most frequent first.
+    """Tokenizer of whole words: the special words, the needle words, then the document's words, most frequent first.
 
-    Every text starts with the first-token word. Words beyond ``spec.max_words`` are unknown words.
+    It begins every text with its first-token word. Words of the document beyond ``spec.max_words`` are unknown.
 
     Raises
     ------
@@ -43,7 +43,9 @@ def build_tokenizer(text: str, *, spec: InductionSpec | None = None) -> PreTrain
     vocabulary = {word: index for index, word in enumerate(_vocabulary(text, spec.max_words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -52,6 +54,7 @@ def build_tokenizer(text: str, *, spec: InductionSpec | None = None) -> PreTrain
         unk_token=UNK,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
         model_max_length=spec.max_positions,
     )
 
@@ -60,7 +63,9 @@ def _vocabulary(text: str, max_words: int) -> list[str]:
     """Words in the order of their token ids."""
     counts = Counter(text[start:end] for start, end in split_words(text))
     if not counts:
-        raise InputError(f"a document must hold at least one word, got {len(text)} characters without one; pass another text")
+        raise InputError(
+            f"a document must hold at least one word, got {len(text)} characters without one; pass another text"
+        )
     fixed = (*SPECIAL_WORDS, *NEEDLE_KEYS, *NEEDLE_VALUES)
     for word in (*fixed, *FRAME_WORDS):
         counts.pop(word, None)

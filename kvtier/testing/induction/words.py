@@ -17,8 +17,8 @@ _COLOURS = ("amber", "azure", "coral", "ebony", "ivory", "jade", "ochre", "scarl
 _ANIMALS = ("badger", "condor", "falcon", "heron", "ibex", "lynx", "marten", "osprey")
 
 NEEDLE_KEYS = tuple(f"{colour}-{animal}" for colour, animal in product(_COLOURS, _ANIMALS))
-# 37 is coprime to 9000: 256 different four-digit numbers, spread out.
-NEEDLE_VALUES = tuple(str(1000 + (3821 + 37 * step) % 9000) for step in range(256))
+# 37 is coprime to 9000: 512 different four-digit numbers, spread out.
+NEEDLE_VALUES = tuple(str(1000 + (3821 + 37 * step) % 9000) for step in range(512))
 
 _WORD = re.compile(WORD_PATTERN)
 

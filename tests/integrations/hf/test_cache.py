@@ -33,9 +33,7 @@ def next_logits(model: Any, cache: KVTierCache, rows: list[int], columns: int = 
     """Logits of the next two tokens of the prompt's rows, of which ``columns`` are in the cache."""
     mask = torch.cat([PROMPT["attention_mask"][rows, :columns], torch.ones(len(rows), 2, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -2:]
-    logits: torch.Tensor = model(
-        NEXT[rows], attention_mask=mask, position_ids=positions, past_key_values=cache
-    ).logits
+    logits: torch.Tensor = model(NEXT[rows], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     return logits
 
 
@@ -62,9 +60,7 @@ def whole_logits(model: Any, rows: list[int], columns: int = 14) -> torch.Tensor
         pytest.param(lambda cache: cache.crop(0), [0, 1], 14, id="crop_nothing"),
     ],
 )
-def test_operations_on_the_whole_cache(
-    under_each: Attach, change: Change, rows: list[int], columns: int
-) -> None:
+def test_operations_on_the_whole_cache(under_each: Attach, change: Change, rows: list[int], columns: int) -> None:
     model = tiny_model("llama")
     expected = whole_logits(model, rows, columns)
     with under_each(model) as handle:
@@ -153,7 +149,12 @@ def test_what_transformers_reads_from_a_cache(attached: Attach) -> None:
         assert isinstance(cache, Cache)
         assert (cache.is_compileable, cache.is_sliding, cache.get_max_length()) == (False, [True, False], -1)
         assert all(layer.is_croppable for layer in cache.layers)
-        assert (cache.get_seq_length(), cache.batch_size, cache.is_initialized, cache.input_ids.shape) == (0, -1, False, (0, 0))
+        assert (cache.get_seq_length(), cache.batch_size, cache.is_initialized, cache.input_ids.shape) == (
+            0,
+            -1,
+            False,
+            (0, 0),
+        )
         model(**PROMPT, past_key_values=cache)
         assert (cache.get_seq_length(1), cache.batch_size, cache.is_initialized) == (14, 2, True)
         assert (cache.get_mask_sizes(3, 0), cache.get_mask_sizes(3, 1)) == ((17, 0), (17, 0))

@@ -41,9 +41,7 @@ class Tokens(BaseStreamer):
 
 
 def greedy(model: Any, lengths: tuple[int, ...] = (24,), **options: Any) -> torch.Tensor:
-    tokens: torch.Tensor = model.generate(
-        **left_padded(lengths), do_sample=False, max_new_tokens=NEW_TOKENS, **options
-    )
+    tokens: torch.Tensor = model.generate(**left_padded(lengths), do_sample=False, max_new_tokens=NEW_TOKENS, **options)
     return tokens
 
 
@@ -167,7 +165,9 @@ def test_control_an_attention_that_forgets_one_token_is_noticed(monkeypatch: pyt
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for an old name
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_lora_adapters(family: str, under_each: Attach) -> None:
-    model = get_peft_model(tiny_model(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        tiny_model(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     model.eval()
     stock, logits = greedy(model, (24, 15)), model(**left_padded([24])).logits
     with under_each(model):
@@ -204,6 +204,23 @@ def test_second_turn_of_a_padded_batch(under_each: Attach) -> None:
     stock = turns(DynamicCache(config=model.config))
     with under_each(model) as handle:
         assert turns(handle.new_cache()).tolist() == stock.tolist()
+
+
+@pytest.mark.parametrize("first_inside", [True, False], ids=["inside_then_outside", "outside_then_inside"])
+def test_turns_inside_and_outside_inference_mode(first_inside: bool, under_each: Attach) -> None:
+    model = tiny_model("gemma3")
+    tokens = left_padded([12, 7])
+    stock = model.generate(**tokens, do_sample=False, max_new_tokens=8)
+    mask = torch.cat([tokens["attention_mask"], torch.ones(2, 4, dtype=torch.long)], dim=1)
+    with under_each(model) as handle:
+        cache = handle.new_cache()
+        with torch.inference_mode(first_inside):
+            half = model.generate(**tokens, do_sample=False, max_new_tokens=4, past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.reorder_cache(torch.tensor([1, 0]))
+        with torch.inference_mode(not first_inside):
+            whole = model.generate(half, attention_mask=mask, do_sample=False, max_new_tokens=4, past_key_values=cache)
+    assert whole.tolist() == stock.tolist()
 
 
 @given(

@@ -71,7 +71,9 @@ def test_right_padding_then_more_tokens_is_one_sequence_a_row(under_each: Attach
     ],
 )
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-def test_masks_that_are_refused_in_forward(attached: Attach, padding: torch.Tensor, message: str, use_cache: bool) -> None:
+def test_masks_that_are_refused_in_forward(
+    attached: Attach, padding: torch.Tensor, message: str, use_cache: bool
+) -> None:
     model = tiny_model("llama")
     with attached(model), pytest.raises(MaskError, match=message):
         model(IDS, attention_mask=padding, use_cache=use_cache)
@@ -113,7 +115,10 @@ def test_positions_that_do_not_increase(attached: Attach, positions: list[list[i
         pytest.param({}, "must repeat", id="padding_forgotten"),
         pytest.param({"attention_mask": ones(1)}, "cover all 9 columns", id="new_columns_only"),
         pytest.param(
-            {"attention_mask": torch.cat([RIGHT_PADDED.flip(1), ones(1)], dim=1), "position_ids": torch.tensor([[7], [5]])},
+            {
+                "attention_mask": torch.cat([RIGHT_PADDED.flip(1), ones(1)], dim=1),
+                "position_ids": torch.tensor([[7], [5]]),
+            },
             "row 0 of the cache ends at position 7",
             id="position_again",
         ),
@@ -137,7 +142,9 @@ def test_position_ids_of_another_shape(attached: Attach) -> None:
     with attached(model):
         q, k = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
         with pytest.raises(MaskError, match=r"position_ids must be \[1 or 1, 8\]"):
-            attention(model.model.layers[0].self_attn, q, k, k, None, position_ids=torch.zeros(3, 1, 8, dtype=torch.long))
+            attention(
+                model.model.layers[0].self_attn, q, k, k, None, position_ids=torch.zeros(3, 1, 8, dtype=torch.long)
+            )
 
 
 CAUSAL = masking_utils.causal_mask_function
@@ -148,7 +155,9 @@ WINDOWED = masking_utils.sliding_window_causal_mask_function(4)
 def test_patterns_that_follow_from_positions(pattern: Callable[..., Any]) -> None:
     padding = RIGHT_PADDED.bool()
     assert mask(q_length=8, kv_length=8, mask_function=pattern) is None
-    assert mask(q_length=8, kv_length=8, mask_function=pattern, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
+    assert (
+        mask(q_length=8, kv_length=8, mask_function=pattern, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
+    )
     assert mask(q_length=8, kv_length=8, mask_function=pattern, attention_mask=padding) is padding
 
 
@@ -159,10 +168,12 @@ def test_patterns_that_follow_from_positions(pattern: Callable[..., Any]) -> Non
         pytest.param({"mask_function": masking_utils.or_masks(CAUSAL, CAUSAL)}, id="or"),
         pytest.param({"mask_function": masking_utils.and_masks(WINDOWED, lambda b, h, q, k: k == q)}, id="and"),
         pytest.param(
-            {"mask_function": masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long))}, id="chunked"
+            {"mask_function": masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long))},
+            id="chunked",
         ),
         pytest.param(
-            {"mask_function": masking_utils.and_masks(CAUSAL, masking_utils.packed_sequence_mask_function(IDS))}, id="packed"
+            {"mask_function": masking_utils.and_masks(CAUSAL, masking_utils.packed_sequence_mask_function(IDS))},
+            id="packed",
         ),
         pytest.param({"mask_function": CAUSAL, "use_vmap": True}, id="vmap"),
         pytest.param({"mask_function": CAUSAL, "allow_is_causal_skip": False}, id="materialised"),

@@ -113,7 +113,10 @@ def test_a_healthy_cache_can_be_rebuilt(under_each: Attach) -> None:
         half = model.generate(**PROMPT, **GREEDY, max_new_tokens=3, past_key_values=cache)
         assert handle.recover(cache) is cache
         mask = torch.cat([PROMPT["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
-        assert model.generate(half, attention_mask=mask, **GREEDY, max_new_tokens=3, past_key_values=cache).tolist() == stock.tolist()
+        assert (
+            model.generate(half, attention_mask=mask, **GREEDY, max_new_tokens=3, past_key_values=cache).tolist()
+            == stock.tolist()
+        )
 
 
 def test_embeddings_cannot_be_fed_again(attached: Attach) -> None:

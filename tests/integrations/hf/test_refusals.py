@@ -55,7 +55,9 @@ def test_our_cache_under_an_unpatched_model(attached: Attach, layers: int) -> No
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        pytest.param({"cache_implementation": "static"}, UnsupportedModelError, "leave it out", id="cache_implementation"),
+        pytest.param(
+            {"cache_implementation": "static"}, UnsupportedModelError, "leave it out", id="cache_implementation"
+        ),
         pytest.param(
             {"generation_config": GenerationConfig(cache_implementation="quantized")},
             UnsupportedModelError,

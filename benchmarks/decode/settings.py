@@ -1,0 +1,110 @@
+"""How large and how often: the measurement proper, and the quick one that only shows that it runs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Final
+
+from benchmarks.machine import available_bytes, last_level_cache_bytes
+from benchmarks.timing import Limits
+from kvtier.types import DTypeName, format_bytes
+
+__all__ = ["LEAST_CONTEXT", "PARTS", "Settings", "refusal", "settings_of"]
+
+PARTS: Final = ("attention", "step", "overhead")
+LEAST_CONTEXT: Final = 2048
+"""Tokens; a sixteenth of fewer is less than a policy's smallest budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One run.
+
+    Parameters
+    ----------
+    limits, overhead_limits : Limits
+        Rounds of a case of attention or of a step, and of session overhead.
+    data_sets_bytes : int
+        Different random caches are taken in turn until they reach this size together, two at least.
+    generated : int
+        Tokens of the context that came after the prompt, one at a time.
+    stream_bytes, flush_bytes : int
+        Size of the read stream, and what is read between two timings to empty the caches.
+    model_layers, hidden, intermediate : int
+        Of the model whose whole step is timed.
+    overhead_context, overhead_layers, profile_steps : int
+        Of the session whose overhead is measured and profiled.
+    overhead_generated : tuple of int
+        What ``generated`` is there, one row each: pages that decoding seals lie scattered.
+    """
+
+    parts: tuple[str, ...]
+    contexts: tuple[int, ...]
+    dtypes: tuple[DTypeName, ...]
+    limits: Limits
+    overhead_limits: Limits
+    data_sets_bytes: int
+    generated: int = 256
+    stream_bytes: int
+    flush_bytes: int
+    model_layers: int = 2
+    hidden: int
+    intermediate: int
+    overhead_context: int
+    overhead_layers: int = 4
+    overhead_generated: tuple[int, ...]
+    profile_steps: int
+    seed: int = 0
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings that the command line asks for."""
+    cache = last_level_cache_bytes()
+    chosen = _quick() if options.quick else _proper(cache)
+    for name in ("contexts", "dtypes", "generated", "parts"):
+        if getattr(options, name) is not None:
+            chosen = replace(chosen, **{name: getattr(options, name)})
+    return chosen
+
+
+def refusal(needed: int) -> str | None:
+    """Why a case that needs so many bytes is left out; None when they are there."""
+    free = available_bytes()
+    return None if needed < free else f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
+
+
+def _proper(cache: int) -> Settings:
+    return Settings(
+        parts=PARTS,
+        contexts=(8192, 32768, 131072),
+        dtypes=("float32", "bfloat16"),
+        limits=Limits(seconds=15.0, least=7, most=60, warm_up=2),
+        overhead_limits=Limits(seconds=4.0, least=15, most=100, warm_up=3),
+        data_sets_bytes=4 * cache,
+        stream_bytes=16 * cache,
+        flush_bytes=4 * cache,
+        hidden=4096,
+        intermediate=14336,
+        overhead_context=32768,
+        overhead_generated=(0, 256, 2048),
+        profile_steps=60,
+    )
+
+
+def _quick() -> Settings:
+    return Settings(
+        parts=PARTS,
+        contexts=(LEAST_CONTEXT,),
+        dtypes=("float32", "bfloat16"),
+        limits=Limits(seconds=0.2, least=3, most=5, warm_up=1),
+        overhead_limits=Limits(seconds=0.2, least=3, most=5, warm_up=1),
+        data_sets_bytes=0,
+        stream_bytes=32 << 20,
+        flush_bytes=8 << 20,
+        hidden=256,
+        intermediate=512,
+        overhead_context=LEAST_CONTEXT,
+        overhead_generated=(0, 256),
+        profile_steps=3,
+    )

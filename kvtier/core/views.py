@@ -1,0 +1,82 @@
+"""Which page columns of a sequence can be attended where they lie, and which must be read into staging."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvtier.core.arena import Run
+from kvtier.core.policy import IntArray
+from kvtier.core.tier import PageStore
+
+__all__ = ["PageViews", "join_short_runs", "split_columns"]
+
+_SHORT_RUN = 4
+_MOST_RUNS = 8
+
+
+class PageViews(NamedTuple):
+    """Views of the columns that lie in runs, and the other columns, ascending.
+
+    Valid while the arena's version and the number of pages stay as they were.
+    """
+
+    version: int
+    pages: int
+    runs: list[Run]
+    loose: IntArray
+
+    @classmethod
+    def of(cls, store: PageStore, pages: IntArray) -> PageViews:
+        """The views over ``pages`` [Hk, N] as they lie now; several short runs are read together instead."""
+        here = store.resident(pages).all(axis=0)
+        runs: list[Run] = []
+        loose: list[IntArray] = [np.flatnonzero(~here)]
+        for first, last in _stretches(np.flatnonzero(here)):
+            found, irregular = store.arena.runs(store.frames(pages[:, first:last]))
+            runs += [run._replace(start=run.start + first, stop=run.stop + first) for run in found]
+            loose.append(irregular + first)
+        short = [run for run in runs if run.stop - run.start < _SHORT_RUN]
+        if len(short) > 1:
+            loose += [np.arange(run.start, run.stop) for run in short]
+            runs = [run for run in runs if run.stop - run.start >= _SHORT_RUN]
+        return cls(store.arena.version, pages.shape[1], runs, np.sort(np.concatenate(loose)))
+
+    def hold(self, store: PageStore, pages: int) -> bool:
+        """Whether they are still valid."""
+        return self.version == store.arena.version and self.pages == pages
+
+
+def join_short_runs(store: PageStore, pages: IntArray, views: PageViews) -> bool:
+    """Move the newest runs into one when a long generation left many; whether anything moved.
+
+    Runs are joined with all later ones that together are at least as long, so a page moves about log(N) times.
+    """
+    if len(views.runs) <= _MOST_RUNS:
+        return False
+    start, length = len(views.runs), 0
+    while start and views.runs[start - 1].stop - views.runs[start - 1].start <= max(length, store.block_pages):
+        start -= 1
+        length += views.runs[start].stop - views.runs[start].start
+    newest = views.runs[start:]
+    if len(newest) < 2 or newest[-1].stop - newest[0].start != length:
+        return False
+    return store.join(pages[:, newest[0].start : newest[-1].stop])
+
+
+def split_columns(columns: IntArray, most: int) -> list[IntArray]:
+    """Consecutive columns in groups of at most ``most``."""
+    return [
+        np.arange(start, min(start + most, last))
+        for first, last in _stretches(columns)
+        for start in range(first, last, most)
+    ]
+
+
+def _stretches(columns: IntArray) -> list[tuple[int, int]]:
+    """Ranges of consecutive column numbers."""
+    if not columns.size:
+        return []
+    cuts = np.flatnonzero(np.diff(columns) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(columns, cuts)]

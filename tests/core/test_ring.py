@@ -1,0 +1,205 @@
+"""A sliding window holds what its next query may see and what a crop may need, and counts the bytes of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvtier.core.ledger import Ledger
+from kvtier.core.ring import WindowSequence
+from kvtier.errors import CapacityError, SessionStateError
+from kvtier.types import LayerLayout
+
+CPU = torch.device("cpu")
+SLACK = 64
+
+
+def opened(window: int, ledger: Ledger | None = None) -> WindowSequence:
+    layer = LayerLayout(
+        num_query_heads=2, num_kv_heads=2, key_dim=3, value_dim=2, dtype="float64", window=window
+    )
+    return WindowSequence.empty(layer, window, CPU, ledger or Ledger("cpu", None))
+
+
+def append(sequence: WindowSequence, names: list[int]) -> None:
+    """Tokens whose contents and positions tell their name; names ascend."""
+    content = torch.tensor(names, dtype=torch.float64)[None, :, None] + torch.tensor([0.0, 0.25])[:, None, None]
+    sequence.append(content.expand(2, -1, 3), -content.expand(2, -1, 2), 2 * np.array([names], dtype=np.int64))
+
+
+def held(sequence: WindowSequence) -> list[int]:
+    """Names of the tokens held, after a check that K, V and positions agree on them."""
+    names = (sequence.positions // 2).tolist()
+    segments = list(sequence.segments())
+    assert len(segments) == (1 if names else 0)
+    for segment in segments:
+        content = torch.tensor(names, dtype=torch.float64)[None, :, None] + torch.tensor([0.0, 0.25])[:, None, None]
+        assert (segment.start, segment.stop) == (0, len(names))
+        assert torch.equal(segment.keys[0], content.expand(2, -1, 3))
+        assert torch.equal(segment.values[0], -content.expand(2, -1, 2))
+    return names
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 70])
+def test_at_every_length_the_window_before_each_step_is_held(window: int) -> None:
+    sequence, seen = opened(window), 0
+    for tokens in [1, 1, 3, 70, 1, 2, 150, *[1] * 70, 7]:
+        append(sequence, list(range(seen, seen + tokens)))
+        assert held(sequence) == list(range(max(0, seen - window + 1), seen + tokens))
+        seen += tokens
+        sequence.settle()
+        assert held(sequence) == list(range(max(0, seen - window + 1), seen))
+        assert sequence.last_position == (2 * (seen - 1) if window > 1 else None)
+        assert sequence.seen == seen
+        assert sequence.keys.shape[1] == window - 1 + SLACK, "an outgrown buffer shrinks back"
+
+
+def test_a_step_beyond_the_budget_is_refused_with_the_window_whole() -> None:
+    layer_bytes = 2 * (3 + 2) * 8
+    ledger = Ledger("cpu", (4 + SLACK) * layer_bytes + 100)
+    sequence = opened(5, ledger)
+    append(sequence, list(range(9)))
+
+    with pytest.raises(CapacityError, match="windows"):
+        append(sequence, list(range(9, 10 + SLACK)))
+
+    assert held(sequence)[-4:] == [5, 6, 7, 8]
+    sequence.release()
+    assert ledger.in_use == 0
+
+
+def test_a_crop_past_the_window_names_the_remedy() -> None:
+    sequence = opened(4)
+    append(sequence, list(range(10)))
+    sequence.settle()
+    assert sequence.croppable == 0
+
+    with pytest.raises(SessionStateError, match=r"cannot remove 2 .* window of 4: the 3 .* record_past\(True\)"):
+        sequence.check_crop(2)
+
+
+def test_a_sequence_shorter_than_its_window_may_be_cropped_whole() -> None:
+    sequence = opened(8)
+    append(sequence, [0, 1, 2])
+    sequence.settle()
+
+    assert sequence.croppable == 3
+    sequence.crop(3)
+    assert (held(sequence), sequence.seen) == ([], 0)
+    append(sequence, [5])
+    assert held(sequence) == [5]
+
+
+class WindowMachine(RuleBasedStateMachine):
+    """Appends, crops, drafts, forks and recordings against the list of all tokens ever appended."""
+
+    window = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger("cpu", None)
+        self.pairs: list[tuple[WindowSequence, list[int]]] = [(opened(self.window, self.ledger), [])]
+        self.draft: int | None = None
+        self.next = 0
+
+    @property
+    def current(self) -> tuple[WindowSequence, list[int]]:
+        return self.pairs[-1]
+
+    @rule(count=st.integers(1, 90), settle=st.booleans())
+    def append(self, count: int, settle: bool) -> None:
+        sequence, tokens = self.current
+        names = list(range(self.next, self.next + count))
+        self.next += count
+        before = max(0, len(tokens) - self.window + 1)
+        append(sequence, names)
+        tokens += names
+        assert set(tokens[before:]) <= set(held(sequence)), "every new query needs the window before it"
+        if settle:
+            sequence.settle()
+
+    @rule(recording=st.booleans())
+    def record(self, recording: bool) -> None:
+        self.current[0].recording = recording
+
+    @precondition(lambda self: self.draft is None)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        sequence, tokens = self.current
+        count = int(share * sequence.croppable)
+        sequence.check_crop(count)
+        sequence.crop(count)
+        del tokens[len(tokens) - count :]
+
+    @precondition(lambda self: self.draft is None)
+    @rule()
+    def crop_too_far(self) -> None:
+        with pytest.raises(SessionStateError):
+            self.current[0].check_crop(self.current[0].croppable + 1)
+
+    @precondition(lambda self: self.draft is None)
+    @rule()
+    def begin_draft(self) -> None:
+        sequence, tokens = self.current
+        sequence.begin_draft()
+        self.draft = len(tokens)
+
+    @precondition(lambda self: self.draft is not None)
+    @rule(data=st.data())
+    def accept(self, data: st.DataObject) -> None:
+        sequence, tokens = self.current
+        start = self.draft or 0
+        path = sorted(data.draw(st.sets(st.integers(0, len(tokens) - start - 1)))) if len(tokens) > start else []
+        sequence.accept(np.array(path, dtype=np.int64))
+        tokens[start:] = [tokens[start + step] for step in path]
+        self.draft = None
+
+    @precondition(lambda self: len(self.pairs) < 3 and self.draft is None)
+    @rule()
+    def fork(self) -> None:
+        sequence, tokens = self.current
+        self.pairs.append((sequence.fork(), list(tokens)))
+
+    @precondition(lambda self: len(self.pairs) > 1 and self.draft is None)
+    @rule()
+    def swap(self) -> None:
+        """Go on in the oldest fork."""
+        self.pairs.append(self.pairs.pop(0))
+
+    @precondition(lambda self: len(self.pairs) > 1 and self.draft is None)
+    @rule()
+    def release(self) -> None:
+        self.pairs.pop()[0].release()
+
+    @invariant()
+    def the_newest_tokens_are_held(self) -> None:
+        for sequence, tokens in self.pairs:
+            names = held(sequence)
+            assert names == tokens[len(tokens) - len(names) :]
+            assert len(names) >= min(len(tokens), self.window - 1)
+            assert sequence.seen == len(tokens)
+            after = len(names) - sequence.croppable
+            assert after >= self.window - 1 or sequence.croppable == len(tokens), "a crop must leave a whole window"
+
+    @invariant()
+    def buffers_are_counted(self) -> None:
+        size = sum(sequence.keys.nbytes + sequence.values.nbytes for sequence, _ in self.pairs)
+        assert self.ledger.in_use == size
+
+    def teardown(self) -> None:
+        for sequence, _ in self.pairs:
+            sequence.release()
+        assert self.ledger.in_use == 0
+
+
+class NarrowWindowMachine(WindowMachine):
+    """A window of one token: a query sees itself only."""
+
+    window = 1
+
+
+TestWindowMachine = WindowMachine.TestCase
+TestNarrowWindowMachine = NarrowWindowMachine.TestCase
