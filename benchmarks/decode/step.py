@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -49,7 +50,7 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
     if reason is not None:
         return {"skipped": reason}
     with ExitStack() as stack, torch.no_grad():
-        model = _model(settings, shape, context)
+        model = _model(settings, shape)
         weights = sum(parameter.nbytes for parameter in [*model.model.layers.parameters(), *model.lm_head.parameters()])
         runners = {STOCK: _Runner(model, DynamicCache(config=model.config))}
         runners |= {f"kvtier: {name}": _patched(model, name, context, stack) for name in POLICIES}
@@ -137,7 +138,9 @@ class _PatchedRunner(_Runner):
         return TrafficMeter(self.session, self.session.memory, generated=self._generated).per_step
 
 
-def _model(settings: Settings, shape: Shape, context: int) -> LlamaForCausalLM:
+@functools.lru_cache(maxsize=1)
+def _model(settings: Settings, shape: Shape) -> LlamaForCausalLM:
+    """The stock model; made once for all contexts of a dtype."""
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=settings.hidden,
@@ -146,7 +149,7 @@ def _model(settings: Settings, shape: Shape, context: int) -> LlamaForCausalLM:
         num_attention_heads=shape.query_heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=2 * context,
+        max_position_embeddings=2 * max(settings.contexts),
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng():

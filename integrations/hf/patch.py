@@ -57,24 +57,17 @@ def patch(
     store : StoreConfig, dict or path, optional
         The tiers below the device.
     tenant : str
-        Whose data this is: tenants never share a prefix.
+        Whose data this is: spill files go into a directory of its own.
 
     Returns
     -------
-    handle : PatchHandle
-        Active at once; leaving it as a context manager, or ``handle.remove()``, restores the model.
+    PatchHandle
+        Active at once; leaving it as a context manager, or ``remove()``, restores the model.
 
     Raises
     ------
-    UnsupportedModelError
-        With the reason, when the model cannot be served.
-    ConfigError
-        For a policy, budget or store that is wrong or does not fit the model.
-
-    Examples
-    --------
-    >>> with kvtier.patch(model, "quest", read=1024) as handle:  # doctest: +SKIP
-    ...     model.generate(**inputs, max_new_tokens=64)
+    UnsupportedModelError, ConfigError
+        When the model cannot be served; when a policy, budget or store is wrong or does not fit it.
     """
     inner = compat.unwrap(model)
     memory = open_memory(

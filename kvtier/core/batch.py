@@ -16,6 +16,7 @@ from kvtier.core.prompt import PromptTracker
 from kvtier.core.ring import WindowSequence
 from kvtier.core.selection import PromptWindow, evict_rows
 from kvtier.core.sequence import LayerSequence
+from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial
 
 __all__ = ["Batch", "distinct_rows"]
@@ -86,8 +87,16 @@ class Batch:
             if len(self.rows) > 1:
                 leaders[origin] = (row, sequence)
 
-    def attend(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
-        """Attention of one row in one layer, without a sink."""
+    def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
+        """Attention of one row in one layer, with the logits of a sink [Hq] if there is one."""
+        partial = self._over_keys(layer, row, queries, decoding=decoding)
+        if sink is not None:
+            partial = merge_partials([partial, sink_partial(sink, partial)])
+        if not decoding:
+            self.note_window(layer, row, queries, partial)
+        return partial
+
+    def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
         sequence, policy = self.rows[row][layer], self.memory.policy
         if isinstance(sequence, WindowSequence):
             return attend_all(sequence, queries)
@@ -156,17 +165,14 @@ class Batch:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row ``order[i]`` was: moved the first time, forked again; rows not named are freed."""
-        taken: set[int] = set()
-        result: Rows = []
+        # Rows that go make room for the forks: a beam search must not need more than its rows.
+        gone = [sequences for row, sequences in enumerate(self.rows) if row not in order]
         repeated = [row for place, row in enumerate(order) if row in order[:place]]
+        for sequences in gone:
+            _release(sequences)
         forks = iter(_fork_rows([self.rows[row] for row in repeated]))
-        for row in order:
-            result.append(next(forks) if row in taken else self.rows[row])
-            taken.add(row)
-        for row, sequences in enumerate(self.rows):
-            if row not in taken:
-                _release(sequences)
-        self.rows, self.prompt = result, self.prompt.reordered(order)
+        self.rows = [next(forks) if row in order[:place] else self.rows[row] for place, row in enumerate(order)]
+        self.prompt = self.prompt.reordered(order)
 
     def fork(self) -> Batch:
         """A second owner of every sequence."""

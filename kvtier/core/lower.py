@@ -54,6 +54,7 @@ class LowerTiers:
     backends: dict[int, SlotBackend] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     peak: dict[int, int] = field(default_factory=dict)
+    closed: bool = False
 
     def read(self, tier: int, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages in these slots, on the device: K [n, P, Dk], V [n, P, Dv].
@@ -140,12 +141,13 @@ class LowerTiers:
         """Free every copy of these pages below the device."""
         for tier, backend in self.backends.items():
             held = pages[self.table.copy[tier][pages]]
-            if held.size:
+            if held.size and not self.closed:
                 backend.release(self.table.slot[tier][held])
-                self.table.copy[tier][held] = False
+            self.table.copy[tier][held] = False
 
     def close(self) -> None:
-        """Close every backend; idempotent."""
+        """Close every backend; idempotent. Pages that are released later have nothing to free here."""
+        self.closed = True
         for backend in self.backends.values():
             backend.close()
 

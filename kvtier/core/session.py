@@ -22,7 +22,6 @@ from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.report import SessionReport
 from kvtier.errors import InputError, SessionStateError
-from kvtier.kernels.merge_partials import merge_partials, sink_partial
 
 if TYPE_CHECKING:
     from kvtier.core.memory import Memory
@@ -163,16 +162,12 @@ class Session:
 
         Parameters
         ----------
-        query : Tensor
-            [B, Hq, Tq, Dk].
-        positions : Tensor
-            [B or 1, Tq] int64.
+        query, positions : Tensor
+            [B, Hq, Tq, Dk], and [B or 1, Tq] int64.
         scale : float
             Factor of q.k.
-        window : int, optional
-            Keys more than ``window - 1`` positions back are not seen.
-        softcap : float, optional
-            Logits become ``softcap * tanh(logit / softcap)``.
+        window, softcap : optional
+            Keys more than ``window - 1`` positions back are not seen; logits become ``softcap * tanh(logit / softcap)``.
         sink : Tensor, optional
             Logit of a key without a value, per query head [Hq].
 
@@ -192,23 +187,17 @@ class Session:
         out = query.new_zeros(*query.shape[:3], self.memory.layout.layers[layer].value_dim)
         last: Queries | None = None
         for row, span in enumerate(real):
-            if span.start >= span.stop:
-                continue
-            source = row if where.shape[0] > 1 else 0
-            last = Queries(
-                query=query[row : row + 1, :, span],
-                positions=on_device[source : source + 1, span],
-                first=int(where[source, span.start]),
-                scale=scale,
-                window=window,
-                softcap=softcap,
-            )
-            partial = self._batch.attend(layer, row, last, decoding=decoding)
-            if sink is not None:
-                partial = merge_partials([partial, sink_partial(sink, partial)])
-            if not decoding:
-                self._batch.note_window(layer, row, last, partial)
-            out[row, :, span] = partial.out[0]
+            if span.start < span.stop:
+                source = row if where.shape[0] > 1 else 0
+                last = Queries(
+                    query=query[row : row + 1, :, span],
+                    positions=on_device[source : source + 1, span],
+                    first=int(where[source, span.start]),
+                    scale=scale,
+                    window=window,
+                    softcap=softcap,
+                )
+                out[row, :, span] = self._batch.attend(layer, row, last, sink, decoding=decoding).out[0]
         self._drop_raw(layer)
         if last is not None and self._columns[layer] == self._batch.prompt.end:
             with self._or_unusable("an eviction"):
@@ -231,7 +220,8 @@ class Session:
         """Row i becomes what row ``rows[i]`` was; rows may repeat (they fork) or disappear (they are freed)."""
         if not rows or not all(0 <= row < self.rows for row in rows):
             raise InputError(f"rows must be numbers from 0 to {self.rows - 1}, got {list(rows)}")
-        self._batch.reorder(rows)
+        with self._or_unusable("a reorder"):
+            self._batch.reorder(rows)
         self._history = self._history.reordered(rows)
 
     @_guarded

@@ -58,11 +58,12 @@ BAD_CALLS: dict[str, tuple[str, BadCall]] = {
     "expect nothing": ("at least 1 token, got 0", lambda s, _: s.expect(0)),
     "accept without a draft": ("needs begin_draft", lambda s, _: s.accept([0])),
 }
+ALL_BAD = BAD_APPENDS | {f"attend: {name}": call for name, call in BAD_ATTENDS.items()} | BAD_CALLS
 
 
-@pytest.mark.parametrize("case", BAD_APPENDS | {f"attend {name}": call for name, call in BAD_ATTENDS.items()} | BAD_CALLS)
+@pytest.mark.parametrize("case", ALL_BAD)
 def test_a_refused_call_changes_nothing(memory: Memory, case: str) -> None:
-    message, call = (BAD_APPENDS | {f"attend {name}": call for name, call in BAD_ATTENDS.items()} | BAD_CALLS)[case]
+    message, call = ALL_BAD[case]
     source, session, plain = StepSource(rows=2), memory.session(), PlainSession(3)
     first = source.take(13)
     first.run(session)
@@ -80,7 +81,7 @@ def test_a_refused_call_changes_nothing(memory: Memory, case: str) -> None:
     assert session.length == 13
 
 
-@pytest.mark.parametrize("case", BAD_APPENDS.keys() - {"rows"})
+@pytest.mark.parametrize("case", sorted(BAD_APPENDS.keys() - {"rows"}))
 def test_a_refused_first_append_leaves_the_session_empty(memory: Memory, case: str) -> None:
     message, call = BAD_APPENDS[case]
     session = memory.session()

@@ -34,7 +34,7 @@ class Sliding(SessionMachine):
     """A sliding-window layer between two full ones."""
 
     layout: ClassVar = small_layout(window=13)
-    device_bytes: ClassVar = 150_000
+    device_bytes: ClassVar = 1_000_000
 
 
 class Retrieving(SessionMachine):
