@@ -11,7 +11,7 @@ import torch
 
 from kvtier.kernels.gather_attention.fused import fused_fits, fused_part, fused_whole
 from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoader
-from kvtier.kernels.gather_attention.streamed import DIRECT_ROWS, streamed_part
+from kvtier.kernels.gather_attention.streamed import streamed_part
 from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
 from kvtier.kernels.scratch import KEPT_BYTES
@@ -20,14 +20,15 @@ from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
 
-STREAMED_ROWS: Final = 16
-"""Up to this many queries per KV head, reading keys costs more than computing with them."""
+STREAMED_ROWS: Final = 8
+COPIED_STREAMED_ROWS: Final = 16
+"""Up to this many queries per KV head the streamed form is the quicker one; the second where keys are copied anyway."""
 FUSED_KEYS: Final = 1024
 """Up to this many keys, one fused call is quicker than the handful of the streamed form, even for one query."""
 FUSED_ROWS: Final = 4096
 """Queries per fused call where no mask is needed; also the most keys that are copied for one."""
 BLOCK: Final = 512
-"""Queries and keys of a block that is skipped, seen whole or masked."""
+"""Queries and keys of a block that is skipped, seen whole or masked; half of it under a window of less than 4 blocks."""
 CACHE_BYTES: Final = 4 * 2**20
 SCRATCH_BYTES: Final = KEPT_BYTES
 PARTS_HELD: Final = 8
@@ -54,8 +55,7 @@ def attend_run(
         ]
         return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
     folded_q = fold_queries(q, k.shape[1], dtype)
-    stage = DIRECT_ROWS < folded_q.shape[1] * folded_q.shape[2] <= STREAMED_ROWS and k.shape[2] > FUSED_KEYS
-    keys, values = RunLoader("keys", folded_k, dtype, stage=stage), RunLoader("values", folded_v, dtype, stage=stage)
+    keys, values = RunLoader("keys", folded_k, dtype), RunLoader("values", folded_v, dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
 
 
@@ -108,8 +108,9 @@ class _Attention:
         self.softcap = softcap
         self.visible = visible
         self.heads, self.group, self.queries, _ = q.shape
-        self.few = self.group * self.queries <= STREAMED_ROWS
+        self.few = self.group * self.queries <= (COPIED_STREAMED_ROWS if keys.copies else STREAMED_ROWS)
         self.fused = fused_fits(q, keys.dim, values.dim, softcap)
+        self.block = BLOCK // 2 if visible is not None and (visible.window or 4 * BLOCK) < 4 * BLOCK else BLOCK
         self.key_bytes = self.heads * max(keys.dim, values.dim) * q.element_size()
 
     def partial(self) -> Partial:
@@ -134,14 +135,14 @@ class _Attention:
             plan = causal_plan(self.visible, self._copied_keys())
             if plan is not None:
                 return plan
-        return plan_blocks(self.visible, self._tile_rows(), _multiple(BLOCK, self.keys.align))
+        return plan_blocks(self.visible, self._tile_rows(), _multiple(self.block, self.keys.align))
 
     def _tile_rows(self) -> int:
         """Queries per block where masks or logits are held."""
         if self.few:
             return self.queries
         held = SCRATCH_BYTES // (self.heads * self.group * BLOCK * self.q.element_size())
-        return BLOCK if self.fused else max(min(BLOCK // self.group, held), 1)
+        return self.block if self.fused else max(min(self.block // self.group, held), 1)
 
     def _copied_keys(self) -> int:
         """Keys per fused call where they must be copied to the accumulation type."""
@@ -163,7 +164,7 @@ class _Attention:
         if fused and span.kind == "visible":
             return self._copied_keys() if self.keys.copies else self.keys.length
         if fused:
-            return _multiple(BLOCK, self.keys.align)
+            return _multiple(self.block, self.keys.align)
         logit_bytes = self.heads * self.group * q.shape[2] * q.element_size()
         budget = SCRATCH_BYTES if self.few or q.device.type != "cpu" else CACHE_BYTES
         return _multiple(max(budget // logit_bytes, BLOCK), self.keys.align)

@@ -26,7 +26,7 @@ class Loader(Protocol):
 
 
 class RunLoader:
-    """Blocks of a strided run [H, N, dim]; copied only when the type differs or ``stage`` asks for it.
+    """Blocks of a strided run [H, N, dim]; copied only when the type differs.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ class RunLoader:
 
     align = 1
 
-    def __init__(self, name: str, run: torch.Tensor, dtype: torch.dtype, *, stage: bool) -> None:
+    def __init__(self, name: str, run: torch.Tensor, dtype: torch.dtype) -> None:
         self.length, self.dim = run.shape[1:]
-        self.copies = stage or run.dtype != dtype
+        self.copies = run.dtype != dtype
         self._name = name
         self._run = run
         self._dtype = dtype

@@ -10,14 +10,14 @@ from kvtier.types import Partial, Visibility
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 TINY = {
-    "STREAMED_ROWS": 6,
+    "STREAMED_ROWS": 4,
+    "COPIED_STREAMED_ROWS": 6,
     "FUSED_KEYS": 8,
     "FUSED_ROWS": 8,
     "BLOCK": 8,
     "CACHE_BYTES": 1024,
     "SCRATCH_BYTES": 4096,
     "PARTS_HELD": 3,
-    "DIRECT_ROWS": 2,
 }
 
 
@@ -82,7 +82,7 @@ def tiny_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, size in TINY.items():
             patch.setattr(blocked, name, size)
-        patch.setattr(streamed, "DIRECT_ROWS", TINY["DIRECT_ROWS"])
+        patch.setattr(streamed, "DIRECT_ROWS", 2)
         yield
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,8 @@ def test_what_it_writes_answers_its_questions(tmp_path: Path) -> None:
     done = build(str(out), "--document", str(text), "--context", "512", "--needles", "2", "--values", "2")
 
     assert done.returncode == 0, done.stderr
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
     document = (out / "document.txt").read_text(encoding="utf-8")
     questions = json.loads((out / "questions.json").read_text(encoding="utf-8"))
     assert len(questions) == 2

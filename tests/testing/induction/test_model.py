@@ -55,7 +55,8 @@ def test_finds_every_needle_in_16k(long_scene: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_finds_every_needle_in_16_bit(scene: Any, dtype: torch.dtype) -> None:
-    model = build_model(scene.tokenizer).to(dtype)
+    model: Any = build_model(scene.tokenizer)
+    model.to(dtype)
 
     assert lost_needles(model, scene.tokenizer, scene.document) == []
 
@@ -111,8 +112,8 @@ def test_two_builds_are_equal_bit_by_bit(scene: Any) -> None:
 
 def test_saved_and_loaded_is_the_same_and_generates(scene: Any, tmp_path: Path) -> None:
     save(tmp_path, scene.model, scene.tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
     needle = scene.document.needles[7]
     inputs = tokenizer(scene.document.prompt(needle), return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=len(needle.values))
