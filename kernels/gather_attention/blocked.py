@@ -28,7 +28,7 @@ FUSED_KEYS: Final = 1024
 FUSED_ROWS: Final = 4096
 """Queries per fused call where no mask is needed; also the most keys that are copied for one."""
 BLOCK: Final = 512
-"""Queries and keys of a block that is skipped, seen whole or masked; half of it under a window of less than 4 blocks."""
+"""Queries and keys of a block that is skipped, seen whole or masked; half of it for a window of less than 4 blocks."""
 CACHE_BYTES: Final = 4 * 2**20
 SCRATCH_BYTES: Final = KEPT_BYTES
 PARTS_HELD: Final = 8

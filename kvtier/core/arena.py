@@ -13,7 +13,7 @@ from kvtier.core.policy import IntArray
 from kvtier.errors import CapacityError
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
-__all__ = ["Arena", "Run"]
+__all__ = ["Arena", "Place", "Run"]
 
 _PURPOSE = "pages"
 _COPY_BYTES = 4 << 20
@@ -29,6 +29,15 @@ class Run(NamedTuple):
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class Place(NamedTuple):
+    """Where a run lies, without holding its memory: ``first`` frame of the first head, ``stride`` frames a head."""
+
+    start: int
+    stop: int
+    first: int
+    stride: int
 
 
 @dataclass(slots=True)
@@ -145,6 +154,11 @@ class Arena:
 
     def runs(self, frames: IntArray) -> tuple[list[Run], IntArray]:
         """Views over columns of ``frames`` [heads, columns] that lie in runs, and the columns that do not."""
+        found, rest = self.places(frames)
+        return [self.view(place, frames.shape[0]) for place in found], rest
+
+    def places(self, frames: IntArray) -> tuple[list[Place], IntArray]:
+        """The same, as places: what may be kept, where a view would keep a dropped slab alive."""
         heads, columns = frames.shape
         if not columns:
             return [], np.empty(0, dtype=np.int64)
@@ -156,8 +170,22 @@ class Arena:
         joined = regular[1:] & regular[:-1] & (np.diff(frames, axis=1) == 1).all(axis=0)
         edges = np.concatenate([[0], np.flatnonzero(~joined) + 1, [columns]])
         spans = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-        found = [self._view(frames, start, stop, int(stride[start])) for start, stop in spans if regular[start]]
+        found = [
+            Place(start, stop, int(frames[0, start]), int(stride[start])) for start, stop in spans if regular[start]
+        ]
         return found, np.flatnonzero(~regular)
+
+    def view(self, place: Place, heads: int) -> Run:
+        """The run at a place; its frames must not have moved since."""
+        slab = self._slabs[int(np.searchsorted(self._firsts, place.first, side="right")) - 1]
+        offset, tokens = place.first - slab.first, (place.stop - place.start) * self.page_tokens
+
+        def over(pool: torch.Tensor) -> torch.Tensor:
+            page = pool.stride(0)
+            shape, strides = (heads, tokens, pool.shape[2]), (place.stride * page, pool.shape[2], 1)
+            return pool.as_strided(shape, strides, offset * page)
+
+        return Run(place.start, place.stop, over(slab.keys), over(slab.values))
 
     def in_one_slab(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor, int] | None:
         """Keys, values and first id of the slab that holds all of ``frames``; None when several do."""
@@ -213,17 +241,6 @@ class Arena:
         for index in range(held - 1, -1, -1):
             self.drop(index)
         return moved
-
-    def _view(self, frames: IntArray, start: int, stop: int, stride: int) -> Run:
-        slab = self._slabs[int(self._slab_index(frames[:1, start])[0])]
-        offset = int(frames[0, start]) - slab.first
-        heads, tokens = frames.shape[0], (stop - start) * self.page_tokens
-
-        def over(pool: torch.Tensor) -> torch.Tensor:
-            page = pool.stride(0)
-            return pool.as_strided((heads, tokens, pool.shape[2]), (stride * page, pool.shape[2], 1), offset * page)
-
-        return Run(start, stop, over(slab.keys), over(slab.values))
 
     def _longest_run(self, heads: int, columns: int) -> tuple[int, int]:
         """First frame and length in columns of the first free run that fits, else of the longest; length 0 if none."""

@@ -128,7 +128,8 @@ class LayerSequence:
         pages = self.pages.view
         groups = split_columns(views.loose, columns_at_once)
         ahead = store.read_behind(pages[:, groups[0]].ravel()) if groups else None
-        for run in views.runs:
+        for place in views.runs:
+            run = store.arena.view(place, self.group.heads)
             yield Segment(run.start * page, run.stop * page, run.keys[None], run.values[None])
         for index, columns in enumerate(groups):
             if ahead is None:

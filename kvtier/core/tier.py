@@ -255,7 +255,7 @@ class PageStore:
         if pages.size > self.arena.free_frames:
             return False
         frames = self.arena.allocate(*pages.shape)
-        if len(self.arena.runs(frames)[0]) != 1:
+        if len(self.arena.places(frames)[0]) != 1:
             self.arena.release(frames)
             return False
         old = self.frames(pages).ravel()

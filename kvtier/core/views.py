@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvtier.core.arena import Run
+from kvtier.core.arena import Place
 from kvtier.core.policy import IntArray
 from kvtier.core.tier import PageStore
 
@@ -17,24 +17,25 @@ _MOST_RUNS = 8
 
 
 class PageViews(NamedTuple):
-    """Views of the columns that lie in runs, and the other columns, ascending.
+    """Where the columns lie that are runs, and the other columns, ascending.
 
-    Valid while the arena's version and the number of pages stay as they were.
+    Places and no views: a sequence that rests must not keep a slab alive that was dropped. Valid while the arena's
+    version and the number of pages stay as they were.
     """
 
     version: int
     pages: int
-    runs: list[Run]
+    runs: list[Place]
     loose: IntArray
 
     @classmethod
     def of(cls, store: PageStore, pages: IntArray) -> PageViews:
         """The views over ``pages`` [Hk, N] as they lie now; several short runs are read together instead."""
         here = store.resident(pages).all(axis=0)
-        runs: list[Run] = []
+        runs: list[Place] = []
         loose: list[IntArray] = [np.flatnonzero(~here)]
         for first, last in _stretches(np.flatnonzero(here)):
-            found, irregular = store.arena.runs(store.frames(pages[:, first:last]))
+            found, irregular = store.arena.places(store.frames(pages[:, first:last]))
             runs += [run._replace(start=run.start + first, stop=run.stop + first) for run in found]
             loose.append(irregular + first)
         short = [run for run in runs if run.stop - run.start < _SHORT_RUN]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from kvtier.core.memory import Memory
 from kvtier.core.session import Session
-from kvtier.errors import CapacityError
+from kvtier.errors import CapacityError, SessionStateError
 from kvtier.testing.oracles import PlainSession
 from kvtier.testing.session_machine import small_layout
 from kvtier.testing.steps import StepSource, open_memory
@@ -119,22 +120,45 @@ def test_a_fork_keeps_its_contents_when_the_original_goes_on_or_closes() -> None
         assert memory.groups[0].ledger.in_use == 0
 
 
-@pytest.mark.parametrize("what", ["fork", "reorder"])
-def test_a_fork_without_room_takes_nothing_and_changes_nothing(what: str) -> None:
-    layout = small_layout()
-    tails = 2 * 3 * 8 * layout.layers[0].token_bytes
-    with closing(open_memory(layout, device=tails + tails // 3, host=None)) as memory:
-        source, session, plain = StepSource(rows=2), memory.session(), PlainSession(3)
-        run_both(source, 3, session, plain)
-        before = memory.groups[0].ledger.in_use
+@pytest.fixture
+def crowded() -> Iterator[Memory]:
+    """Room for the tails of two rows and a third of two more."""
+    tails = 2 * 3 * 8 * small_layout().layers[0].token_bytes
+    with closing(open_memory(device=tails + tails // 3, host=None)) as memory:
+        yield memory
 
-        with pytest.raises(CapacityError, match="tails"):
-            session.fork() if what == "fork" else session.reorder([0, 1, 1, 0])
 
-        assert memory.groups[0].ledger.in_use == before
-        run_both(source, 2, session, plain)
-        session.close()
-        assert memory.groups[0].ledger.in_use == 0
+def test_a_fork_without_room_takes_nothing_and_changes_nothing(crowded: Memory) -> None:
+    source, session, plain = StepSource(rows=2), crowded.session(), PlainSession(3)
+    run_both(source, 3, session, plain)
+    before = crowded.groups[0].ledger.in_use
+
+    with pytest.raises(CapacityError, match="tails"):
+        session.fork()
+
+    assert crowded.groups[0].ledger.in_use == before
+    run_both(source, 2, session, plain)
+
+
+def test_a_reorder_without_room_leaves_a_session_that_can_only_be_closed(crowded: Memory) -> None:
+    source, session = StepSource(rows=2), crowded.session()
+    source.take(3).run(session)
+
+    with pytest.raises(CapacityError, match="tails"):
+        session.reorder([0, 1, 1, 0])
+
+    with pytest.raises(SessionStateError, match="a reorder failed before .* close this session"):
+        source.take(1).run(session)
+    session.close()
+    assert crowded.groups[0].ledger.in_use == 0
+
+
+def test_a_beam_search_needs_room_for_its_rows_only(crowded: Memory) -> None:
+    source, session, plain = StepSource(rows=2), crowded.session(), PlainSession(3)
+    run_both(source, 3, session, plain)
+    session.reorder([1, 1])
+    plain.reorder([1, 1])
+    run_both(source, 2, session, plain)
 
 
 def test_rows_without_room_for_their_tails_take_nothing() -> None:
