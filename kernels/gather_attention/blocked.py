@@ -23,13 +23,12 @@ __all__ = ["attend_pages", "attend_run"]
 STREAMED_ROWS: Final = 8
 COPIED_STREAMED_ROWS: Final = 16
 """Up to this many queries per KV head the streamed form is the quicker one; the second where keys are copied anyway."""
-FUSED_KEYS: Final = 1024
-"""Up to this many keys, one fused call is quicker than the handful of the streamed form, even for one query."""
+CACHE_BYTES: Final = 4 * 2**20
+"""Keys that fit in here are fused even for few queries, and blocks that are copied or multiplied are of this size."""
 FUSED_ROWS: Final = 4096
 """Queries per fused call where no mask is needed; also the most keys that are copied for one."""
 BLOCK: Final = 512
 """Queries and keys of a block that is skipped, seen whole or masked; half of it for a window of less than 4 blocks."""
-CACHE_BYTES: Final = 4 * 2**20
 SCRATCH_BYTES: Final = KEPT_BYTES
 PARTS_HELD: Final = 8
 
@@ -55,7 +54,7 @@ def attend_run(
         ]
         return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
     folded_q = fold_queries(q, k.shape[1], dtype)
-    keys, values = RunLoader("keys", folded_k, dtype), RunLoader("values", folded_v, dtype)
+    keys, values = RunLoader(folded_k, dtype), RunLoader(folded_v, dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
 
 
@@ -77,8 +76,8 @@ def attend_pages(
         k, v = (arena.index_select(0, index).view(shape).to(dtype) for arena in (k_arena, v_arena))
         return fused_whole(q.to(dtype), k, v, scale)
     folded_q, folded_frames = fold_queries(q, frames.shape[1], dtype), frames.flatten(0, 1)
-    keys = PageLoader("keys", k_arena, folded_frames, dtype)
-    values = PageLoader("values", v_arena, folded_frames, dtype)
+    keys = PageLoader(k_arena, folded_frames, dtype)
+    values = PageLoader(v_arena, folded_frames, dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
 
 
@@ -86,7 +85,8 @@ def _one_call(q: torch.Tensor, kv_heads: int, keys: int, value_dim: int, softcap
     """Whether one fused call is the quickest way over keys that every query sees; ``view`` if none need be copied."""
     if not fused_fits(q, q.shape[3], value_dim, softcap) or not keys or not q.numel():
         return False
-    return keys <= FUSED_KEYS or (view and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
+    key_bytes = q.shape[0] * kv_heads * q.shape[3] * (8 if q.dtype == torch.float64 else 4)
+    return keys * key_bytes <= CACHE_BYTES or (view and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
 
 
 class _Attention:
@@ -146,13 +146,14 @@ class _Attention:
 
     def _copied_keys(self) -> int:
         """Keys per fused call where they must be copied to the accumulation type."""
-        return _multiple(min(max(SCRATCH_BYTES // self.key_bytes, BLOCK), FUSED_ROWS), self.keys.align)
+        return _multiple(min(max(CACHE_BYTES // self.key_bytes, BLOCK), FUSED_ROWS), self.keys.align)
 
     def _over_rows(self, rows: Rows) -> Partial:
         q = self.q[:, :, rows.start : rows.stop]
         parts: list[Partial] = []
         for span in rows.spans:
-            fused = self.fused and not (self.few and span.stop - span.start > FUSED_KEYS)
+            cached = (span.stop - span.start) * self.key_bytes <= CACHE_BYTES
+            fused = self.fused and (cached or not self.few)
             for piece in span.pieces(self._most_keys(span, q, fused)):
                 parts.append(self._fused(q, rows, piece) if fused else self._streamed(q, rows, piece))
                 if len(parts) == PARTS_HELD:
@@ -172,8 +173,8 @@ class _Attention:
     def _fused(self, q: torch.Tensor, rows: Rows, span: Span) -> Partial:
         return fused_part(
             q,
-            self.keys.load(span.start, span.stop),
-            self.values.load(span.start, span.stop),
+            self.keys.load(span.start, span.stop, "keys"),
+            self.values.load(span.start, span.stop, "values"),
             scale=self.scale,
             causal=span.kind == "causal",
             hidden=self._hidden(rows, span),

@@ -21,57 +21,49 @@ class Loader(Protocol):
     copies: bool
     """Whether blocks are copies, which lie in the cache, or views of memory."""
 
-    def load(self, start: int, stop: int) -> torch.Tensor:
-        """Block [H, stop - start, dim]; read it before the next call, which may overwrite it."""
+    def load(self, start: int, stop: int, room: str) -> torch.Tensor:
+        """Block [H, stop - start, dim], perhaps in the scratch memory ``room``, where the next block overwrites it."""
 
 
 class RunLoader:
-    """Blocks of a strided run [H, N, dim]; copied only when the type differs.
-
-    Parameters
-    ----------
-    name : str
-        Of the scratch memory: two loaders that are read at the same time need two names.
-    """
+    """Blocks of a strided run [H, N, dim]; copied only when the type differs."""
 
     align = 1
 
-    def __init__(self, name: str, run: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, run: torch.Tensor, dtype: torch.dtype) -> None:
         self.length, self.dim = run.shape[1:]
         self.copies = run.dtype != dtype
-        self._name = name
         self._run = run
         self._dtype = dtype
 
-    def load(self, start: int, stop: int) -> torch.Tensor:
+    def load(self, start: int, stop: int, room: str) -> torch.Tensor:
         """Block [H, stop - start, dim]."""
         view = self._run[:, start:stop]
         if not self.copies:
             return view
-        return scratch(self._name, tuple(view.shape), self._dtype, view.device).copy_(view)
+        return scratch(room, tuple(view.shape), self._dtype, view.device).copy_(view)
 
 
 class PageLoader:
-    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], laid end to end; ``name`` as above."""
+    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], laid end to end."""
 
     copies = True
 
-    def __init__(self, name: str, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype) -> None:
         self.align, self.dim = arena.shape[1:]
         self.length = frames.shape[1] * self.align
-        self._name = name
         self._arena = arena
         self._frames = frames
         self._dtype = dtype
 
-    def load(self, start: int, stop: int) -> torch.Tensor:
+    def load(self, start: int, stop: int, room: str) -> torch.Tensor:
         """Block [H, stop - start, dim]: pages that it only touches are gathered whole."""
         first, last = start // self.align, -(-stop // self.align)
         frames = self._frames[:, first:last]
         shape = (frames.numel(), self.align, self.dim)
-        pages = scratch(self._name, shape, self._arena.dtype, self._arena.device)
+        pages = scratch(room, shape, self._arena.dtype, self._arena.device)
         torch.index_select(self._arena, 0, frames.flatten(), out=pages)
         if pages.dtype != self._dtype:
-            pages = scratch(self._name, shape, self._dtype, self._arena.device).copy_(pages)
+            pages = scratch(room, shape, self._dtype, self._arena.device).copy_(pages)
         run = pages.view(frames.shape[0], -1, self.dim)
         return run[:, start - first * self.align : stop - first * self.align]

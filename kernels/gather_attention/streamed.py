@@ -63,26 +63,26 @@ def _logits(q: torch.Tensor, keys: Loader, start: int, stop: int, block: int) ->
     heads, rows, _ = q.shape
     logits = scratch("logits", (heads, rows, stop - start), q.dtype, q.device)
     if not keys.copies:
-        run = keys.load(start, stop)
+        run = keys.load(start, stop, "block")
         if rows > DIRECT_ROWS:
             return torch.bmm(q, run.mT, out=logits)
         # Measured: BLAS reads K as the left operand in order of memory, over twice as fast as the transposed right one.
         turned = scratch("products", (heads, stop - start, rows), q.dtype, q.device)
         return logits.copy_(torch.bmm(run, q.mT, out=turned).mT)
     if stop - start <= block:
-        return torch.bmm(q, keys.load(start, stop).mT, out=logits)
+        return torch.bmm(q, keys.load(start, stop, "block").mT, out=logits)
     for at in range(start, stop, block):
         to = min(at + block, stop)
-        logits[:, :, at - start : to - start] = torch.bmm(q, keys.load(at, to).mT)
+        logits[:, :, at - start : to - start] = torch.bmm(q, keys.load(at, to, "block").mT)
     return logits
 
 
 def _weighted(weights: torch.Tensor, values: Loader, start: int, stop: int, block: int) -> torch.Tensor:
     """Products of weights [H, R, n] with the values, [H, R, Dv]."""
     if not values.copies or stop - start <= block:
-        return torch.bmm(weights, values.load(start, stop))
-    out = torch.bmm(weights[:, :, :block], values.load(start, start + block))
+        return torch.bmm(weights, values.load(start, stop, "block"))
+    out = torch.bmm(weights[:, :, :block], values.load(start, start + block, "block"))
     for at in range(start + block, stop, block):
         to = min(at + block, stop)
-        out.baddbmm_(weights[:, :, at - start : to - start], values.load(at, to))
+        out.baddbmm_(weights[:, :, at - start : to - start], values.load(at, to, "block"))
     return out

@@ -13,7 +13,7 @@ from kvtier.core.policy import IntArray
 from kvtier.errors import CapacityError
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
-__all__ = ["Arena", "Place", "Run"]
+__all__ = ["Arena", "Place", "Run", "SlabPart"]
 
 _PURPOSE = "pages"
 _COPY_BYTES = 4 << 20
@@ -38,6 +38,16 @@ class Place(NamedTuple):
     stop: int
     first: int
     stride: int
+
+
+class SlabPart(NamedTuple):
+    """A slab's frames K [F, P, Dk] and V [F, P, Dv], the id of its first, and which frames asked for it holds."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first: int
+    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    holds_all: bool
 
 
 @dataclass(slots=True)
@@ -187,16 +197,17 @@ class Arena:
 
         return Run(place.start, place.stop, over(slab.keys), over(slab.values))
 
-    def in_one_slab(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """Keys, values and first id of the slab that holds all of ``frames``; None when several do."""
+    def slabs_of(self, frames: IntArray) -> list[SlabPart]:
+        """The slabs that hold some of ``frames``, of any shape."""
         if len(self._slabs) == 1:
             slab = self._slabs[0]
-            return slab.keys, slab.values, slab.first
-        index = self._slab_index(frames.ravel())
-        if (index != index[0]).any():
-            return None
-        slab = self._slabs[int(index[0])]
-        return slab.keys, slab.values, slab.first
+            return [SlabPart(slab.keys, slab.values, slab.first, np.ones(frames.shape, dtype=np.bool_), True)]
+        index = self._slab_index(frames)
+        parts = []
+        for place in np.unique(index).tolist():
+            slab, inside = self._slabs[place], index == place
+            parts.append(SlabPart(slab.keys, slab.values, slab.first, inside, bool(inside.all())))
+        return parts
 
     def read(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of frames [n]: K [n, P, Dk] and V [n, P, Dv]."""

@@ -19,6 +19,7 @@ from kvtier.types import Partial, Visibility
 
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
 _MERGE_WIDTH = 8
+_UNSEEN = np.iinfo(np.int64).max
 
 __all__ = ["Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
 
@@ -44,6 +45,11 @@ class Queries:
     window: int | None
     softcap: float | None
 
+    def see_all(self, sequence: LayerSequence | WindowSequence) -> bool:
+        """Whether every query sees every slot, as in a decode step."""
+        last = sequence.last_position
+        return self.window is None and last is not None and last <= self.first
+
     def visibility(self, key_positions: IntArray) -> Visibility | None:
         """Which keys at ``key_positions`` [1 or Hk, n] these queries may see; None when all see all."""
         if self.window is None and int(key_positions[:, -1].max()) <= self.first:
@@ -66,11 +72,11 @@ def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[S
 
 def attend_all(sequence: LayerSequence | WindowSequence, queries: Queries) -> Partial:
     """Attention over every slot, in whatever tier it lives."""
-    positions = _positions(sequence)
+    positions = None if queries.see_all(sequence) else _positions(sequence)
     partials: list[Partial] = []
     with segments_of(sequence) as segments:
         for segment in segments:
-            partials.append(_over(segment, queries, positions[:, segment.start : segment.stop]))
+            partials.append(_over(segment, queries, positions))
             if len(partials) == _MERGE_WIDTH:
                 partials = [merge_partials(partials)]
     return _merged(partials, queries, sequence)
@@ -84,19 +90,20 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
         return attend_all(sequence, queries), sequence.pages.length
     plan = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count)
     columns = plan.pages[0].cpu().numpy()
-    chosen = np.take_along_axis(sequence.pages.view, columns, axis=1)
+    chosen = sequence.pages.view[np.arange(group.heads)[:, None], columns]
     sequence.chosen = chosen
-    positions = _page_positions(sequence, columns)
+    all_seen = queries.see_all(sequence)
+    positions = None if all_seen else _page_positions(sequence, columns)
     partials = []
     for part in _fitting(chosen, group.piece_tokens() // group.page_tokens if store.bounded else chosen.shape[1]):
         held = chosen[:, part]
         store.tick()
         store.touch(held)
         _promote(sequence, held)
-        partials.append(_over_pages(sequence, held, queries, positions[:, part]))
+        partials += _over_pages(sequence, held, queries, None if positions is None else positions[:, part])
     if sequence.tail_length:
         tail = Segment(sequence.sealed, sequence.length, *sequence.tail())
-        partials.append(_over(tail, queries, sequence.positions.view[:, tail.start : tail.stop]))
+        partials.append(_over(tail, queries, None if all_seen else sequence.positions.view))
     return _merged(partials, queries, sequence), chosen.shape[1]
 
 
@@ -117,34 +124,53 @@ def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> t
     return votes
 
 
-def _over(segment: Segment, queries: Queries, positions: IntArray) -> Partial:
+def _over(segment: Segment, queries: Queries, positions: IntArray | None) -> Partial:
+    """Attention over a segment, by the positions [1 or Hk, slots] of all slots; None when all see all."""
+    seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
     return attend_run(
-        queries.query,
-        segment.keys,
-        segment.values,
-        scale=queries.scale,
-        softcap=queries.softcap,
-        visible=queries.visibility(positions),
+        queries.query, segment.keys, segment.values, scale=queries.scale, softcap=queries.softcap, visible=seen
     )
 
 
-def _over_pages(sequence: LayerSequence, pages: IntArray, queries: Queries, positions: IntArray) -> Partial:
-    """Attention over resident pages [Hk, n] with positions [Hk, n, P]."""
+def _over_pages(
+    sequence: LayerSequence, pages: IntArray, queries: Queries, positions: IntArray | None
+) -> list[Partial]:
+    """Attention over resident pages [Hk, n] at positions [Hk, n, P], one partial for each slab that holds some."""
+    arena = sequence.group.arena
     frames = sequence.group.store.frames(pages)
-    visible = queries.visibility(positions.reshape(positions.shape[0], -1))
-    slab = sequence.group.arena.in_one_slab(frames)
-    if slab is not None:
-        keys, values, first = slab
-        index = torch.from_numpy(frames - first).to(keys.device)[None]
-        return attend_pages(
-            queries.query, keys, values, index, scale=queries.scale, softcap=queries.softcap, visible=visible
+    partials = []
+    for slab in arena.slabs_of(frames):
+        places = positions
+        index = frames - slab.first
+        if not slab.holds_all:
+            if places is None:
+                places = np.zeros((*frames.shape, sequence.group.page_tokens), dtype=np.int64)
+            index, places = _gathered_left(index, places, slab.inside)
+        seen = None if places is None else queries.visibility(places.reshape(places.shape[0], -1))
+        partials.append(
+            attend_pages(
+                queries.query,
+                slab.keys,
+                slab.values,
+                torch.from_numpy(index).to(slab.keys.device)[None],
+                scale=queries.scale,
+                softcap=queries.softcap,
+                visible=seen,
+            )
         )
-    keys, values = sequence.group.arena.read(frames.ravel())
-    run_keys = keys.unflatten(0, frames.shape).flatten(1, 2)[None]
-    run_values = values.unflatten(0, frames.shape).flatten(1, 2)[None]
-    return attend_run(
-        queries.query, run_keys, run_values, scale=queries.scale, softcap=queries.softcap, visible=visible
-    )
+    return partials
+
+
+def _gathered_left(
+    index: IntArray, places: IntArray, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+) -> tuple[IntArray, IntArray]:
+    """The pages ``inside`` [Hk, n] moved to the left of each head; what fills up shorter heads is seen by no query."""
+    order = np.argsort(~inside, axis=1, kind="stable")[:, : int(inside.sum(axis=1).max())]
+    taken = np.take_along_axis(inside, order, axis=1)
+    left = np.where(taken, np.take_along_axis(index, order, axis=1), 0)
+    full = np.broadcast_to(places, (*inside.shape, places.shape[2]))
+    moved = np.take_along_axis(full, order[:, :, None], axis=1)
+    return left, np.where(taken[:, :, None], moved, _UNSEEN)
 
 
 def _promote(sequence: LayerSequence, pages: IntArray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from kvtier.core.policy import (
@@ -134,7 +134,11 @@ def _build(node: ast.expr, text: str) -> Policy:
     if isinstance(node, ast.Name):
         return _make(node.id, {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return _make(node.func.id, {_keyword(item, text): _constant(item.value, text) for item in node.keywords})
+        names = [_keyword(item, text) for item in node.keywords]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PolicyError(f"cannot read the policy {text!r}: {twice[0]} is given more than once")
+        return _make(node.func.id, {item.arg or "": _constant(item.value, text) for item in node.keywords})
     raise PolicyError(f"cannot read the policy {text!r}: write names joined by '|', as 'snapkv(window=32) | quest'")
 
 
@@ -145,8 +149,10 @@ def _keyword(item: ast.keyword, text: str) -> str:
 
 
 def _constant(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value  # type: ignore[operator]  # a non-number is refused by the policy's own range check
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        number = _constant(node.operand, text)
+        if type(number) in (int, float):
+            return -number
     if not isinstance(node, ast.Constant):
         raise PolicyError(f"cannot read the policy {text!r}: a parameter is a number, a string, True, False or None")
     return node.value
@@ -157,17 +163,16 @@ def _make(name: str, parameters: dict[str, Any]) -> Policy:
         kind = policies.resolve(name)
     except ConfigError as error:
         raise PolicyError(str(error)) from error
+    if not (is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Policy)):
+        raise PolicyError(f"{name} is registered as {kind!r}, which is no dataclass derived from Policy")
     allowed = [item.name for item in fields(kind)]
     unknown = sorted(parameters.keys() - set(allowed))
     if unknown:
         raise PolicyError(f"{name} has no parameter {unknown[0]!r}; allowed: {', '.join(allowed) or 'none'}")
     try:
-        built = kind(**parameters)
+        return kind(**parameters)
     except TypeError as error:
         raise PolicyError(f"{name}: {error}") from error
-    if not isinstance(built, Policy):
-        raise PolicyError(f"{name} is registered as {kind.__qualname__}, which is no Policy")
-    return built
 
 
 def _check_part(part: Policy) -> None:

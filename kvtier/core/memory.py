@@ -32,6 +32,7 @@ __all__ = ["Memory"]
 
 _TIERS = {"host": HOST, "nvme": NVME}
 _CHUNK_SHARE = 8
+_HEADROOM = 8  # an eighth of what is kept, for tokens to be generated
 
 
 class Memory:
@@ -137,7 +138,7 @@ class Memory:
             arriving, left = -(-coming // page), -(-kept // page)
             columns = arriving + count * left if evicting and chunk >= coming else count * arriving
             used = group.arena.total_frames - group.arena.free_frames
-            group.planned_frames = used + group.heads * rows * (columns + count * block // page)
+            group.planned_frames = used + group.heads * rows * (columns + count * (left // _HEADROOM + block // page))
             group.expected_pages = left + block // page
             staging = group.staging_bytes(2 * group.staging_columns) + (
                 kept * group.layer.token_bytes if evicting else 0

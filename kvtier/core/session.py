@@ -40,9 +40,12 @@ def _guarded(
 
     @functools.wraps(method)
     def call(self: Session, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self.memory.lock, torch.inference_mode(False), torch.no_grad():
+        with self.memory.lock:
             if self._unusable is not None:
                 raise SessionStateError(self._unusable)
+            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
 
     return call
@@ -167,7 +170,7 @@ class Session:
         scale : float
             Factor of q.k.
         window, softcap : optional
-            Keys more than ``window - 1`` positions back are not seen; logits become ``softcap * tanh(logit / softcap)``.
+            Keys ``window`` or more positions back are not seen; logits become ``softcap * tanh(logit / softcap)``.
         sink : Tensor, optional
             Logit of a key without a value, per query head [Hq].
 

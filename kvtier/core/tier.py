@@ -154,9 +154,13 @@ class PageStore:
         return self._copy_in(self._sources(pages), pages.size)
 
     def read_behind(self, pages: IntArray) -> Future[tuple[torch.Tensor, torch.Tensor]]:
-        """``read`` in the background; the pages must neither move nor be freed until it is done."""
+        """``read`` in the background, unless all is on the device; they must neither move nor be freed until done."""
         self.settle(pages)
         sources = self._sources(pages)
+        if len(sources) == 1 and sources[0][0] == DEVICE:
+            at_once: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
+            at_once.set_result(self._copy_in(sources, pages.size))
+            return at_once
         return self.transfer.submit(self.arena.device, lambda: self._copy_in(sources, pages.size))
 
     def promote(self, pages: IntArray, *, batch: int) -> None:

@@ -172,7 +172,5 @@ def open_memory(
         tiers.append({"name": "host", "backend": "host", "capacity": host})
     if nvme is not None:
         tiers.append({"name": "nvme", "backend": "spill", "capacity": nvme, "path": path})
-    config = load_config(
-        {"tiers": tiers, "page_tokens": layout.page_tokens, "block_tokens": layout.block_tokens}
-    )
+    config = load_config({"tiers": tiers, "page_tokens": layout.page_tokens, "block_tokens": layout.block_tokens})
     return Memory(layout, policy(policy_text), Budgets(keep=keep, read=read, device=device), config)

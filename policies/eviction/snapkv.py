@@ -46,13 +46,13 @@ class SnapKV(SelectionPolicy):
     group_reduce: GroupReduce = "mean"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
+        if type(self.window) is not int or self.window < 1:
             raise PolicyError(f"snapkv: window must be an integer of at least 1 query, got {self.window!r}")
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+        if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
             raise PolicyError(f"snapkv: kernel must be an odd integer of at least 1, got {self.kernel!r}")
         if self.group_reduce not in ("mean", "max", "sum"):
             raise PolicyError(f"snapkv: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep <= self.window):
+        if self.keep is not None and (type(self.keep) is not int or self.keep <= self.window):
             raise PolicyError(f"snapkv: keep must be more than window ({self.window}) tokens, got {self.keep!r}")
 
     @property

@@ -40,9 +40,9 @@ class Quest(RetrievalPolicy):
     group_reduce: GroupReduce = "max"
 
     def __post_init__(self) -> None:
-        if self.read is not None and (not isinstance(self.read, int) or self.read < 1):
+        if self.read is not None and (type(self.read) is not int or self.read < 1):
             raise PolicyError(f"quest: read must be an integer of at least 1 token, got {self.read!r}")
-        if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
+        if type(self.dense_layers) is not int or self.dense_layers < 0:
             raise PolicyError(f"quest: dense_layers must be an integer of at least 0, got {self.dense_layers!r}")
         if self.group_reduce not in ("mean", "max", "sum"):
             raise PolicyError(f"quest: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")

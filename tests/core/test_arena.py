@@ -198,20 +198,22 @@ def test_repack_keeps_contents_and_holds_no_frame_too_many() -> None:
     assert pool._ledger.in_use == 5 * FRAME_BYTES
 
 
-def test_one_slab_is_found_when_all_frames_are_in_it() -> None:
+def test_frames_are_found_slab_by_slab() -> None:
     pool = arena(3, 3)
     frames = pool.allocate(1, 6)[0]
     fill(pool, frames)
     second = frames[frames >= pool.bounds(1)[0]]
 
-    found = pool.in_one_slab(second)
+    (found,) = pool.slabs_of(second)
+    parts = pool.slabs_of(frames)
 
-    assert found is not None
-    keys, values, first = found
-    index = torch.from_numpy(second - first)
-    assert torch.equal(keys[index], contents(second)[0])
-    assert torch.equal(values[index], contents(second)[1])
-    assert pool.in_one_slab(frames) is None
+    index = torch.from_numpy(second - found.first)
+    assert found.holds_all
+    assert torch.equal(found.keys[index], contents(second)[0])
+    assert torch.equal(found.values[index], contents(second)[1])
+    assert [part.holds_all for part in parts] == [False, False]
+    assert np.array_equal(parts[0].inside, frames < second[0])
+    assert np.array_equal(parts[1].inside, frames >= second[0])
 
 
 @given(

@@ -18,9 +18,7 @@ SLACK = 64
 
 
 def opened(window: int, ledger: Ledger | None = None) -> WindowSequence:
-    layer = LayerLayout(
-        num_query_heads=2, num_kv_heads=2, key_dim=3, value_dim=2, dtype="float64", window=window
-    )
+    layer = LayerLayout(num_query_heads=2, num_kv_heads=2, key_dim=3, value_dim=2, dtype="float64", window=window)
     return WindowSequence.empty(layer, window, CPU, ledger or Ledger("cpu", None))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def check(sequence: LayerSequence, expected: list[int]) -> None:
             assert torch.equal(sequence.sketch.views()["high"][0], pages.amax(2))
 
 
-@pytest.mark.parametrize("count", range(0, 26))
+@pytest.mark.parametrize("count", range(26))
 def test_full_blocks_are_sealed_and_the_rest_stays_raw(memory: Memory, count: int) -> None:
     sequence = opened(memory, count)
 
@@ -88,7 +89,7 @@ def test_any_chunks_make_the_same_sequence(cuts: set[int]) -> None:
     with closing(open_memory(device=BUDGET)) as memory:
         sequence = opened(memory, 0)
         edges = [0, *sorted(cuts), TOKENS]
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in pairwise(edges):
             sequence.append(*tokens(start, stop))
 
         assert sequence.sealed == 32

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.core.memory import Memory
 from kvtier.errors import SessionStateError
 from kvtier.testing.oracles import PlainSession
 from kvtier.testing.session_machine import small_layout
@@ -44,7 +43,7 @@ def spans_for(lengths: Sequence[int], width: int, side: str) -> list[slice]:
 
 
 MEMORIES = {
-    "device": lambda: open_memory(),
+    "device": open_memory,
     "host": lambda: open_memory(device=150_000),
     "sliding": lambda: open_memory(small_layout(window=7), device=150_000),
 }
@@ -79,7 +78,7 @@ def test_padded_rows_equal_single_sequences_without_padding(kind: str, side: str
 def test_a_crop_counts_columns_and_takes_the_real_tokens_among_them(
     side: str, lengths: list[tuple[int, int]], remove: int
 ) -> None:
-    widths = [max(max(pair), 1) for pair in lengths]
+    widths = [max(*pair, 1) for pair in lengths]
     remove = min(remove, sum(widths))
     with closing(open_memory()) as memory:
         source, session, plain = StepSource(rows=2), memory.session(), PlainSession(3)
@@ -114,9 +113,7 @@ def test_soft_caps_sinks_and_windows_are_those_of_dense_attention(
         source, session, plain = StepSource(memory.layout, rows=2), memory.session(), PlainSession(3)
         for tokens in cuts:
             step = source.take(tokens)
-            assert_equal(
-                step.run(session, softcap=softcap, sink=sink), step.run(plain, softcap=softcap, sink=sink)
-            )
+            assert_equal(step.run(session, softcap=softcap, sink=sink), step.run(plain, softcap=softcap, sink=sink))
 
 
 @pytest.mark.parametrize("window", [1, 3, 16, 100])
@@ -129,9 +126,7 @@ def test_a_window_may_be_asked_of_a_layer_that_keeps_everything(window: int) -> 
                 outputs = []
                 for each in (session, plain):
                     each.append(layer, step.keys[layer], step.values[layer], step.positions)
-                    outputs.append(
-                        each.attend(layer, step.queries[layer], step.positions, scale=SCALE, window=window)
-                    )
+                    outputs.append(each.attend(layer, step.queries[layer], step.positions, scale=SCALE, window=window))
                 assert_equal(outputs[:1], outputs[1:])
 
 

@@ -35,7 +35,7 @@ Count = Callable[[Memory], dict[str, int]]
 
 @pytest.fixture
 def held() -> Iterator[Count]:
-    """Bytes of the storages of all tensors that came into being in this test: floats are the device's, bytes the host's."""
+    """Bytes of the storages of all tensors made in this test: floats are the device's, bytes the host's."""
     gc.collect()
     gc.freeze()
 
@@ -45,11 +45,12 @@ def held() -> Iterator[Count]:
         scratch.release()
         gc.collect()
         new = [found for found in gc.get_objects() if type(found) is torch.Tensor]
-        sizes = {
-            dtype: {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in new if one.dtype == dtype}
-            for dtype in (torch.float64, torch.uint8)
-        }
-        return {"device": sum(sizes[torch.float64].values()), "host": sum(sizes[torch.uint8].values())}
+
+        def size(dtype: torch.dtype) -> int:
+            storages = [one.untyped_storage() for one in new if one.dtype == dtype]
+            return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+        return {"device": size(torch.float64), "host": size(torch.uint8)}
 
     yield count
     gc.unfreeze()

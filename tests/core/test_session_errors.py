@@ -161,6 +161,11 @@ def test_a_closed_memory_makes_no_session_and_lets_open_ones_close() -> None:
     assert memory.groups[0].ledger.in_use == 0
 
 
+def fill(source: StepSource, session: Session) -> None:
+    for _ in range(400):
+        source.take(7).run(session)
+
+
 @pytest.mark.parametrize("policy", ["full", "quest(dense_layers=0, read=64)", "snapkv(keep=24, window=4)"])
 @pytest.mark.parametrize("budget", [12_000, 30_000, 60_000, 96_000, 150_000])
 def test_a_session_that_found_no_room_says_so_until_it_is_closed(policy: str, budget: int) -> None:
@@ -168,10 +173,9 @@ def test_a_session_that_found_no_room_says_so_until_it_is_closed(policy: str, bu
     source, session = StepSource(), memory.session()
     session.expect(1 << 20)
     with pytest.raises(CapacityError):
-        for _ in range(400):
-            source.take(7).run(session)
+        fill(source, session)
 
-    with pytest.raises(SessionStateError, match="append failed before .* close this session|did not finish"):
+    with pytest.raises(SessionStateError, match=r"append failed before .* close this session|did not finish"):
         source.take(7).run(session)
     session.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import ClassVar
 
+from hypothesis import settings
+
 from kvtier.testing.session_machine import SessionMachine, small_layout
 
 
@@ -49,3 +51,7 @@ TestOnHost = OnHost.TestCase
 TestOnNvme = OnNvme.TestCase
 TestSliding = Sliding.TestCase
 TestRetrieving = Retrieving.TestCase
+
+for case in (TestUnbounded, TestOnHost, TestOnNvme, TestSliding, TestRetrieving):
+    # Short runs find what long ones find, and shrink faster.
+    case.settings = settings(stateful_step_count=16)

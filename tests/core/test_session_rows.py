@@ -147,7 +147,7 @@ def test_a_reorder_without_room_leaves_a_session_that_can_only_be_closed(crowded
     with pytest.raises(CapacityError, match="tails"):
         session.reorder([0, 1, 1, 0])
 
-    with pytest.raises(SessionStateError, match="a reorder failed before .* close this session"):
+    with pytest.raises(SessionStateError, match=r"a reorder failed before .* close this session"):
         source.take(1).run(session)
     session.close()
     assert crowded.groups[0].ledger.in_use == 0

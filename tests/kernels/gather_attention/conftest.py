@@ -12,7 +12,6 @@ LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.
 TINY = {
     "STREAMED_ROWS": 4,
     "COPIED_STREAMED_ROWS": 6,
-    "FUSED_KEYS": 8,
     "FUSED_ROWS": 8,
     "BLOCK": 8,
     "CACHE_BYTES": 1024,

@@ -156,10 +156,10 @@ def test_any_split_of_the_keys_merges_to_the_whole(
     check(merged, oracle(q, k, v, **options, visible=visible), q.dtype)
 
 
-@pytest.mark.parametrize("engine_limit", [0, 10_000])
+@pytest.mark.parametrize("cache_bytes", [1, 2**20])
 @pytest.mark.parametrize("queries", [1, 40])
-def test_queries_that_see_nothing(queries: int, engine_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "FUSED_KEYS", engine_limit)
+def test_queries_that_see_nothing(queries: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "CACHE_BYTES", cache_bytes)
     q, k, v = problem((2, 2, 2, queries, 50), (16, 16), torch.float32)
     q_pos, k_pos = torch.full((2, queries), 7), torch.full((2, 1, 50), 8)
     for visible in (Visibility(q_pos, k_pos), Visibility(q_pos + 100, k_pos, 50)):
