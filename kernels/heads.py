@@ -9,7 +9,10 @@ __all__ = ["accumulation_dtype", "fold_heads", "fold_queries"]
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """fp64 when one of the inputs is fp64, else fp32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def fold_heads(x: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ import torch
 
 from kvtier.types import Visibility
 
-__all__ = ["Rows", "Span", "batch_row", "causal_plan", "fits", "hidden_pairs", "plan_blocks", "whole_plan"]
+__all__ = ["Rows", "Span", "all_seen", "batch_row", "causal_plan", "fits", "hidden_pairs", "plan_blocks", "whole_plan"]
 
 Kind = Literal["visible", "causal", "masked"]
 
@@ -57,6 +57,15 @@ def fits(visible: Visibility, q: torch.Tensor, kv_heads: int, keys: int) -> bool
 def batch_row(visible: Visibility | None, row: slice) -> Visibility | None:
     """The positions of some batch rows alone."""
     return None if visible is None else Visibility(visible.q_pos[row], visible.k_pos[row], visible.window)
+
+
+def all_seen(visible: Visibility) -> bool:
+    """Whether every query sees every key, told by the least and greatest positions; False when there are none."""
+    if not visible.q_pos.numel() or not visible.k_pos.numel():
+        return False
+    q_low, q_high = (int(bound) for bound in visible.q_pos.aminmax())
+    k_low, k_high = (int(bound) for bound in visible.k_pos.aminmax())
+    return k_high <= q_low and (visible.window is None or k_low > q_high - visible.window)
 
 
 def whole_plan(queries: int, keys: int, row_block: int) -> list[Rows]:

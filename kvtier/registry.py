@@ -59,7 +59,7 @@ class Registry:
         Raises
         ------
         ConfigError
-            For an unknown name, with what exists and the nearest spelling.
+            For an unknown name, with what exists and the nearest spelling; for a target that does not exist.
         MissingDependencyError
             When its module needs a package that is not installed.
         """
@@ -71,10 +71,13 @@ class Registry:
         entry = table[name]
         module, _, attribute = entry.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            loaded = importlib.import_module(module)
         except ImportError as error:
             hint = entry.hint or f"install the package that provides {error.name or module}"
             raise MissingDependencyError(f"{self.kind} {name!r} could not be imported ({error}); {hint}") from error
+        if not attribute or not hasattr(loaded, attribute):
+            raise ConfigError(f"{self.kind} {name!r} leads to {entry.target!r}, which does not exist; fix its target")
+        return getattr(loaded, attribute)
 
     def _table(self) -> dict[str, Entry]:
         table = {point.name: Entry(point.value) for point in entry_points(group=self.group)}

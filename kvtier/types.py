@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvtier.errors import ConfigError
@@ -220,7 +221,7 @@ def parse_bytes(size: int | str) -> int:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[2].lower() not in _UNITS:
             raise ConfigError(f"a size is an integer of bytes or text such as '64MiB' or '1.5GB', got {size!r}")
-        count = int(float(match[1]) * _UNITS[match[2].lower()])
+        count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if count < 1:
         raise ConfigError(f"a size must be at least 1 byte, got {size!r}")
     return count

@@ -92,14 +92,15 @@ def attend_run(
     InputError
         When shapes do not fit together.
     """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if not (
-        q.dim() == k.dim() == v.dim() == 4
-        and k.shape[:3] == v.shape[:3]
-        and q.shape[0] == k.shape[0]
-        and q.shape[3] == k.shape[3]
-        and k.shape[1]
-        and q.shape[1] % k.shape[1] == 0
-        and (visible is None or fits(visible, q, k.shape[1], k.shape[2]))
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and k_shape[:3] == v_shape[:3]
+        and q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[1]
+        and q_shape[1] % k_shape[1] == 0
+        and (visible is None or fits(visible, q, k_shape[1], k_shape[2]))
     ):
         raise InputError(
             "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"

@@ -15,7 +15,7 @@ from kvtier.kernels.gather_attention.streamed import streamed_part
 from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
 from kvtier.kernels.scratch import KEPT_BYTES
-from kvtier.kernels.spans import Rows, Span, batch_row, causal_plan, hidden_pairs, plan_blocks, whole_plan
+from kvtier.kernels.spans import Rows, Span, all_seen, batch_row, causal_plan, hidden_pairs, plan_blocks, whole_plan
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
@@ -44,7 +44,9 @@ def attend_run(
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv]."""
     dtype = accumulation_dtype(q, k, v)
-    if visible is None and _one_call(q, k.shape[1], k.shape[2], v.shape[3], softcap, view=k.dtype == v.dtype == dtype):
+    if visible is not None and all_seen(visible):
+        visible = None
+    if visible is None and _one_call(q, k.shape, v.shape[3], dtype, softcap, views=k.dtype == v.dtype == dtype):
         return fused_whole(q.to(dtype), k.to(dtype), v.to(dtype), scale)
     folded_k, folded_v = fold_heads(k), fold_heads(v)
     if folded_k is None or folded_v is None:
@@ -53,9 +55,8 @@ def attend_run(
             attend_run(q[b], k[b], v[b], scale=scale, softcap=softcap, visible=batch_row(visible, b)) for b in rows
         ]
         return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
-    folded_q = fold_queries(q, k.shape[1], dtype)
     keys, values = RunLoader(folded_k, dtype), RunLoader(folded_v, dtype)
-    return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
+    return _shaped(_Attention(fold_queries(q, k.shape[1], dtype), keys, values, scale, softcap, visible).partial(), q)
 
 
 def attend_pages(
@@ -70,23 +71,28 @@ def attend_pages(
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv]."""
     dtype = accumulation_dtype(q, k_arena, v_arena)
-    slots = frames.shape[2] * k_arena.shape[1]
-    if visible is None and _one_call(q, frames.shape[1], slots, v_arena.shape[2], softcap, view=False):
-        shape, index = (*frames.shape[:2], slots, q.shape[3]), frames.flatten()
-        k, v = (arena.index_select(0, index).view(shape).to(dtype) for arena in (k_arena, v_arena))
+    if visible is not None and all_seen(visible):
+        visible = None
+    k_shape = torch.Size((*frames.shape[:2], frames.shape[2] * k_arena.shape[1], k_arena.shape[2]))
+    if visible is None and _one_call(q, k_shape, v_arena.shape[2], dtype, softcap, views=False):
+        index = frames.flatten()
+        k, v = (arena.index_select(0, index).view(k_shape).to(dtype) for arena in (k_arena, v_arena))
         return fused_whole(q.to(dtype), k, v, scale)
-    folded_q, folded_frames = fold_queries(q, frames.shape[1], dtype), frames.flatten(0, 1)
-    keys = PageLoader(k_arena, folded_frames, dtype)
-    values = PageLoader(v_arena, folded_frames, dtype)
+    folded_frames = frames.flatten(0, 1)
+    keys, values = PageLoader(k_arena, folded_frames, dtype), PageLoader(v_arena, folded_frames, dtype)
+    folded_q = fold_queries(q, frames.shape[1], dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
 
 
-def _one_call(q: torch.Tensor, kv_heads: int, keys: int, value_dim: int, softcap: float | None, *, view: bool) -> bool:
-    """Whether one fused call is the quickest way over keys that every query sees; ``view`` if none need be copied."""
-    if not fused_fits(q, q.shape[3], value_dim, softcap) or not keys or not q.numel():
+def _one_call(
+    q: torch.Tensor, k_shape: torch.Size, value_dim: int, dtype: torch.dtype, softcap: float | None, *, views: bool
+) -> bool:
+    """Whether one fused call is the quickest way over keys that every query sees; ``views`` if none need be copied."""
+    batch, kv_heads, keys, key_dim = k_shape
+    if not fused_fits(q, key_dim, value_dim, softcap) or not keys or not q.numel():
         return False
-    key_bytes = q.shape[0] * kv_heads * q.shape[3] * (8 if q.dtype == torch.float64 else 4)
-    return keys * key_bytes <= CACHE_BYTES or (view and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
+    key_bytes = batch * kv_heads * key_dim * dtype.itemsize
+    return keys * key_bytes <= CACHE_BYTES or (views and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
 
 
 class _Attention:

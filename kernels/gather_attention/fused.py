@@ -31,9 +31,10 @@ def fused_fits(q: torch.Tensor, key_dim: int, value_dim: int, softcap: float | N
 def fused_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
     """Attention of q [B, Hq, Tq, D] over k and v [B, Hk, N, D] of its type, at least one key, seen by every query."""
     # All queries of a KV head side by side: its keys are read once for the whole group.
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    shape = q.shape
+    grouped = q.reshape(shape[0], k.shape[1], -1, shape[3])
     out, lse = _attention(grouped, _readable(k), _readable(v), 0.0, False, scale=scale)
-    return Partial(out.reshape(q.shape), lse.reshape(q.shape[:3]))
+    return Partial(out.reshape(shape), lse.reshape(shape[:3]))
 
 
 def fused_part(

@@ -11,7 +11,7 @@ from kvtier.types import Partial
 __all__ = ["DIRECT_ROWS", "streamed_part"]
 
 DIRECT_ROWS = 8
-"""Up to this many queries per KV head, K q^T streams keys from memory faster than q K^T reads them."""
+"""Up to this many queries per KV head, K q^T streams many keys from memory faster than q K^T."""
 
 
 def streamed_part(
@@ -33,7 +33,7 @@ def streamed_part(
     q : Tensor
         [H, G, Tq, Dk] of the accumulation type.
     block : int
-        Keys per block where blocks are copied.
+        Keys of a block that stays in the cache.
     hidden : Tensor, optional
         [H or 1, Tq, stop - start]: pairs that do not see each other.
 
@@ -64,9 +64,9 @@ def _logits(q: torch.Tensor, keys: Loader, start: int, stop: int, block: int) ->
     logits = scratch("logits", (heads, rows, stop - start), q.dtype, q.device)
     if not keys.copies:
         run = keys.load(start, stop, "block")
-        if rows > DIRECT_ROWS:
+        if rows > DIRECT_ROWS or stop - start <= block:
             return torch.bmm(q, run.mT, out=logits)
-        # Measured: BLAS reads K as the left operand in order of memory, over twice as fast as the transposed right one.
+        # Measured: from memory BLAS reads K as the left operand over twice as fast as the transposed right one.
         turned = scratch("products", (heads, stop - start, rows), q.dtype, q.device)
         return logits.copy_(torch.bmm(run, q.mT, out=turned).mT)
     if stop - start <= block:

@@ -81,12 +81,17 @@ class FaultySlots(WrappedSlots):
         self._order(self._write_faults, self._writes + nth, fail)
 
     def short_read(self, nth: int = 1) -> None:
-        """Make the nth read from now fill only the first half of its bytes, as a backend that ignores short reads."""
+        """Make the nth read from now fill only the first half of its bytes, as a backend that ignores short reads.
+
+        The other half holds wrong bytes: what lay there before could be right by accident.
+        """
 
         def half(slots: IntArray, into: torch.Tensor) -> None:
             rows = torch.empty_like(into)
             self.inner.read(slots, rows)
-            into.view(-1)[: into.numel() // 2] = rows.view(-1)[: into.numel() // 2]
+            read = rows.view(-1)
+            read[read.numel() // 2 :] ^= 0xFF
+            into.copy_(rows)
 
         self._order(self._read_faults, self._reads + nth, half)
 

@@ -46,12 +46,12 @@ class Retrieving(SessionMachine):
     device_bytes: ClassVar = 400_000
 
 
+for machine in (Unbounded, OnHost, OnNvme, Sliding, Retrieving):
+    # Short runs find what long ones find, and shrink faster.
+    machine.TestCase.settings = settings(stateful_step_count=16)
+
 TestUnbounded = Unbounded.TestCase
 TestOnHost = OnHost.TestCase
 TestOnNvme = OnNvme.TestCase
 TestSliding = Sliding.TestCase
 TestRetrieving = Retrieving.TestCase
-
-for case in (TestUnbounded, TestOnHost, TestOnNvme, TestSliding, TestRetrieving):
-    # Short runs find what long ones find, and shrink faster.
-    case.settings = settings(stateful_step_count=16)

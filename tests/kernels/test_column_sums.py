@@ -154,6 +154,7 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     visible = None
     if positions is not None:
-        visible = Visibility(*(torch.zeros(shape, dtype=torch.int64) for shape in positions))
+        q_pos, k_pos = (torch.zeros(shape, dtype=torch.int64) for shape in positions)
+        visible = Visibility(q_pos, k_pos)
     with pytest.raises(InputError, match=r"column_sums needs q \[B, Hq, Tq, Dk\].* got \["):
         column_sums(torch.zeros(q_shape), torch.zeros(lse_shape), torch.zeros(k_shape), scale=1.0, visible=visible)

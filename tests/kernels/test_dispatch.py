@@ -1,5 +1,6 @@
 """Which implementation is chosen, by device and by ``KVTIER_KERNELS``, and what is told about it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_an_implementation_is_loaded_once_and_only_when_chosen() -> None:
         loaded.append(name)
         return name
 
-    operator = Operator("toy", [Candidate(name, lambda name=name: load(name), "") for name in ("first", "second")])
+    operator = Operator("toy", [Candidate(name, partial(load, name), "") for name in ("first", "second")])
     assert [operator.on(CPU) for _ in range(3)] == ["first"] * 3
     assert loaded == ["first"]
 

@@ -5,7 +5,17 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvtier.kernels.spans import Rows, Span, batch_row, causal_plan, fits, hidden_pairs, plan_blocks, whole_plan
+from kvtier.kernels.spans import (
+    Rows,
+    Span,
+    all_seen,
+    batch_row,
+    causal_plan,
+    fits,
+    hidden_pairs,
+    plan_blocks,
+    whole_plan,
+)
 from kvtier.types import Visibility
 
 
@@ -180,3 +190,25 @@ def test_a_batch_row_alone() -> None:
 def test_shapes_of_positions(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, expected: bool) -> None:
     visible = Visibility(torch.zeros(q_shape, dtype=torch.int64), torch.zeros(k_shape, dtype=torch.int64))
     assert fits(visible, torch.zeros(2, 8, 3, 16), 4, 7) is expected
+
+
+@given(visibilities())
+def test_all_seen_is_true_of_every_pair(case: tuple[Visibility, int]) -> None:
+    visible, heads = case
+    assert all_seen(visible) <= bool(seen_by_rule(visible, heads).all())
+
+
+@pytest.mark.parametrize(
+    ("q_pos", "k_pos", "window", "expected"),
+    [
+        ([5, 6], [1, 5], None, True),
+        ([5, 6], [3, 5], 4, True),
+        ([5, 6], [2, 5], 4, False),
+        ([5, 6], [1, 6], None, False),
+        ([5, 6], [], None, False),
+        ([], [1], None, False),
+    ],
+)
+def test_all_seen(q_pos: list[int], k_pos: list[int], window: int | None, *, expected: bool) -> None:
+    queries, keys = torch.tensor(q_pos, dtype=torch.int64), torch.tensor(k_pos, dtype=torch.int64)
+    assert all_seen(Visibility(queries[None], keys[None, None], window)) is expected

@@ -118,6 +118,16 @@ def test_any_split_of_the_pages_merges_to_the_whole(
     check(merged, oracle(paged.q, paged.k, paged.v, **options, visible=visible), paged.dtype)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_positions_that_hide_nothing_change_nothing(window: int | None) -> None:
+    paged = Paged((1, 2, 2, 1, 5, 4), (16, 16), torch.float32)
+    visible = Visibility(torch.tensor([[30]]), torch.arange(20)[None, None], window)
+    with_positions = attend_pages(*paged.arguments(), scale=1.0, visible=visible)
+    without = attend_pages(*paged.arguments(), scale=1.0)
+    assert with_positions.out.equal(without.out)
+    assert with_positions.lse.equal(without.lse)
+
+
 def test_a_frame_may_serve_several_heads(oracle: Oracle, check: Check) -> None:
     paged = Paged((1, 2, 2, 1, 3, 4), (16, 16), torch.float32)
     frames = paged.frames[:, :1].expand(1, 2, 3)
