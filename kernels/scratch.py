@@ -33,7 +33,9 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     count = math.prod(shape)
     buffer = _kept.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < count:
-        buffer = torch.empty(count, dtype=dtype)
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            buffer = torch.empty(count, dtype=dtype, device=device)
         if buffer.nbytes <= KEPT_BYTES:
             _kept.buffers[name, dtype] = buffer
     return buffer[:count].view(shape)

@@ -85,7 +85,7 @@ def test_the_environment_overrides_a_file_and_a_dict(file: Path, monkeypatch: py
 def test_a_bad_value_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVTIER_PAGE_TOKENS", "many")
 
-    with pytest.raises(ConfigError, match="page_tokens: .*integer.*, got 'many'"):
+    with pytest.raises(ConfigError, match=r"page_tokens: .*integer.*, got 'many'"):
         load_config({"tiers": [HOST]})
 
 
@@ -132,7 +132,7 @@ def test_every_problem_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("source", [3, ["tiers"], 1.5])
 def test_settings_come_from_known_kinds_of_sources(source: object) -> None:
-    with pytest.raises(ConfigError, match="a dict, a path to a TOML file or None, got (int|list|float)"):
+    with pytest.raises(ConfigError, match=r"a dict, a path to a TOML file or None, got (int|list|float)"):
         load_config(source)  # type: ignore[arg-type]
 
 

@@ -30,7 +30,10 @@ def fruits(published: list[EntryPoint]) -> Registry:
     return Registry(
         kind="fruit",
         group="orchard",
-        entries={"apple": Entry("fractions:Fraction"), "pear": Entry("no_such_module:Pear", hint="pip install orchard")},
+        entries={
+            "apple": Entry("fractions:Fraction"),
+            "pear": Entry("no_such_module:Pear", hint="pip install orchard"),
+        },
     )
 
 

@@ -106,9 +106,9 @@ def test_a_layout_adds_up_its_layers() -> None:
 def test_a_uniform_layout_has_equal_layers() -> None:
     layout = KVLayout.uniform(num_layers=3, num_kv_heads=4, key_dim=8, value_dim=6, dtype="float16", page_tokens=32)
 
-    assert layout.layers == (
-        LayerLayout(num_query_heads=4, num_kv_heads=4, key_dim=8, value_dim=6, dtype="float16"),
-    ) * 3
+    assert (
+        layout.layers == (LayerLayout(num_query_heads=4, num_kv_heads=4, key_dim=8, value_dim=6, dtype="float16"),) * 3
+    )
     assert layout.page_tokens == 32
     grouped = KVLayout.uniform(
         num_layers=1, num_kv_heads=4, num_query_heads=12, key_dim=8, value_dim=8, dtype="float16"

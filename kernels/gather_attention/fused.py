@@ -100,13 +100,13 @@ def _trusted() -> bool:
 
 def _agrees(dtype: torch.dtype, kind: str) -> bool:
     """A trial on 2 KV heads of 2 queries each; some queries see no key, or none in the kernel's first block of 512."""
-    place, limit = torch.arange(600), torch.tensor([0, 600, 550, 200, 599])
+    place, limit = torch.arange(600, device="cpu"), torch.tensor([0, 600, 550, 200, 599], device="cpu")
     hidden = {
-        "visible": torch.zeros(1, 5, 600, dtype=torch.bool),
-        "causal": (place > torch.arange(5)[:, None])[None],
+        "visible": torch.zeros(1, 5, 600, dtype=torch.bool, device="cpu"),
+        "causal": (place > place[:5, None])[None],
         "masked": ((place >= limit[:, None]) | ((place < 540) & (limit[:, None] > 500)))[None],
     }[kind]
-    ramp = torch.arange(2 * 600 * 8, dtype=torch.float64)
+    ramp = torch.arange(2 * 600 * 8, dtype=torch.float64, device="cpu")
     q = (ramp[: 2 * 2 * 5 * 8] * 0.73).cos().view(2, 2, 5, 8)
     k, v = (ramp * 0.37).sin().view(2, 600, 8), (ramp * 0.11).cos().view(2, 600, 8)
     logits = (q @ k.unsqueeze(1).mT * 0.5).masked_fill(hidden.unsqueeze(1), -math.inf)

@@ -243,7 +243,7 @@ def test_a_policy_of_somebody_else_is_found_by_its_name(third_party: dict[str, r
 def test_a_name_that_leads_to_no_policy_is_refused(third_party: dict[str, registry.Entry], target: str) -> None:
     registry.policies.register("odd", target)
 
-    with pytest.raises(PolicyError, match="odd is registered as .*, which is no dataclass derived from Policy"):
+    with pytest.raises(PolicyError, match=r"odd is registered as .*, which is no dataclass derived from Policy"):
         policy("odd")
 
 

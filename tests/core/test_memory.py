@@ -30,9 +30,7 @@ def memory_of(layout: KVLayout, *, text: str = "full", tenant: str = "default", 
 
 def test_layers_of_one_shape_share_a_group_and_windows_have_none() -> None:
     narrow, sliding = small_layout(window=5).layers[:2]
-    layout = KVLayout(
-        layers=(narrow, sliding, WIDE, narrow, WIDE), page_tokens=4, block_tokens=8, chunk_tokens=16
-    )
+    layout = KVLayout(layers=(narrow, sliding, WIDE, narrow, WIDE), page_tokens=4, block_tokens=8, chunk_tokens=16)
     with closing(memory_of(layout)) as memory:
         assert [group.layers for group in memory.groups] == [(0, 3), (2, 4)]
         kinds = [type(memory.sequence(layer)) for layer in range(5)]
@@ -40,9 +38,7 @@ def test_layers_of_one_shape_share_a_group_and_windows_have_none() -> None:
 
 
 def test_tiers_are_shared_out_by_the_bytes_of_the_layers(tmp_path: Path) -> None:
-    layout = KVLayout(
-        layers=(small_layout().layers[0], WIDE), page_tokens=4, block_tokens=8, chunk_tokens=16
-    )
+    layout = KVLayout(layers=(small_layout().layers[0], WIDE), page_tokens=4, block_tokens=8, chunk_tokens=16)
     tiers = [
         {"name": "host", "backend": "host", "capacity": "1MiB"},
         {"name": "nvme", "backend": "spill", "capacity": "5MiB", "path": tmp_path},
@@ -92,7 +88,11 @@ def test_every_layer_has_a_device(devices: int) -> None:
     [
         ({"capacity": 100}, ConfigError, r"the host tier must hold at least one page \(320 B\), got 100 B for it"),
         ({"backend": "tape"}, ConfigError, "unknown storage backend 'tape'; known: host, spill"),
-        ({"name": "nvme", "backend": "spill", "path": "/no/such"}, StorageError, "needs an existing directory, got /no"),
+        (
+            {"name": "nvme", "backend": "spill", "path": "/no/such"},
+            StorageError,
+            "needs an existing directory, got /no",
+        ),
     ],
     ids=["too small", "unknown backend", "no directory"],
 )

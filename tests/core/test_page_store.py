@@ -210,6 +210,33 @@ def test_compaction_gives_back_what_is_free(tmp_path: Path) -> None:
         assert pages.uncounted() == []
 
 
+def test_scattered_pages_are_joined_into_one_run(tmp_path: Path) -> None:
+    with NumberedPages(24, host=4, directory=tmp_path) as pages:
+        made = [pages.new(1) for _ in range(6)]
+        pages.store.arena.grow(8)
+        scattered = np.concatenate(made[::2], axis=1)
+        assert len(pages.store.arena.places(pages.store.frames(scattered))[0]) == 3
+        before = pages.store.arena.version
+
+        assert pages.store.join(scattered)
+
+        assert len(pages.store.arena.places(pages.store.frames(scattered))[0]) == 1
+        assert pages.store.arena.version > before, "views of the old frames must go stale"
+        assert pages.wrong(np.concatenate([page.ravel() for page in made])) == []
+        assert pages.uncounted() == []
+
+
+def test_pages_are_not_joined_without_a_free_run(pages: NumberedPages) -> None:
+    made = [pages.new(1) for _ in range(5)]
+    scattered = np.concatenate(made[::2], axis=1)
+    frames = pages.store.frames(scattered).copy()
+
+    assert not pages.store.join(scattered)
+
+    assert np.array_equal(pages.store.frames(scattered), frames)
+    assert pages.uncounted() == []
+
+
 def test_pages_of_this_step_may_not_leave(pages: NumberedPages) -> None:
     made = pages.new(5).ravel()
     pages.store.tick()

@@ -45,7 +45,11 @@ def test_windows_belong_to_their_layer_and_row() -> None:
     tracker.note(1, 0, window(7, 1), 4)
     moved = tracker.reordered([1, 1, 0])
 
-    assert [None if held is None else held.positions.tolist() for held in moved.take(0, 3)] == [[[3, 4]], [[3, 4]], None]
+    assert [None if held is None else held.positions.tolist() for held in moved.take(0, 3)] == [
+        [[3, 4]],
+        [[3, 4]],
+        None,
+    ]
     assert [None if held is None else held.positions.tolist() for held in moved.take(1, 3)] == [None, None, [[7]]]
     held = tracker.take(0, 2)
     assert held[0] is None

@@ -87,6 +87,18 @@ def test_reported_bytes_are_those_of_the_live_tensors(
         assert memory.groups[0].ledger.in_use == 0
 
 
+def test_a_session_that_rests_keeps_no_memory_that_others_were_given(held: Count) -> None:
+    with closing(open_memory(device=160_000)) as memory:
+        rests, session = memory.session(), memory.session()
+        StepSource(seed=1).take(100).run(rests)
+        source = StepSource()
+        for _ in range(8):
+            source.take(40).run(session)
+        assert rests.report().moved["written"] > 0
+
+        assert held(memory) == reported(session)
+
+
 def test_used_bytes_are_the_live_pages_tails_and_sketches() -> None:
     with closing(open_memory(policy_text="quest(dense_layers=1, read=64)")) as memory:
         session = memory.session()

@@ -120,6 +120,22 @@ def test_a_step_that_did_not_reach_every_layer_must_be_finished_first(memory: Me
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_an_append_may_not_pass_the_end_of_an_announced_prompt(memory: Memory) -> None:
+    source, session, plain = StepSource(), memory.session(), PlainSession(3)
+    session.expect(12)
+    first = source.take(9)
+    first.run(session)
+    first.run(plain)
+    with pytest.raises(InputError, match="3 tokens are left of the announced prompt, got 5; append what follows apart"):
+        source.take(5).run(session)
+
+    source.position = 9
+    for tokens in (3, 5):
+        step = source.take(tokens)
+        for got, expected in zip(step.run(session), step.run(plain), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 CALLS: dict[str, Callable[[Session, Step], object]] = {
     "append": lambda s, t: s.append(0, t.keys[0], t.values[0], t.positions),
     "attend": lambda s, t: s.attend(0, t.queries[0], t.positions, scale=SCALE),

@@ -56,6 +56,18 @@ def test_release_forgets() -> None:
     assert scratch("keys", (4,), torch.float32, CPU).data_ptr() != held.data_ptr()
 
 
+def test_memory_taken_in_inference_mode_serves_outside_of_it() -> None:
+    with torch.inference_mode():
+        taken = scratch("keys", (4,), torch.float32, CPU)
+    scratch("keys", (4,), torch.float32, CPU).fill_(1)
+    assert taken.tolist() == [1, 1, 1, 1]
+
+
+def test_a_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        assert scratch("keys", (4,), torch.float32, CPU).device == CPU
+
+
 def test_other_devices_get_plain_allocations() -> None:
     taken = scratch("keys", (4, 2), torch.float32, torch.device("meta"))
     assert taken.device.type == "meta"

@@ -1,4 +1,4 @@
-"""Exact tokens when an eighth of the pages fit the device and the rest is on the host and in a file, prefill included."""
+"""Exact tokens when an eighth of the pages fit the device, the rest on host and in a file, prefill included."""
 
 from __future__ import annotations
 

@@ -210,6 +210,16 @@ def test_results_do_not_lie_in_scratch(softcap: float | None) -> None:
     assert first.lse.equal(kept.lse)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_inference_mode_makes_no_difference(queries: int) -> None:
+    q, k, v = problem((1, 2, 2, queries, 3000), (16, 16), torch.bfloat16)
+    with torch.inference_mode():
+        inside = attend_run(q, k, v, scale=1.0, softcap=5.0)
+    outside = attend_run(q, k, v, scale=1.0, softcap=5.0)
+    assert outside.out.equal(inside.out)
+    assert outside.lse.equal(inside.lse)
+
+
 def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape)
 

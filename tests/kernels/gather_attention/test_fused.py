@@ -23,6 +23,11 @@ def test_this_torch_has_it_and_it_is_right() -> None:
     assert fused.fused_fits(Q, 8, 8, None)
 
 
+def test_a_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        assert fused.fused_fits(Q, 8, 8, None)
+
+
 @pytest.mark.parametrize(("value_dim", "softcap"), [(9, None), (8, 30.0)])
 def test_what_it_cannot_do_is_left_to_others(value_dim: int, softcap: float | None) -> None:
     assert not fused.fused_fits(Q, 8, value_dim, softcap)
