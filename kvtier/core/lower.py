@@ -109,21 +109,22 @@ class LowerTiers:
         StorageError
             When a write fails; pages written before it keep their copies, the others stay where they are.
         """
-        self.check_room(pages.size)
+        self.check_room(pages)
         rest = pages
         for tier, backend in self.backends.items():
-            if tier == HOST:
-                self._make_host_room(rest.size)
+            self._make_room(tier, rest.size)
             part, rest = rest[: backend.free_slots], rest[backend.free_slots :]
             if part.size:
                 self._copy_down(tier, part)
 
-    def check_room(self, count: int) -> None:
-        """Raise ``CapacityError`` if ``count`` more pages find no place below the device."""
-        free = sum(backend.free_slots for backend in self.backends.values())
-        if HOST in self.backends:
-            copy = self.table.copy
-            free += int(np.count_nonzero(copy[HOST] & (copy[DEVICE] | copy[NVME]) & ~self.table.busy))
+    def fitting(self, leaving: IntArray, least: int) -> IntArray:
+        """As many of the pages ``leaving`` the device, in their order, as find a place below; at least ``least``."""
+        fits = np.searchsorted(np.cumsum(self._absent(leaving)), self._room(leaving), side="right")
+        return leaving[: max(least, int(fits))]
+
+    def check_room(self, leaving: IntArray) -> None:
+        """Raise ``CapacityError`` if the pages ``leaving`` the device do not all find a place below."""
+        count, free = int(np.count_nonzero(self._absent(leaving))), self._room(leaving)
         if count <= free:
             return
         tiers = ", ".join(
@@ -162,19 +163,35 @@ class LowerTiers:
         self.table.copy[tier][pages] = True
         self.traffic.written += pages.size * self.arena.frame_bytes
 
-    def _make_host_room(self, count: int) -> None:
-        """Free host slots for ``count`` pages as far as possible: drop spare copies first, then spill to NVMe."""
-        host, table = self.backends[HOST], self.table
-        movable = table.copy[HOST] & ~table.busy
-        short = count - host.free_slots
-        if short > 0:
-            spare = np.flatnonzero(movable & (table.copy[DEVICE] | table.copy[NVME]))
-            self._leave_host(spare[self.placement.victims(table.last_use[spare], min(short, spare.size))])
-        short = count - host.free_slots
-        if short > 0 and NVME in self.backends:
-            only = np.flatnonzero(table.copy[HOST] & ~table.busy)
+    def _absent(self, pages: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Which of these pages have no copy below the device."""
+        absent: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+        absent = ~(self.table.copy[HOST][pages] | self.table.copy[NVME][pages])
+        return absent
+
+    def _room(self, leaving: IntArray) -> int:
+        """Slots that are free, or hold a spare copy of a page that stays on the device when ``leaving`` have left."""
+        spare = (self.table.copy[HOST] | self.table.copy[NVME]) & self.table.copy[DEVICE] & ~self.table.busy
+        spare[leaving] = False
+        return sum(backend.free_slots for backend in self.backends.values()) + int(np.count_nonzero(spare))
+
+    def _make_room(self, tier: int, count: int) -> None:
+        """Free slots for ``count`` pages as far as possible: drop spare copies first, then spill from host to NVMe."""
+        self._drop_spare(tier, count)
+        short = count - self.backends[tier].free_slots
+        if tier == HOST and short > 0 and NVME in self.backends:
+            only = np.flatnonzero(self.table.copy[HOST] & ~self.table.busy)
+            self._drop_spare(NVME, min(short, only.size))
             room = min(short, only.size, self.backends[NVME].free_slots)
-            self._spill(only[self.placement.victims(table.last_use[only], room)])
+            self._spill(only[self.placement.victims(self.table.last_use[only], room)])
+
+    def _drop_spare(self, tier: int, count: int) -> None:
+        """Drop copies of pages that are on the device, too, until ``count`` slots are free or none is left."""
+        short = count - self.backends[tier].free_slots
+        if short > 0:
+            table = self.table
+            spare = np.flatnonzero(table.copy[tier] & table.copy[DEVICE] & ~table.busy)
+            self._leave(tier, spare[self.placement.victims(table.last_use[spare], min(short, spare.size))])
 
     def _spill(self, pages: IntArray) -> None:
         """Host to NVMe, in batches; a page leaves the host only after its batch is written."""
@@ -192,10 +209,10 @@ class LowerTiers:
                 raise
             self.table.slot[NVME][part] = slots
             self.table.copy[NVME][part] = True
-            self._leave_host(part)
+            self._leave(HOST, part)
             self.traffic.spilled += part.size * self.arena.frame_bytes
 
-    def _leave_host(self, pages: IntArray) -> None:
+    def _leave(self, tier: int, pages: IntArray) -> None:
         if pages.size:
-            self.backends[HOST].release(self.table.slot[HOST][pages])
-            self.table.copy[HOST][pages] = False
+            self.backends[tier].release(self.table.slot[tier][pages])
+            self.table.copy[tier][pages] = False

@@ -64,7 +64,8 @@ class PromptTracker:
         return [self.windows.pop((layer, row), None) for row in range(rows)]
 
     def crop(self, columns: int) -> None:
-        """Only ``columns`` are left."""
+        """Only ``columns`` are left; queries that were remembered may be gone with the others."""
+        self.windows.clear()
         if self.end is not None:
             self.end = min(self.end, columns)
 

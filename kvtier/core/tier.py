@@ -132,7 +132,7 @@ class PageStore:
                 f"({self.arena.held_by_purpose()}); raise device="
             )
         chosen = candidates[self.placement.victims(self.table.last_use[candidates], min(count, candidates.size))]
-        self._leave(chosen)
+        self._leave(self.lower.fitting(chosen, least))
 
     def evacuate(self, slab: int) -> None:
         """Move every page out of a slab and give its memory back."""
@@ -311,7 +311,7 @@ class PageStore:
         """Free the frames of these resident pages; each has a copy below first."""
         copy = self.table.copy
         below = copy[HOST][pages] | copy[NVME][pages]
-        self.lower.check_room(int(np.count_nonzero(~below)))
+        self.lower.check_room(pages)
         self._free_frames_of(pages[below])
         self.lower.store(pages[~below])
         self._free_frames_of(pages[~below])

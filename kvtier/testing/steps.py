@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -102,6 +102,17 @@ class Step:
             positions=self.positions[index],
             spans=None if self.spans is None else tuple(self.spans[row] for row in rows),
         )
+
+    def padded(self, spans: Sequence[slice], starts: Sequence[int]) -> Step:
+        """The step with real tokens in ``spans`` only, at positions from ``starts[b]`` in row b; the rest is NaN."""
+        copies = [[part.clone() for part in parts] for parts in (self.keys, self.values, self.queries)]
+        positions = torch.zeros_like(self.positions)
+        for row, (span, start) in enumerate(zip(spans, starts, strict=True)):
+            positions[row, span] = torch.arange(start, start + span.stop - span.start)
+            for part in [part for parts in copies for part in parts]:
+                part[row, :, : span.start] = part[row, :, span.stop :] = torch.nan
+        keys, values, queries = (tuple(parts) for parts in copies)
+        return replace(self, keys=keys, values=values, queries=queries, positions=positions, spans=tuple(spans))
 
     def columns(self, columns: slice) -> Step:
         """The step of these columns only."""

@@ -249,6 +249,34 @@ def test_pages_of_this_step_may_not_leave(pages: NumberedPages) -> None:
     assert pages.wrong(made) == []
 
 
+def test_fewer_pages_leave_than_usual_when_that_is_all_there_is_room_for(tmp_path: Path) -> None:
+    with NumberedPages(64, host=1, directory=tmp_path) as pages:
+        made = pages.new(32).ravel()
+        pages.store.tick()
+        one = pages.new(1, heads=1)
+
+        assert pages.store.resident(made).sum() == 63, "two would have left, had there been room"
+        assert pages.wrong(np.concatenate([made, one.ravel()])) == []
+        assert pages.uncounted() == []
+
+
+@pytest.mark.parametrize(("host", "nvme"), [(6, 0), (0, 6), (3, 3)], ids=["host", "nvme", "both"])
+def test_copies_of_pages_on_the_device_make_room_for_pages_that_have_none(tmp_path: Path, host: int, nvme: int) -> None:
+    with NumberedPages(6, host=host, nvme=nvme, directory=tmp_path) as pages:
+        low = pages.new(3).ravel()
+        push_down(pages, low)
+        pages.store.promote(low[:4], batch=4)
+        high = pages.new(1).ravel()
+        assert [backend.free_slots for backend in pages.meters.values()] == [0] * len(pages.meters)
+        pages.store.tick()
+        pages.store.touch(low[:4])
+        pages.new(1)
+
+        assert pages.store.resident(low[:4]).all()
+        assert pages.wrong(np.concatenate([low, high])) == []
+        assert pages.uncounted() == []
+
+
 @pytest.mark.parametrize("nvme", [0, 4])
 def test_without_room_below_all_pages_stay_readable(tmp_path: Path, nvme: int) -> None:
     with NumberedPages(6, host=6, nvme=nvme, directory=tmp_path) as pages:

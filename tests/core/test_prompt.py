@@ -97,6 +97,14 @@ def test_a_crop_into_the_prompt_ends_it_there(left: int, end: int) -> None:
     assert tracker.end == end
 
 
+def test_a_crop_forgets_the_queries_of_the_running_prompt() -> None:
+    tracker = PromptTracker()
+    tracker.announce(10)
+    tracker.note(0, 0, window(0, 4), 4)
+    tracker.crop(2)
+    assert tracker.take(0, 1) == [None]
+
+
 def test_forks_go_their_own_way() -> None:
     tracker = PromptTracker()
     tracker.note(0, 0, window(0, 2), 4)

@@ -149,8 +149,10 @@ def test_forks_share_pages_and_copy_the_tail() -> None:
 def test_versions_are_equal_exactly_when_contents_are_shared() -> None:
     with closing(open_memory()) as memory:
         one = opened(memory)
-        two = one.fork()
+        two, three = one.fork(), one.fork()
         assert one.version is two.version
+        three.append(*tokens(TOKENS, TOKENS + 1))
+        assert one.version is not three.version
         two.crop(1)
         assert one.version is not two.version
         two.append(*tokens(TOKENS - 1, TOKENS))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtier.errors import SessionStateError
 from kvtier.testing.oracles import PlainSession
 from kvtier.testing.session_machine import small_layout
-from kvtier.testing.steps import SCALE, Step, StepSource, open_memory
+from kvtier.testing.steps import SCALE, StepSource, open_memory
 from kvtier.types import KVLayout, LayerLayout
 
 EXACT = 1e-10
@@ -23,18 +23,6 @@ EXACT = 1e-10
 def assert_equal(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=EXACT)
-
-
-def padded(step: Step, spans: Sequence[slice], starts: Sequence[int]) -> Step:
-    """The step with these spans: positions of row b count its real tokens from ``starts[b]``, padding holds NaN."""
-    copies = [[part.clone() for part in parts] for parts in (step.keys, step.values, step.queries)]
-    positions = torch.zeros_like(step.positions)
-    for row, (span, start) in enumerate(zip(spans, starts, strict=True)):
-        positions[row, span] = torch.arange(start, start + span.stop - span.start)
-        for part in [part for parts in copies for part in parts]:
-            part[row, :, : span.start] = part[row, :, span.stop :] = torch.nan
-    keys, values, queries = (tuple(parts) for parts in copies)
-    return replace(step, keys=keys, values=values, queries=queries, positions=positions, spans=tuple(spans))
 
 
 def spans_for(lengths: Sequence[int], width: int, side: str) -> list[slice]:
@@ -57,7 +45,7 @@ def test_padded_rows_equal_single_sequences_without_padding(kind: str, side: str
         singles, held = [PlainSession(3) for _ in range(4)], [0] * 4
         for lengths in ([23, 5, 0, 16], [9, 2, 4, 0], [1] * 4, [1] * 4, [3, 1, 2, 3]):
             spans = spans_for(lengths, max(lengths), side)
-            step = padded(source.take(max(lengths)), spans, held)
+            step = source.take(max(lengths)).padded(spans, held)
 
             outputs = step.run(session)
 
@@ -85,7 +73,7 @@ def test_a_crop_counts_columns_and_takes_the_real_tokens_among_them(
         held = [0, 0]
         for pair, width in zip(lengths, widths, strict=True):
             spans = spans_for(pair, width, side)
-            step = padded(source.take(width), spans, held)
+            step = source.take(width).padded(spans, held)
             step.run(session)
             step.run(plain)
             held = [count + span.stop - span.start for count, span in zip(held, spans, strict=True)]
@@ -94,7 +82,7 @@ def test_a_crop_counts_columns_and_takes_the_real_tokens_among_them(
         plain.crop(remove)
 
         assert session.length == plain.length == sum(widths) - remove
-        after = padded(source.take(1), [slice(0, 1)] * 2, held)
+        after = source.take(1).padded([slice(0, 1)] * 2, held)
         assert_equal(after.run(session), after.run(plain))
 
 

@@ -64,6 +64,22 @@ def test_beams_grow_apart_and_are_reordered() -> None:
         assert held_pages(memory) == 0
 
 
+def test_a_crop_after_a_reorder_knows_the_padding_of_each_row() -> None:
+    with closing(open_memory()) as memory:
+        source, session, plain = StepSource(rows=3), memory.session(), PlainSession(3)
+        spans = [slice(0, 12), slice(9, 12), slice(0, 5)]
+        step = source.take(12).padded(spans, [0, 0, 0])
+        step.run(session)
+        step.run(plain)
+        for each in (session, plain):
+            each.reorder([2, 0, 1])
+            each.crop(7)
+
+        step = source.take(1).padded([slice(0, 1)] * 3, [20, 20, 20])
+        for got, expected in zip(step.run(session), step.run(plain), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=EXACT)
+
+
 def test_rows_equal_in_keys_and_not_in_values_or_positions_do_not_share() -> None:
     with closing(open_memory()) as memory:
         source, session, plain = StepSource(rows=3), memory.session(), PlainSession(3)
@@ -86,11 +102,12 @@ def test_rows_equal_in_keys_and_not_in_values_or_positions_do_not_share() -> Non
 def test_rows_that_bring_the_same_tokens_to_different_pasts_do_not_share() -> None:
     with closing(open_memory()) as memory:
         source, session, plain = StepSource(rows=2), memory.session(), PlainSession(3)
+        run_both(source, 8, session, plain, equal=True)
         run_both(source, 8, session, plain)
         run_both(source, 16, session, plain, equal=True)
         run_both(source, 1, session, plain)
 
-        assert held_pages(memory) == 2 * 3 * 2 * 6
+        assert held_pages(memory) == 3 * 2 * (2 + 2 * 6)
 
 
 def test_rows_dropped_by_a_reorder_are_freed() -> None:
