@@ -1,0 +1,122 @@
+"""The I/O engine: batches of reads and writes between files and tensors, with work done where the bytes arrive."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["EngineCapabilities", "EngineFile", "IOEngine", "Transfer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """What an engine found out when it was made.
+
+    Parameters
+    ----------
+    name : str
+        ``"posix"`` or ``"kvikio"``.
+    cuda_buffers : bool
+        Transfers may name CUDA tensors.
+    gpu_direct : bool
+        Such transfers do not pass through host memory (GPUDirect Storage is active, not its compatibility mode).
+    note : str
+        What a user should know, such as why a fallback was taken.
+    """
+
+    name: str
+    cuda_buffers: bool = False
+    gpu_direct: bool = False
+    note: str = ""
+
+
+class EngineFile(ABC):
+    """An open file of an engine.
+
+    Attributes
+    ----------
+    path : Path
+    direct : bool
+        Transfers bypass the page cache: offsets, lengths and addresses that are multiples of 4096 go through as they
+        are, others through an aligned buffer.
+    note : str
+        Why not, or what else a user should know; empty when all is well.
+    """
+
+    path: Path
+    direct: bool
+    note: str
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes of the file."""
+
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Bytes that the file system holds for it (``st_blocks``); 0 when closed."""
+
+    @abstractmethod
+    def allocate(self, size: int) -> None:
+        """Make the file ``size`` bytes long with all of its space taken; OSError when there is none."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Wait until everything written is on the medium (fdatasync); OSError when the medium failed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it, when no transfer is under way; idempotent."""
+
+
+class Transfer(NamedTuple):
+    """Bytes ``offset`` to ``offset + buffer.numel()`` of a file and the uint8 vector they come from or go to."""
+
+    file: EngineFile
+    offset: int
+    buffer: torch.Tensor
+
+
+class IOEngine(ABC):
+    """Moves batches; blocking, several transfers at a time, from any number of threads."""
+
+    @abstractmethod
+    def open(self, path: Path, *, writable: bool, create: bool = False) -> EngineFile:
+        """Open a file; OSError when the system refuses."""
+
+    @abstractmethod
+    def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
+        """Fill the buffers; one result each, None for every byte read. A short file is an OSError (EIO).
+
+        ``then(i)`` runs in the I/O thread as soon as transfer i succeeded: the place to compute digests. What it raises
+        is raised here, after all transfers have ended.
+        """
+
+    @abstractmethod
+    def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
+        """Write the buffers; one result each. ``before(i)`` runs in the I/O thread ahead of transfer i."""
+
+    @abstractmethod
+    def capabilities(self) -> EngineCapabilities:
+        """What the engine can do here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop its threads, after what is under way; idempotent. Files are closed by their owners before."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
