@@ -17,7 +17,7 @@ from kvtier.policies.placement.lru import LRU
 from kvtier.storage_backends.eviction import BoolArray, EvictionOrder, IdArray
 from kvtier.testing.check import check_policy
 
-EXAMPLES = 30
+EXAMPLES = 12
 
 
 class _IgnoresLeases(EvictionOrder):
@@ -97,7 +97,7 @@ class ClaimsToResistScans(LRU):
     ("wrong", "code", "words"),
     [
         (IgnoresLeases(), "P3", r"0 must leave, and may not"),
-        (RemembersAll(), "P8", r"a tier of 1 remembers \d+, \d+"),
+        (RemembersAll(), "P8", r"a tier of \d remembers \d"),
         (SharesOneOrder(), "P6", r"."),
         (ClaimsToResistScans(), "P11", r"ids 0 to 4 were used 4 times; 0, 1, 2, 3, 4 were lost to 10 used once"),
     ],

@@ -136,9 +136,13 @@ def test_a_right_policy_breaks_no_law() -> None:
     [
         (CachesQueryHeads(), "S4", r"1 rows of 1 KV heads, and plans for 1 rows of 2 heads"),
         (FloatBudget(), "S1", r"1 of 1 slots must stay, 0 do"),
-        (ThresholdOfHeadZero(), "S6", r"KV head \d keeps \[.*\] alone and \[.*\] in company"),
+        (
+            ThresholdOfHeadZero(),
+            "S6",
+            r"(KV head \d keeps .* alone and .* in company|in reverse order keep other slots)",
+        ),
         (SumsOverTheBatch(), "S6", r"row \d, KV head \d keeps \[.*\] alone and \[.*\] in company"),
-        (RemembersThePreviousSample(), "S13", r"row 0, KV head 0 kept \[.*\], then \[.*\]"),
+        (RemembersThePreviousSample(), "S13", r"row \d, KV head \d kept \[.*\], then \[.*\]"),
         (ForgetsItsWindow(), "S2", r"row 0, KV head 0 drops slots \[[01]\], which are protected"),
         (KeepsInScoreOrder(), "S3", r"row 0, KV head 0 keeps \[\d, \d"),
         (BreaksTies(), "S8", r"row 0, KV head 0 keeps \[1\] of the ranked slots; the best are \[0\]"),
