@@ -92,6 +92,9 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
+        "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
+        "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),

@@ -198,7 +198,9 @@ class SelectionPolicy(Policy):
 
     @property
     def window_queries(self) -> int:
-        """Queries whose attention ``Stats.window_attention`` sums; for policies that need it."""
+        """Queries whose attention ``Stats.window_attention`` sums; 0 for policies that do not need it."""
+        if Need.WINDOW_ATTENTION not in self.needs:
+            return 0
         raise PolicyError(f"{self.name} declares no query window; WINDOW_ATTENTION needs one")
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
