@@ -17,8 +17,8 @@ from kvtier.errors import CompositionError, ConfigError, KVTierError, PolicyErro
 from kvtier.policies.eviction.snapkv import SnapKV
 from kvtier.policies.full import Full
 from kvtier.policies.placement.lru import LRU
-from kvtier.registry import policies
 from kvtier.policies.retrieval.quest import Quest
+from kvtier.registry import policies
 from kvtier.testing.session_machine import small_layout
 from kvtier.types import Budgets, KVLayout
 
