@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kvtier.kernels.column_sums import blocked
+from kvtier.kernels.device import MOST, logits, seen_pairs
 from kvtier.kernels.tiles import dense_channels, launch_of, padded
 from kvtier.types import Visibility
 
@@ -42,7 +43,7 @@ def column_sums_kernel(
         b_k = b_k.to(tl.float32)
     if POSITIONS:
         p_place = k_pos_ptr + (i_b * heads_with_positions + i_h * (heads_with_positions > 1)) * keys + o_n
-        b_place = tl.load(p_place, mask=in_keys, other=2**62)
+        b_place = tl.minimum(tl.load(p_place, mask=in_keys, other=MOST), MOST).to(tl.int32)
     b_sums = tl.zeros([BLOCK_N], tl.float32)
     for at in range(0, queries, BLOCK_M):
         i_t = (at + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -52,18 +53,12 @@ def column_sums_kernel(
         if UPCAST:
             b_q = b_q.to(tl.float32)
         b_lse = tl.load(lse_ptr + (i_b * query_heads + i_q) * queries + i_t, mask=in_rows, other=float("-inf"))
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-        if CAPPED:
-            b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
-            b_tanh = (1.0 - b_e) / (1.0 + b_e)
-            b_s = softcap * tl.where(b_s < 0, -b_tanh, b_tanh)
+        b_s = logits(b_q, b_k, scale, softcap, CAPPED, PRECISION)
         # A query without keys has the lse -inf and gives nothing; so do rows that are not there.
         counts = (b_lse > float("-inf"))[:, None] & in_keys[None, :]
         if POSITIONS:
-            b_at = tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-(2**62))
-            counts = counts & (b_place[None, :] <= b_at[:, None])
-            if WINDOWED:
-                counts = counts & (b_place[None, :] > b_at[:, None] - window)
+            b_at = tl.minimum(tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-1), MOST - 1)
+            counts = counts & seen_pairs(b_at.to(tl.int32), b_place, window, WINDOWED)
         b_base = tl.where(b_lse > float("-inf"), b_lse, 0.0)
         b_sums += tl.sum(tl.where(counts, tl.exp(b_s - b_base[:, None]), 0.0), 0)
     tl.store(sums_ptr + (i_b * query_heads + i_q) * keys + o_n, b_sums, mask=in_keys)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvtier.kernels.device import MOST, logits, seen_pairs, softmax_end, softmax_step
 from kvtier.kernels.gather_attention import blocked
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.merge_partials.triton import merge_splits
@@ -22,17 +23,30 @@ __all__ = ["attend_pages", "attend_run"]
 
 
 MOST_FP32_CHANNELS: Final = 128
-MOST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _addresses(
+    frames_ptr, i_b, i_h, o_n, in_keys, kv_heads, pages,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    P: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Where the keys and values of slots ``o_n`` [N] begin."""
+    if PAGED:
+        b_frame = tl.load(frames_ptr + (i_b * kv_heads + i_h) * pages + o_n // P, mask=in_keys, other=0)
+        o_key = b_frame * stride_kb + (o_n % P) * stride_kn
+        o_value = b_frame * stride_vb + (o_n % P) * stride_vn
+    else:
+        o_key = i_b * stride_kb + i_h * stride_kh + o_n * stride_kn
+        o_value = i_b * stride_vb + i_h * stride_vh + o_n * stride_vn
+    return o_key, o_value
 
 
 @triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, out_ptr, lse_ptr,
-    scale, softcap, window,
+    q_ptr, k_ptr, v_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, out_ptr, lse_ptr, scale, softcap, window,
     kv_heads, group, queries, keys, split_keys, pages, heads_with_positions,
-    stride_qb, stride_qh, stride_qt,
-    stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr, POSITIONS: tl.constexpr, SKIP: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -40,28 +54,22 @@ def attend_kernel(
 ):  # fmt: skip
     """One tile of queries [BLOCK_M] over keys ``split * split_keys`` on; out [S, B, Hq, Tq, DV], lse [S, B, Hq, Tq]."""
     i_m, i_s, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b = (i_bh // kv_heads).to(tl.int64)
-    i_h = (i_bh % kv_heads).to(tl.int64)
+    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
     row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < group * queries
-    i_q = (i_h * group + row // queries).to(tl.int64)
-    i_t = (row % queries).to(tl.int64)
+    i_q, i_t = (i_h * group + row // queries).to(tl.int64), (row % queries).to(tl.int64)
     o_k, o_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-
+    in_k, in_v = o_k < DK, o_v < DV
     p_q = q_ptr + i_b * stride_qb + i_q[:, None] * stride_qh + i_t[:, None] * stride_qt + o_k[None, :]
-    b_q = tl.load(p_q, mask=in_rows[:, None] & (o_k < DK)[None, :], other=0.0)
+    b_q = tl.load(p_q, mask=in_rows[:, None] & in_k[None, :], other=0.0)
     if UPCAST:
         b_q = b_q.to(tl.float32)
     if POSITIONS:
-        # Positions are compared in 32 bit: half the registers, and no context is that long.
-        b_at = tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-1)
-        b_at = tl.minimum(b_at, MOST - 1).to(tl.int32)
+        b_at = tl.minimum(tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-1), MOST - 1).to(tl.int32)
         p_place = k_pos_ptr + (i_b * heads_with_positions + i_h * (heads_with_positions > 1)) * keys
-        newest = tl.max(b_at, 0)
-        oldest = tl.min(tl.where(in_rows, b_at, MOST), 0)
+        newest, oldest = tl.max(b_at, 0), tl.min(tl.where(in_rows, b_at, MOST), 0)
 
-    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_m, b_l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     start = i_s.to(tl.int64) * split_keys
     stop = tl.minimum(start + split_keys, keys)
@@ -76,54 +84,23 @@ def attend_kernel(
                 if WINDOWED:
                     wanted = wanted & (tl.max(tl.where(in_keys, b_place, -1), 0) > oldest - window)
         if wanted:
-            if PAGED:
-                b_frame = tl.load(frames_ptr + (i_b * kv_heads + i_h) * pages + o_n // P, mask=in_keys, other=0)
-                o_key = b_frame * stride_kb + (o_n % P) * stride_kn
-                o_value = b_frame * stride_vb + (o_n % P) * stride_vn
-            else:
-                o_key = i_b * stride_kb + i_h * stride_kh + o_n * stride_kn
-                o_value = i_b * stride_vb + i_h * stride_vh + o_n * stride_vn
-            b_k = tl.load(k_ptr + o_key[None, :] + o_k[:, None], mask=in_keys[None, :] & (o_k < DK)[:, None], other=0.0)
+            o_key, o_value = _addresses(
+                frames_ptr, i_b, i_h, o_n, in_keys, kv_heads, pages,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, P, PAGED,
+            )  # fmt: skip
+            b_k = tl.load(k_ptr + o_key[None, :] + o_k[:, None], mask=in_keys[None, :] & in_k[:, None], other=0.0)
+            b_v = tl.load(v_ptr + o_value[:, None] + o_v[None, :], mask=in_keys[:, None] & in_v[None, :], other=0.0)
             if UPCAST:
-                b_k = b_k.to(tl.float32)
-            b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-            if CAPPED:
-                b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
-                b_tanh = (1.0 - b_e) / (1.0 + b_e)
-                b_s = softcap * tl.where(b_s < 0, -b_tanh, b_tanh)
+                b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+            b_s = logits(b_q, b_k, scale, softcap, CAPPED, PRECISION)
             seen = in_keys[None, :] & in_rows[:, None]
             if POSITIONS:
-                seen = seen & (b_place[None, :] <= b_at[:, None])
-                if WINDOWED:
-                    seen = seen & (b_place[None, :] > b_at[:, None] - window)
-            b_s = tl.where(seen, b_s, float("-inf"))
+                seen = seen & seen_pairs(b_at, b_place, window, WINDOWED)
+            b_m, b_l, b_o = softmax_step(tl.where(seen, b_s, float("-inf")), b_v, b_m, b_l, b_o, PRECISION)
 
-            b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-            # Of a row that has seen no key yet the maximum is -inf, and -inf - -inf would be NaN.
-            b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-            b_p = tl.exp(b_s - b_base[:, None])
-            b_scale = tl.exp(b_m - b_base)
-            b_l = b_l * b_scale + tl.sum(b_p, 1)
-            b_o = b_o * b_scale[:, None]
-            b_v = tl.load(
-                v_ptr + o_value[:, None] + o_v[None, :], mask=in_keys[:, None] & (o_v < DV)[None, :], other=0.0
-            )
-            if UPCAST:
-                b_v = b_v.to(tl.float32)
-            b_high = b_p.to(b_v.dtype)
-            b_o = tl.dot(b_high, b_v, b_o, input_precision=PRECISION)
-            if b_v.dtype != tl.float32:
-                # Weights are not rounded to 16 bit: what the first product lost is multiplied, too.
-                b_o = tl.dot((b_p - b_high.to(tl.float32)).to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-            b_m = b_m_new
-
-    empty = b_l == 0.0
-    b_o = b_o / tl.where(empty, 1.0, b_l)[:, None]
-    b_lse = tl.where(empty, float("-inf"), b_m + tl.log(tl.where(empty, 1.0, b_l)))
-    heads = kv_heads * group
-    batch = tl.num_programs(2) // kv_heads
-    o_out = ((i_s.to(tl.int64) * batch + i_b) * heads + i_q) * queries + i_t
-    tl.store(out_ptr + o_out[:, None] * DV + o_v[None, :], b_o, mask=in_rows[:, None] & (o_v < DV)[None, :])
+    b_o, b_lse = softmax_end(b_m, b_l, b_o)
+    o_out = ((i_s.to(tl.int64) * (tl.num_programs(2) // kv_heads) + i_b) * (kv_heads * group) + i_q) * queries + i_t
+    tl.store(out_ptr + o_out[:, None] * DV + o_v[None, :], b_o, mask=in_rows[:, None] & in_v[None, :])
     tl.store(lse_ptr + o_out, b_lse, mask=in_rows)
 
 
