@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -14,6 +14,8 @@ __all__ = ["BoolArray", "EvictionOrder", "IdArray", "KeyedOrder"]
 IdArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 _Key = TypeVar("_Key", bound=Hashable)
+_FIRST_CANDIDATES = 16
+_SLACK = 64
 
 
 class EvictionOrder(ABC):
@@ -73,7 +75,7 @@ class EvictionOrder(ABC):
 
 
 class KeyedOrder(Generic[_Key]):
-    """An order over keys of any kind: what a keyed cache talks to.
+    """An order over keys of any kind: what a keyed cache tells of every event and asks for candidates.
 
     Parameters
     ----------
@@ -90,6 +92,7 @@ class KeyedOrder(Generic[_Key]):
         self._ids: dict[_Key, int] = {}
         self._keys: list[_Key | None] = []
         self._free: list[int] = []
+        self._awaited: _Key | None = None
 
     def __len__(self) -> int:
         return self._order.residents
@@ -99,54 +102,67 @@ class KeyedOrder(Generic[_Key]):
         """Keys that cost memory: those in the tier, those remembered, and those not collected yet."""
         return len(self._ids)
 
-    def admit(self, keys: Sequence[_Key]) -> None:
-        """These keys came into the tier."""
-        self._order.admit(np.array([self._id(key) for key in keys], dtype=np.int64))
-        if len(self._ids) > 2 * self._order.residents + 64:
+    def missed(self, key: _Key) -> None:
+        """A key was asked for and is not there; room will be made for it.
+
+        A cache that cannot say so may leave it out: the order learns of it when the key is added, one eviction late.
+        """
+        self._awaited = key
+        if key in self._ids:
+            self._order.miss(self._one(key))
+
+    def added(self, key: _Key, nbytes: int = 0) -> None:
+        """A key came, with so many bytes; all keys count alike."""
+        del nbytes
+        if key in self._ids and self._awaited != key:
+            self._order.miss(self._one(key))
+        self._awaited = None
+        self._intern(key)
+        self._order.admit(self._one(key))
+        if len(self._ids) > 2 * self._order.residents + _SLACK:
             self._collect()
 
-    def hit(self, keys: Iterable[_Key]) -> None:
-        """These keys were used."""
-        self._order.hit(self._known(keys))
+    def used(self, key: _Key) -> None:
+        """A key was read or leased."""
+        if key in self._ids:
+            self._order.hit(self._one(key))
 
-    def miss(self, keys: Iterable[_Key]) -> None:
-        """These keys were asked for and are not in the tier."""
-        self._order.miss(self._known(keys))
+    def removed(self, key: _Key, *, evicted: bool) -> None:
+        """A key went: for room, or because it was deleted and is to be forgotten."""
+        if key not in self._ids:
+            return
+        one = self._one(key)
+        if evicted:
+            self._order.evict(one)
+        else:
+            self._order.forget(one)
+            self._release(one)
 
-    def victims(self, count: int, protected: Container[_Key] = ()) -> list[_Key]:
-        """Who leaves next: up to ``count`` keys that are not ``protected``, the first to leave first."""
-        chosen = self._named(self._order.victims(count))
-        if not any(key in protected for key in chosen):
-            return chosen
-        safe = [key is not None and key not in protected for key in self._keys]
-        return self._named(self._order.victims(count, np.array(safe, dtype=np.bool_)))
+    def candidates(self) -> Iterator[_Key]:
+        """Keys that are there, the first to leave first; nothing may happen to the order while this is read."""
+        seen: set[int] = set()
+        count = _FIRST_CANDIDATES
+        while len(seen) < self._order.residents:
+            more = [index for index in self._order.victims(count).tolist() if index not in seen]
+            seen.update(more)
+            yield from self._named(more)
+            count *= 4
 
-    def evict(self, keys: Iterable[_Key]) -> None:
-        """These keys left to make room."""
-        self._order.evict(self._known(keys))
+    def _one(self, key: _Key) -> IdArray:
+        return np.array([self._ids[key]], dtype=np.int64)
 
-    def forget(self, keys: Iterable[_Key]) -> None:
-        """These keys were deleted: nothing is to be remembered of them."""
-        ids = self._known(keys)
-        self._order.forget(ids)
-        self._release(ids)
-
-    def _named(self, ids: IdArray) -> list[_Key]:
-        found = (self._keys[index] for index in ids.tolist())
+    def _named(self, ids: Iterable[int]) -> list[_Key]:
+        found = (self._keys[index] for index in ids)
         return [key for key in found if key is not None]
 
-    def _known(self, keys: Iterable[_Key]) -> IdArray:
-        return np.array([self._ids[key] for key in keys if key in self._ids], dtype=np.int64)
-
-    def _id(self, key: _Key) -> int:
-        index = self._ids.get(key)
-        if index is None:
-            if not self._free:
-                self._free.append(len(self._keys))
-                self._keys.append(None)
-            index = self._ids[key] = self._free.pop()
-            self._keys[index] = key
-        return index
+    def _intern(self, key: _Key) -> None:
+        if key in self._ids:
+            return
+        if not self._free:
+            self._free.append(len(self._keys))
+            self._keys.append(None)
+        index = self._ids[key] = self._free.pop()
+        self._keys[index] = key
 
     def _collect(self) -> None:
         """Take ids back from keys that the order no longer knows."""
@@ -154,7 +170,8 @@ class KeyedOrder(Generic[_Key]):
         self._release(ids[~self._order.remembers(ids)])
 
     def _release(self, ids: IdArray) -> None:
-        for index, key in zip(ids.tolist(), self._named(ids), strict=True):
-            del self._ids[key]
+        for index in ids.tolist():
+            for key in self._named([index]):
+                del self._ids[key]
             self._keys[index] = None
             self._free.append(index)
