@@ -111,7 +111,7 @@ class CodecLaws(PolicyLaws):
             error <= 1e-3, f"of the {2**bits} levels 0 to {2**bits - 1} that {bits} bits have one is off by {error:g}"
         )
 
-    @law("C4", "a block never takes more than its raw bytes and the codec's header", case=_blocks)
+    @law("C4", "the payload of a block is never larger than its raw bytes", case=_blocks)
     def test_blocks_do_not_grow(self, policy: CodecPolicy, case: BlockCase) -> None:
         encoded = policy.encode(case.block)
         raw, taken = case.block.nbytes, len(encoded.payload)

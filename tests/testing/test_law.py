@@ -91,3 +91,12 @@ def _plugin_is_installed() -> bool:
     from importlib.metadata import entry_points
 
     return any(point.value == "kvtier.testing.plugin" for point in entry_points(group="pytest11"))
+
+
+def test_the_documentation_lists_every_law() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
+
+    for suite in SUITES:
+        assert f"`{suite.__module__}.{suite.__name__}`" in page
+        for stated in laws_of(suite):
+            assert f"| {stated.code} | {stated.title} |" in page

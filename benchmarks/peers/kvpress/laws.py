@@ -150,6 +150,7 @@ def small_llama(heads: int, group: int, dtype: torch.dtype, attention: str) -> A
         head_dim=_DIM,
         vocab_size=16,
         attn_implementation=attention,
+        initializer_range=0.2,  # attention that is neither even nor a single token
     )
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
