@@ -17,12 +17,14 @@ class Unbounded(SessionMachine):
 class OnHost(SessionMachine):
     """A device that holds a fraction, the rest on the host."""
 
+    policy_text: ClassVar = "full | arc"
     device_bytes: ClassVar = 150_000
 
 
 class OnNvme(SessionMachine):
     """A device and a host that hold a fraction each, the rest in a file."""
 
+    policy_text: ClassVar = "full | s3fifo"
     device_bytes: ClassVar = 150_000
     tiers: ClassVar = {
         "tiers": [
@@ -42,7 +44,7 @@ class Sliding(SessionMachine):
 class Retrieving(SessionMachine):
     """Quest with a read budget that covers everything, over tiers: chosen pages are all pages."""
 
-    policy_text: ClassVar = "quest(dense_layers=1, read=100000)"
+    policy_text: ClassVar = "quest(dense_layers=1, read=100000) | lfu"
     device_bytes: ClassVar = 400_000
 
 

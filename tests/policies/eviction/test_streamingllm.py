@@ -14,7 +14,7 @@ from kvtier.testing.selection_laws import SelectionLaws
 from kvtier.types import KVLayout
 
 
-@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.parametrize("sinks", [0, 4])
 class TestStreamingLLM(SelectionLaws, EvictionLaws):
     @pytest.fixture
     def policy(self, sinks: int) -> SelectionPolicy:

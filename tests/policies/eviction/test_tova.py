@@ -11,14 +11,12 @@ from kvtier.errors import PolicyError
 from kvtier.policies.eviction.tova import TOVA
 from kvtier.testing.eviction_laws import EvictionLaws
 from kvtier.testing.selection_laws import SelectionCase, SelectionLaws, selection_cases
-from kvtier.types import GroupReduce
 
 
-@pytest.mark.parametrize("how", ["mean", "max"])
 class TestTOVA(SelectionLaws, EvictionLaws):
     @pytest.fixture
-    def policy(self, how: GroupReduce) -> SelectionPolicy:
-        return TOVA(group_reduce=how)
+    def policy(self) -> SelectionPolicy:
+        return TOVA()
 
 
 @given(selection_cases())
