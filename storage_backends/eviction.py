@@ -14,7 +14,6 @@ __all__ = ["BoolArray", "EvictionOrder", "IdArray", "KeyedOrder"]
 IdArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 _Key = TypeVar("_Key", bound=Hashable)
-_FIRST_CANDIDATES = 16
 _SLACK = 64
 
 
@@ -94,7 +93,9 @@ class KeyedOrder(Generic[_Key]):
         self._free: list[int] = []
         self._awaited: _Key | None = None
 
-    def __len__(self) -> int:
+    @property
+    def residents(self) -> int:
+        """Keys in the tier."""
         return self._order.residents
 
     @property
@@ -141,7 +142,7 @@ class KeyedOrder(Generic[_Key]):
     def candidates(self) -> Iterator[_Key]:
         """Keys that are there, the first to leave first; nothing may happen to the order while this is read."""
         seen: set[int] = set()
-        count = _FIRST_CANDIDATES
+        count = 1  # an order moves its hand by as many as it is asked for
         while len(seen) < self._order.residents:
             more = [index for index in self._order.victims(count).tolist() if index not in seen]
             seen.update(more)
