@@ -16,10 +16,10 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
-from kvtier.storage_backends.eviction import EvictionOrder
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
+    from kvtier.storage_backends.eviction import EvictionOrder
     from kvtier.types import GroupReduce, KVLayout
 
 __all__ = [
