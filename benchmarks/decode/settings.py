@@ -9,7 +9,8 @@ from typing import Final
 
 from benchmarks.machine import available_bytes, last_level_cache_bytes
 from benchmarks.timing import Limits
-from kvtier.types import DTypeName, KVLayout, format_bytes
+from benchmarks.workload import Shape
+from kvtier.types import DTypeName, format_bytes
 
 __all__ = ["LEAST_CONTEXT", "PARTS", "Settings", "most_that_fit", "refusal", "settings_of"]
 
@@ -17,7 +18,7 @@ PARTS: Final = ("attention", "step", "overhead")
 LEAST_CONTEXT: Final = 2048
 """Tokens; a sixteenth of fewer is less than a policy's smallest budget."""
 
-_BLOCK: Final = KVLayout.block_tokens
+_BLOCK: Final = Shape(dtype="float32").layout(1).block_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
