@@ -92,9 +92,15 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
+        "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
+        "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
+        "arc": Entry("kvtier.policies.placement.arc:ARC"),
+        "s3fifo": Entry("kvtier.policies.placement.s3fifo:S3FIFO"),
+        "lfu": Entry("kvtier.policies.placement.lfu:LFU"),
     },
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvtier.core.attention import Queries, key_votes, segments_of
-from kvtier.core.policy import IntArray, SelectionPolicy
+from kvtier.core.policy import IntArray, Need, SelectionPolicy
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
 from kvtier.types import GroupReduce
@@ -31,16 +31,16 @@ class PromptWindow:
     @classmethod
     def of(cls, queries: Queries, lse: torch.Tensor, width: int) -> PromptWindow:
         """The last ``width`` of these queries."""
-        return cls(
-            queries.query[:, :, -width:].clone(), lse[:, :, -width:].clone(), queries.positions[:, -width:].clone()
-        )
+        first = max(0, lse.shape[2] - width)
+        return cls(queries.query[:, :, first:].clone(), lse[:, :, first:].clone(), queries.positions[:, first:].clone())
 
     def then(self, later: PromptWindow, width: int) -> PromptWindow:
         """The last ``width`` of these queries followed by ``later``."""
+        first = max(0, self.lse.shape[2] + later.lse.shape[2] - width)
         return PromptWindow(
-            torch.cat([self.query, later.query], dim=2)[:, :, -width:],
-            torch.cat([self.lse, later.lse], dim=2)[:, :, -width:],
-            torch.cat([self.positions, later.positions], dim=1)[:, -width:],
+            torch.cat([self.query, later.query], dim=2)[:, :, first:],
+            torch.cat([self.lse, later.lse], dim=2)[:, :, first:],
+            torch.cat([self.positions, later.positions], dim=1)[:, first:],
         )
 
 
@@ -83,6 +83,18 @@ def _plan(
     sequence: LayerSequence, window: PromptWindow, like: Queries, policy: SelectionPolicy, keep: int
 ) -> torch.Tensor:
     """Slots to keep [Hk, K]."""
+    heads = sequence.group.heads
+    positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, (heads, sequence.length)).copy())
+    positions = positions.to(window.query.device)[None]
+    view = SlotView(positions=positions, protected=policy.protected(positions))
+    stats = Stats()
+    if Need.WINDOW_ATTENTION in policy.needs:
+        stats = Stats(window_attention=_votes(sequence, window, like, policy.group_reduce))
+    return policy.select(policy.score(view, stats), view, keep).keep[0]
+
+
+def _votes(sequence: LayerSequence, window: PromptWindow, like: Queries, how: GroupReduce) -> torch.Tensor:
+    """Attention of the last queries per key, reduced to KV heads [1, Hk, T]."""
     queries = Queries(
         query=window.query,
         positions=window.positions,
@@ -91,12 +103,7 @@ def _plan(
         window=like.window,
         softcap=like.softcap,
     )
-    heads = sequence.group.heads
-    votes = group_reduce(key_votes(sequence, queries, window.lse), heads, policy.group_reduce)
-    positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, (heads, sequence.length)).copy())
-    positions = positions.to(votes.device)[None]
-    view = SlotView(positions=positions, protected=policy.protected(positions))
-    return policy.select(policy.score(view, Stats(window_attention=votes)), view, keep).keep[0]
+    return group_reduce(key_votes(sequence, queries, window.lse), sequence.group.heads, how)
 
 
 def _apply(sequence: LayerSequence, keep: torch.Tensor) -> None:
