@@ -77,13 +77,14 @@ class GrowingArray(Generic[_S]):
 class GrowingSketch:
     """Summaries of pages by name [Hk, pages, ...] on the device, counted by the ledger."""
 
-    __slots__ = ("_buffers", "_capacity", "_ledger", "_sharing", "length")
+    __slots__ = ("_buffers", "_capacity", "_ledger", "_sharing", "_views", "length")
 
     def __init__(self, ledger: Ledger) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
         self._capacity = 0
         self._ledger = ledger
         self._sharing = _Sharing()
+        self._views: dict[str, torch.Tensor] | None = None
         self.length = 0
 
     @property
@@ -92,8 +93,10 @@ class GrowingSketch:
         return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
     def views(self) -> dict[str, torch.Tensor]:
-        """The contents [1, Hk, length, ...] by name, without a copy."""
-        return {name: buffer[None, :, : self.length] for name, buffer in self._buffers.items()}
+        """The contents [1, Hk, length, ...] by name, without a copy; the same views until the contents change."""
+        if self._views is None:
+            self._views = {name: buffer[None, :, : self.length] for name, buffer in self._buffers.items()}
+        return self._views
 
     def append(self, sketch: Mapping[str, torch.Tensor], reserve: int) -> None:
         """Add summaries [Hk, n, ...]; a new buffer holds at least ``reserve`` pages."""
@@ -103,10 +106,11 @@ class GrowingSketch:
         for name, rows in sketch.items():
             self._buffers[name][:, self.length : end] = rows
         self.length = self._sharing.written = end
+        self._views = None
 
     def truncate(self, length: int) -> None:
         """Forget the pages beyond ``length``."""
-        self.length = length
+        self.length, self._views = length, None
 
     def fork(self) -> GrowingSketch:
         """A second owner of the same contents."""
@@ -122,6 +126,7 @@ class GrowingSketch:
         if not self._sharing.owners:
             self._ledger.give(_PURPOSE, self.nbytes)
         self._buffers, self._capacity, self.length, self._sharing = {}, 0, 0, _Sharing()
+        self._views = None
 
     def _grow(self, sketch: Mapping[str, torch.Tensor], capacity: int) -> None:
         shapes = {name: (part.shape[0], capacity, *part.shape[2:]) for name, part in sketch.items()}
