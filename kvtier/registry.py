@@ -95,6 +95,9 @@ policies = Registry(
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
+        "arc": Entry("kvtier.policies.placement.arc:ARC"),
+        "s3fifo": Entry("kvtier.policies.placement.s3fifo:S3FIFO"),
+        "lfu": Entry("kvtier.policies.placement.lfu:LFU"),
     },
 )
 

@@ -118,7 +118,7 @@ def test_every_built_in_name_leads_somewhere(published: list[EntryPoint], names:
 
 
 def test_policies_go_by_their_own_names(published: list[EntryPoint]) -> None:
-    assert registry.policies.names() == ["full", "lru", "quest", "snapkv"]
+    assert registry.policies.names() == ["arc", "full", "lfu", "lru", "quest", "s3fifo", "snapkv"]
     for name in registry.policies.names():
         assert registry.policies.resolve(name).name == name
 

@@ -72,7 +72,7 @@ class LayerGroup:
             arena=self.arena,
             table=table,
             lower=LowerTiers(self.arena, table, placement),
-            placement=placement,
+            order=placement.order(),
             transfer=transfer,
             bounded=ledger.limit is not None,
             block_pages=layout.block_tokens // layout.page_tokens,

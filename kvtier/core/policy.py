@@ -16,7 +16,11 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
+<<<<<<< HEAD
 from kvtier.kernels.top_pages import top_pages
+=======
+from kvtier.storage_backends.eviction import EvictionOrder
+>>>>>>> laws
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
@@ -273,12 +277,19 @@ class RetrievalPolicy(Policy):
 
 
 class PlacementPolicy(Policy):
-    """Where does it live?"""
+    """Where does it live?
+
+    Attributes
+    ----------
+    scan_resistant : bool
+        Whether what was used again and again outlives a long run of what is used once.
+    """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.PLACEMENT})
     lossless: ClassVar = True
+    scan_resistant: ClassVar[bool] = False
 
     @abstractmethod
-    def victims(self, last_use: IntArray, count: int) -> IntArray:
-        """Indices [count] of the pages that leave a tier first, from the clock of their last use [N]."""
+    def order(self) -> EvictionOrder:
+        """A fresh order of who leaves first, for one tier; it holds all state, the policy none."""
