@@ -68,6 +68,7 @@ class Need(Enum):
     ATTENTION_VARIANCE = "variance of the column sums, per layer"
     HIDDEN_STATES = "hidden states of the last tokens"
     NEXT_LAYER_QUERY_WEIGHTS = "query projection of the next layer"
+    KEYS = "keys of the slots, as attention sees them"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
 
@@ -103,7 +104,8 @@ class KeepPlan(NamedTuple):
 class MergePlan(NamedTuple):
     """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight``, each [B, Hk, M].
 
-    The weights that go to one ``dst``, and its own, sum to 1.
+    A ``dst`` that takes something states its own weight too, with ``src == dst``; the weights that go to one ``dst``
+    sum to 1. An entry of weight 0 fills a row and means nothing.
     """
 
     src: torch.Tensor
@@ -180,6 +182,10 @@ class PromptFilterPolicy(Policy):
     phase: ClassVar = Phase.PROMPT
     query_aware: ClassVar = True
 
+    def protected(self, tokens: int) -> torch.Tensor:
+        """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""
+        return torch.zeros(tokens, dtype=torch.bool)
+
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
         """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
@@ -235,6 +241,11 @@ class CodecPolicy(Policy):
     __slots__ = ()
     roles: ClassVar = frozenset({Role.CODEC})
 
+    @property
+    def uniform_bits(self) -> int | None:
+        """Bits b of a uniform code, whose 2**b levels span a group from its least to its largest; None for others."""
+        return None
+
     @abstractmethod
     def encode(self, block: torch.Tensor) -> Encoded:
         """Encode K or V of one sealed block [Hk, block_tokens, D]; bytes do not depend on what follows."""
@@ -255,6 +266,19 @@ class RetrievalPolicy(Policy):
     roles: ClassVar = frozenset({Role.RETRIEVAL})
     read: int | None
     dense_layers: int
+
+    @property
+    def upper_bound(self) -> bool:
+        """Whether a page's score is at least the logit of every key in it, for every query head and query."""
+        return False
+
+    def pinned(self, sketch: Sketch) -> torch.Tensor:
+        """Pages [B, Hk, N] bool that are read whatever the query and counted in the budget; none by default.
+
+        Sketches are [B, Hk, N, ...]. ``rank`` scores them above all others.
+        """
+        some = next(iter(sketch.values()))
+        return torch.zeros(some.shape[:3], dtype=torch.bool, device=some.device)
 
     @abstractmethod
     def sketch(self, keys: torch.Tensor) -> Sketch:
