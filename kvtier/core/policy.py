@@ -16,11 +16,8 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
-<<<<<<< HEAD
 from kvtier.kernels.top_pages import top_pages
-=======
 from kvtier.storage_backends.eviction import EvictionOrder
->>>>>>> laws
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
