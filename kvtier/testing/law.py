@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from kvtier.core.policy import Policy
 
-__all__ = ["Described", "Law", "LawBroken", "PolicyLaws", "Source", "law", "laws_of", "require"]
+__all__ = [
+    "CALM",
+    "PHASES",
+    "Described",
+    "Law",
+    "LawBroken",
+    "PolicyLaws",
+    "Source",
+    "claimed",
+    "law",
+    "laws_of",
+    "require",
+]
 
-# A policy is a value, so sharing the fixture between examples is what shows state that it should not have.
+# The fixture is copied for every case, and suites are inherited by many classes.
 CALM = (HealthCheck.function_scoped_fixture, HealthCheck.differing_executors, HealthCheck.too_slow)
+# A broken law explains itself.
+PHASES = tuple(phase for phase in Phase if phase is not Phase.explain)
 
-Source: TypeAlias = st.SearchStrategy[Any] | Callable[[Any], st.SearchStrategy[Any]]
-"""What a law draws from: a strategy, or a function from the suite (which may set bounds) to one."""
+Source: TypeAlias = st.SearchStrategy[Any] | Callable[[Any, Any], st.SearchStrategy[Any]]
+"""What a law draws from: a strategy, or a function from the suite and the policy (which may set bounds) to one."""
 
 
 class LawBroken(AssertionError):  # noqa: N818 - a broken law is a finding, not an error of the suite
@@ -62,9 +77,10 @@ class Law:
         ------
         LawBroken
         """
-        drawn = {}
+        # What a policy remembers would else reach from one case into the next, and the smallest would not be found.
+        policy, drawn = copy.deepcopy(policy), {}
         for name, source in self.sources.items():
-            strategy = source if isinstance(source, st.SearchStrategy) else source(suite)
+            strategy = source if isinstance(source, st.SearchStrategy) else source(suite, policy)
             drawn[name] = data.draw(strategy, label=name)
         try:
             self.check(suite, policy, **drawn)
@@ -99,8 +115,8 @@ def law(code: str, title: str, **sources: Source) -> Callable[[Callable[..., Non
 
         test.__name__, test.__qualname__, test.__module__ = check.__name__, check.__qualname__, check.__module__
         test.__doc__ = f"{code}: {title}."
-        calm = settings(deadline=None, suppress_health_check=CALM)
-        marked: Callable[..., None] = pytest.mark.law(code)(calm(given(data=st.data())(test)))
+        calm = settings(deadline=None, suppress_health_check=CALM, phases=PHASES)
+        marked: Callable[..., None] = pytest.mark.law(code=code)(calm(given(data=st.data())(test)))
         marked.stated = stated  # type: ignore[attr-defined]
         return marked
 
@@ -134,6 +150,12 @@ def require(holds: bool, found: str) -> None:
     """
     if not holds:
         raise LawBroken(found)
+
+
+def claimed(claim: bool, reason: str) -> None:
+    """Skip a law about something that the policy does not claim."""
+    if not claim:
+        pytest.skip(reason)
 
 
 def _describe(name: str, value: object) -> str:

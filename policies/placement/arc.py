@@ -71,11 +71,8 @@ class _ARCOrder(EvictionOrder):
 
     def victims(self, count: int, allowed: BoolArray | None = None) -> IdArray:
         self._fill.full(self.residents)
-        above = self._once.size - int(self._target)
-        if self._spares_tie or self._target != int(self._target):
-            surplus = max(0, above)
-        else:
-            surplus = max(0, above + 1)
+        gives_way = not self._spares_tie and self._target.is_integer()
+        surplus = max(0, self._once.size - int(self._target) + gives_way)
         first = self._once.first(min(count, surplus), allowed)
         then = self._again.first(count - first.size, allowed)
         rest = count - first.size - then.size

@@ -67,8 +67,8 @@ def test_a_policy_stays_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("snapk", "unknown policy 'snapk'; known: full, lru, quest, snapkv; did you mean 'snapkv'?"),
-        ("quest | zebra", "unknown policy 'zebra'; known: full, lru, quest, snapkv"),
+        ("snapk", "unknown policy 'snapk'; known: arc, full, lfu, lru, quest, s3fifo, snapkv; did you mean 'snapkv'?"),
+        ("quest | zebra", "unknown policy 'zebra'; known: arc, full, lfu, lru, quest, s3fifo, snapkv"),
         ("quest(reed=3)", "quest has no parameter 'reed'; allowed: read, dense_layers, group_reduce"),
         ("full(x=1)", "full has no parameter 'x'; allowed: none"),
         ("quest(read=0)", "quest: read must be an integer of at least 1 token, got 0"),

@@ -1,0 +1,42 @@
+"""Tensors that Hypothesis can shrink: one byte an element, so that a counter-example is mostly zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+
+__all__ = ["DTYPES", "draw_levels", "draw_values", "table"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def draw_levels(draw: st.DrawFn, shape: Sequence[int], levels: int) -> torch.Tensor:
+    """Integers from 0 to below ``levels`` (at most 256), int64 of this shape."""
+    count = math.prod(shape)
+    drawn = torch.tensor(list(draw(st.binary(min_size=count, max_size=count))), dtype=torch.int64)
+    return (drawn % levels).reshape(*shape)
+
+
+def draw_values(draw: st.DrawFn, shape: Sequence[int], *, step: float = 1 / 16) -> torch.Tensor:
+    """Multiples of ``step`` up to 127 of them, fp32; exact in bf16, and so are their products in fp32."""
+    levels = draw_levels(draw, shape, 255)
+    return torch.where(levels % 2 == 0, levels // 2, -(levels + 1) // 2).float() * step
+
+
+def table(name: str, values: torch.Tensor) -> str:
+    """A small tensor in one line: its last axis as numbers, its other axes as indices."""
+    if values.ndim == 1:
+        return f"{name} {_line(values)}"
+    rows = values.flatten(0, -2)
+    places = [
+        list(index)
+        for index in torch.cartesian_prod(*map(torch.arange, values.shape[:-1])).reshape(rows.shape[0], -1).tolist()
+    ]
+    return "; ".join(f"{name}{place} {_line(row)}" for place, row in zip(places, rows, strict=True))
+
+
+def _line(values: torch.Tensor) -> str:
+    return " ".join(f"{value:g}" for value in values.tolist())
