@@ -62,7 +62,11 @@ def _outside_kernels(profiler: cProfile.Profile) -> Iterator[tuple[str, int, flo
 
 
 def _is_ours(code: CodeType | str) -> bool:
-    return not isinstance(code, str) and Path(code.co_filename).resolve().is_relative_to(_ROOT)
+    return (
+        not isinstance(code, str)
+        and not code.co_filename.startswith("<")
+        and Path(code.co_filename).resolve().is_relative_to(_ROOT)
+    )
 
 
 def _is_session(code: CodeType | str) -> TypeGuard[CodeType]:

@@ -12,7 +12,7 @@ import torch
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
 from kvtier.core.ring import WindowSequence
-from kvtier.core.sequence import LayerSequence, Segment
+from kvtier.core.sequence import LayerSequence, Segment, SlabFrames
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
 from kvtier.kernels.merge_partials import empty_partial, merge_partials
@@ -87,16 +87,16 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
     count = (read - sequence.tail_length) // sequence.group.page_tokens
     if sequence.sketch is None or count >= sequence.pages.length:
         return attend_all(sequence, queries), sequence.pages.length
-    plan = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count)
-    columns = sequence.chosen = plan.pages[0].cpu().numpy()
+    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count).pages
     all_seen = queries.see_all(sequence)
-    positions = None if all_seen else _page_positions(sequence, columns)
-    partials = []
-    for part, frames in _brought(sequence, columns):
-        partials += _over_pages(sequence, frames, queries, None if positions is None else positions[:, part])
+    slab = sequence.slab_in_place() if all_seen else None
+    if slab is not None:
+        partials = [_over_slab(slab, queries, chosen)]
+    else:
+        partials = _over_chosen(sequence, queries, chosen, all_seen=all_seen)
     tail = [sequence.tail()] if sequence.raw.length else []
     partial = _over(tail, queries, None if all_seen else sequence.positions.view, sequence, partials)
-    return partial, columns.shape[1]
+    return partial, chosen.shape[2]
 
 
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
@@ -145,6 +145,28 @@ def _over(
     return found[0] if len(found) == 1 else merge_partials(found)
 
 
+def _over_slab(slab: SlabFrames, queries: Queries, chosen: torch.Tensor) -> Partial:
+    """Attention over page columns [1, Hk, n] of one slab, which every query sees."""
+    return attend_pages(
+        queries.query,
+        slab.keys,
+        slab.values,
+        slab.frames.gather(2, chosen),
+        scale=queries.scale,
+        softcap=queries.softcap,
+    )
+
+
+def _over_chosen(sequence: LayerSequence, queries: Queries, chosen: torch.Tensor, *, all_seen: bool) -> list[Partial]:
+    """Attention over page columns [1, Hk, n] that may lie in any slab and tier."""
+    columns = chosen[0].cpu().numpy()
+    positions = None if all_seen else _page_positions(sequence, columns)
+    partials = []
+    for part, frames in _brought(sequence, columns):
+        partials += _over_pages(sequence, frames, queries, None if positions is None else positions[:, part])
+    return partials
+
+
 def _over_pages(
     sequence: LayerSequence, frames: IntArray, queries: Queries, positions: IntArray | None
 ) -> list[Partial]:
@@ -187,10 +209,10 @@ def _gathered_left(
 def _brought(sequence: LayerSequence, columns: IntArray) -> Iterator[tuple[slice, IntArray]]:
     """Parts of the page columns [Hk, n], as many at once as the device holds, and the frames where they are then."""
     group, store = sequence.group, sequence.group.store
-    if not store.bounded:
-        yield slice(columns.shape[1]), sequence.frames_in_place(columns)
-        return
     chosen = sequence.pages.view[group.head_rows, columns]
+    if not store.bounded:
+        yield slice(columns.shape[1]), store.frames(chosen)
+        return
     for part in _fitting(chosen, group.piece_tokens() // group.page_tokens):
         held = chosen[:, part]
         store.tick()

@@ -63,7 +63,7 @@ class Batch:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
         for row in step.rows:
             last = self.rows[row.number][layer].last_position if self.rows else None
-            if row.host.size > 1 or (last is not None and row.first <= last):
+            if row.tokens > 1 or (last is not None and row.first <= last):
                 check_ascending(row.host[0], last)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: Step) -> None:
@@ -74,13 +74,13 @@ class Batch:
         leaders: dict[object, tuple[Row, AnySequence]] = {}
         for row in step.rows:
             sequence = self.rows[row.number][layer]
-            origin = sequence.version if sequence.length else None
+            origin = sequence.version if len(self.rows) > 1 and sequence.length else None
             leader = leaders.get(origin)
             if leader is not None and _same(keys, values, row, leader[0]):
                 sequence.release()
                 self.rows[row.number][layer] = leader[1].fork()
                 continue
-            sequence.append(row.of(keys)[0], row.of(values)[0], row.host)
+            sequence.append(row.of(keys), row.of(values), row.host)
             leaders[origin] = (row, sequence)
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
@@ -176,8 +176,9 @@ class Batch:
         for row in self.rows:
             following = row[layer + 1] if decoding and layer + 1 < len(row) else None
             if isinstance(following, LayerSequence) and following.chosen is not None:
-                group, chosen = following.group, following.pages.view[following.group.head_rows, following.chosen]
-                group.store.prefetch(chosen.ravel(), most=group.staging_columns * group.heads)
+                group, columns = following.group, following.chosen[0].cpu().numpy()
+                pages = following.pages.view[group.head_rows, columns]
+                group.store.prefetch(pages.ravel(), most=group.staging_columns * group.heads)
         first = self.rows[0][layer]
         if isinstance(first, LayerSequence):
             first.group.store.write_behind(first.group.low_water())

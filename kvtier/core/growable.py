@@ -16,6 +16,7 @@ __all__ = ["GrowingArray", "GrowingSketch"]
 
 _S = TypeVar("_S", bound=np.generic)
 _GROWTH = 8
+_MOST_LATE = 64
 _PURPOSE = "sketches"
 
 
@@ -34,25 +35,45 @@ class _Sharing:
 class GrowingArray(Generic[_S]):
     """An array [rows, length] that grows along its second axis, with room to spare."""
 
-    __slots__ = ("_buffer", "_sharing", "length")
+    __slots__ = ("_buffer", "_late", "_sharing", "length")
 
     def __init__(self, rows: int, dtype: type[_S]) -> None:
         self._buffer: np.ndarray[tuple[int, ...], np.dtype[_S]] = np.empty((rows, 0), dtype=dtype)
+        self._late: list[np.ndarray[Any, np.dtype[_S]]] = []
         self._sharing = _Sharing()
         self.length = 0
 
     @property
     def view(self) -> np.ndarray[tuple[int, ...], np.dtype[_S]]:
         """The contents [rows, length], without a copy."""
+        self._settle()
         return self._buffer[:, : self.length]
 
     def append(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
-        """Add columns [rows, n]; one row of columns is repeated over the rows."""
+        """Add columns [rows, n]; one row of columns is repeated over the rows.
+
+        A single one is put away until somebody looks: a decode step adds many and looks at none. It must not change.
+        """
+        if columns.size == 1 and len(self._late) < _MOST_LATE:
+            self._late.append(columns)
+            self.length += 1
+            return
+        self._settle()
+        self._write(columns)
+
+    def _settle(self) -> None:
+        """Write what was put away."""
+        if self._late:
+            late, self._late = self._late, []
+            self.length -= len(late)
+            self._write(np.concatenate(late, axis=1))
+
+    def _write(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
         end = self.length + columns.shape[1]
         rows, capacity = self._buffer.shape
         if end > capacity or columns.shape[0] > rows or not self._sharing.may_append(self.length):
             grown = np.empty((max(rows, columns.shape[0]), end + end // _GROWTH + 16), dtype=self._buffer.dtype)
-            grown[:, : self.length] = self.view
+            grown[:, : self.length] = self._buffer[:, : self.length]
             self.release()
             self._buffer, self._sharing = grown, _Sharing()
         self._buffer[:, self.length : end] = columns
@@ -60,12 +81,14 @@ class GrowingArray(Generic[_S]):
 
     def truncate(self, length: int) -> None:
         """Forget what lies beyond ``length``."""
+        self._settle()
         self.length = length
 
     def fork(self) -> GrowingArray[_S]:
         """A second owner of the same contents."""
+        self._settle()
         twin: GrowingArray[_S] = GrowingArray.__new__(GrowingArray)
-        twin._buffer, twin._sharing, twin.length = self._buffer, self._sharing, self.length
+        twin._buffer, twin._sharing, twin.length, twin._late = self._buffer, self._sharing, self.length, []
         self._sharing.owners += 1
         return twin
 

@@ -16,7 +16,7 @@ from kvtier.core.tail import Tail
 from kvtier.core.views import PageViews, join_short_runs, split_columns
 from kvtier.errors import SessionStateError
 
-__all__ = ["LayerSequence", "Segment"]
+__all__ = ["LayerSequence", "Segment", "SlabFrames"]
 
 
 class Segment(NamedTuple):
@@ -26,6 +26,14 @@ class Segment(NamedTuple):
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class SlabFrames(NamedTuple):
+    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    frames: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -44,8 +52,8 @@ class LayerSequence:
         Slots that a selection left; 0 when nothing was ever dropped.
     version : object
         Changes with the contents; forks share it, so that equal versions mean equal contents.
-    chosen : array, optional
-        Page columns [Hk, n] that the last decode step read.
+    chosen : Tensor, optional
+        Page columns [1, Hk, n] that the last decode step read.
     """
 
     group: LayerGroup
@@ -57,7 +65,7 @@ class LayerSequence:
     evicted_length: int = 0
     version: object = field(default_factory=object)
     draft_start: int | None = None
-    chosen: IntArray | None = None
+    chosen: torch.Tensor | None = None
     _views: PageViews | None = None
 
     @classmethod
@@ -92,7 +100,7 @@ class LayerSequence:
         return self.length - self.evicted_length
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv]; seal the blocks that became full.
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; seal the blocks that became full.
 
         Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
 
@@ -101,7 +109,7 @@ class LayerSequence:
         CapacityError
             When no tier has room; tokens before the one that found none are kept.
         """
-        added, done = keys.shape[1], 0
+        added, done = keys.shape[-2], 0
         if not added:
             return
         if self.draft_start is not None:
@@ -114,7 +122,7 @@ class LayerSequence:
             self.group.store.tick()
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
-            self._append_piece(keys[:, piece], values[:, piece], positions[:, piece])
+            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])
             done += part
 
     @property
@@ -132,9 +140,22 @@ class LayerSequence:
             paged = arena.kept[views] = list(self._runs(views))
         return [*paged, self.tail()] if self.raw.length else paged
 
-    def frames_in_place(self, columns: IntArray) -> IntArray:
-        """Frames of page columns [Hk, n] when no page can be elsewhere than on the device."""
-        return self._page_views().frames[self.group.head_rows, columns]
+    def slab_in_place(self) -> SlabFrames | None:
+        """The slab that holds every page, when no page can ever leave it unnoticed; None when there is not just one."""
+        views, arena = self._page_views(), self.group.arena
+        if self.group.store.bounded:
+            return None
+        slabs: list[SlabFrames] | None = arena.kept.get((views, "slabs"))
+        if slabs is None:
+            slabs = arena.kept[views, "slabs"] = self._slabs()
+        return slabs[0] if len(slabs) == 1 else None
+
+    def _slabs(self) -> list[SlabFrames]:
+        frames = self.group.store.frames(self.pages.view)
+        return [
+            SlabFrames(slab.keys, slab.values, torch.from_numpy(frames - slab.first).to(slab.keys.device)[None])
+            for slab in self.group.arena.slabs_of(frames)
+        ]
 
     def tail(self) -> Segment:
         """The slots in the tail."""
@@ -248,9 +269,10 @@ class LayerSequence:
 
     def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         block = self.group.block_tokens
-        total = self.tail_length + keys.shape[1]
+        total = self.raw.length + keys.shape[-2]
         sealing = 0 if self.draft_start is not None else total // block * block
         if sealing:
+            keys, values = keys.view(keys.shape[-3:]), values.view(values.shape[-3:])
             self._seal(keys, values, sealing)
             keys, values = keys[:, sealing - self.raw.length :], values[:, sealing - self.raw.length :]
             self.raw.length = 0
@@ -339,7 +361,7 @@ class LayerSequence:
 
 def _newest(positions: IntArray) -> int:
     """The greatest of positions [1 or Hk, n] that ascend in each row."""
-    return int(positions[0, -1] if positions.shape[0] == 1 else positions[:, -1].max())
+    return positions.item(-1) if positions.shape[0] == 1 else int(positions[:, -1].max())
 
 
 def _fill(into: torch.Tensor, start: int, stop: int, tail: torch.Tensor, fresh: torch.Tensor) -> None:

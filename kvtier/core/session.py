@@ -367,7 +367,8 @@ class Session:
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
-        self._drop_raw(layer)
+        if layer in self._raw:
+            self._drop_raw(layer)
         nbytes = keys.nbytes + values.nbytes
         self.memory.ledgers[self.memory.devices[layer]].take("raw", nbytes)
         self._raw[layer] = nbytes

@@ -28,6 +28,8 @@ class Row(NamedTuple):
         The same on the host.
     first : int
         The first of them.
+    tokens : int
+        How many.
     whole : bool
         Whether the row is the only one, and every column real: tensors of the step are those of the row.
     """
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     positions: torch.Tensor
     host: IntArray
     first: int
+    tokens: int
     whole: bool
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,9 +67,10 @@ class Step:
         self.positions, self.spans, self.shape = positions, spans, (rows, tokens)
         real, host = spans_of(spans, rows, tokens), positions.cpu().numpy()
         self.rows: list[Row] = []
-        for index, span in enumerate(real):
-            if span.start < span.stop:
-                source = slice(index, index + 1) if positions.shape[0] > 1 else slice(0, 1)
-                where, whole = host[source, span], rows == 1 and span.stop - span.start == tokens
-                on_device = positions if whole else positions[source, span]
-                self.rows.append(Row(index, span, on_device, where, int(where[0, 0]), whole))
+        for number, span in enumerate(real):
+            count = span.stop - span.start
+            if count:
+                source = slice(number, number + 1) if positions.shape[0] > 1 else slice(0, 1)
+                where, whole = host[source, span], rows == 1 and count == tokens
+                held = positions if whole else positions[source, span]
+                self.rows.append(Row(number, span, held, where, int(where[0, 0]), count, whole))

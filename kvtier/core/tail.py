@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -11,6 +11,13 @@ from kvtier.core.group import LayerGroup
 __all__ = ["Tail"]
 
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Views(NamedTuple):
+    """Of a tail of some length: its newest token K [1, Hk, 1, Dk], and all of it K [1, Hk, n, Dk]; V alike."""
+
+    newest: Pair
+    held: Pair
 
 
 class Tail:
@@ -22,7 +29,7 @@ class Tail:
         The buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` tokens mean something.
     """
 
-    __slots__ = ("_group", "_prefixes", "_slots", "keys", "length", "values")
+    __slots__ = ("_group", "_views", "keys", "length", "values")
 
     def __init__(self, group: LayerGroup, capacity: int) -> None:
         self._group = group
@@ -35,22 +42,22 @@ class Tail:
 
     def view(self) -> Pair:
         """K [Hk, n, Dk] and V [Hk, n, Dv], without a copy."""
-        return self.keys.narrow(1, 0, self.length), self.values.narrow(1, 0, self.length)
+        return self.keys[:, : self.length], self.values[:, : self.length]
 
     def batched(self) -> Pair:
         """The same as a batch of one: K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
-        found = self._prefixes.get(self.length)
-        if found is None:
-            keys, values = self.view()
-            found = self._prefixes[self.length] = (keys[None], values[None])
-        return found
+        return self._views_at(self.length).held
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv]; there must be room."""
-        added = keys.shape[1]
-        into_keys, into_values = self._slot() if added == 1 else self._next(added)
-        into_keys.copy_(keys)
-        into_values.copy_(values)
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; there must be room."""
+        added = keys.shape[-2]
+        if added == 1:
+            into_keys, into_values = self._views_at(self.length + 1).newest
+            into_keys.copy_(keys)
+            into_values.copy_(values)
+        else:
+            self.keys[:, self.length : self.length + added] = keys
+            self.values[:, self.length : self.length + added] = values
         self.length += added
 
     def resize(self, capacity: int) -> None:
@@ -76,15 +83,15 @@ class Tail:
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """These buffers from now on, nothing in them yet."""
         self.keys, self.values, self.length = keys, values, 0
-        # Views that every block needs again: to make one costs as much as to copy a token.
-        self._prefixes: dict[int, Pair] = {}
-        self._slots: dict[int, Pair] = {}
+        self._views: dict[int, _Views] = {}
 
-    def _next(self, tokens: int) -> Pair:
-        return self.keys.narrow(1, self.length, tokens), self.values.narrow(1, self.length, tokens)
-
-    def _slot(self) -> Pair:
-        found = self._slots.get(self.length)
+    def _views_at(self, length: int) -> _Views:
+        """Made once for every length: to make a view costs a decode step as much as to copy a token."""
+        found = self._views.get(length)
         if found is None:
-            found = self._slots[self.length] = self._next(1)
+            keys, values = self.keys[None], self.values[None]
+            last = slice(max(0, length - 1), length)
+            found = self._views[length] = _Views(
+                newest=(keys[:, :, last], values[:, :, last]), held=(keys[:, :, :length], values[:, :, :length])
+            )
         return found

@@ -13,12 +13,12 @@ from kvtier.core.tier import PageStore
 __all__ = ["PageViews", "join_short_runs", "split_columns"]
 
 _SHORT_RUN = 4
-_MOST_RUNS = 8
+_MOST_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageViews:
-    """Where the columns lie that are runs, the other columns, ascending, and the frames [Hk, N] of those that are here.
+    """Where the columns lie that are runs, and the other columns, ascending.
 
     Places and no views: a sequence that rests must not keep a slab alive that was dropped. Valid while the arena's
     version and the number of pages stay as they were.
@@ -28,7 +28,6 @@ class PageViews:
     pages: int
     runs: list[Place]
     loose: IntArray
-    frames: IntArray
 
     @classmethod
     def of(cls, store: PageStore, pages: IntArray) -> PageViews:
@@ -44,7 +43,7 @@ class PageViews:
         if len(short) > 1:
             loose += [np.arange(run.start, run.stop) for run in short]
             runs = [run for run in runs if run.stop - run.start >= _SHORT_RUN]
-        return cls(store.arena.version, pages.shape[1], runs, np.sort(np.concatenate(loose)), frames)
+        return cls(store.arena.version, pages.shape[1], runs, np.sort(np.concatenate(loose)))
 
 
 def join_short_runs(store: PageStore, pages: IntArray, views: PageViews) -> bool:
