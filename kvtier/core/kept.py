@@ -75,11 +75,11 @@ class KeptSequence:
         return 0 if self.evicted else self.seen
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n], ascending from ``last_position``."""
-        added, held = keys.shape[1], self.length
+        """Add tokens K [1, Hk, n, Dk], V [1, Hk, n, Dv] at ``positions`` [1, n], ascending from ``last_position``."""
+        added, held = keys.shape[2], self.length
         if held + added > self.capacity:
             self._resize(held + added + _SLACK)
-        self.keys[:, held : held + added], self.values[:, held : held + added] = keys, values
+        self.keys[:, held : held + added], self.values[:, held : held + added] = keys[0], values[0]
         self.votes[:, held : held + added] = 0.0
         fresh = np.broadcast_to(positions, (self.group.heads, added))
         self.positions = np.concatenate([self.positions, fresh], axis=1)
