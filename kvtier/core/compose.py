@@ -72,6 +72,11 @@ class BoundPolicy:
     read: int | None
     lossless: bool
 
+    @property
+    def evicts_steps(self) -> bool:
+        """Whether it also evicts while it decodes."""
+        return self.selection is not None and self.selection.phase is Phase.DECODE
+
 
 def policy(text: str | Policy) -> Policy:
     """A policy by name: ``policy("snapkv(window=32) | quest(read=512)")``.

@@ -81,7 +81,8 @@ def evict_rows(
         if isinstance(sequence, KeptSequence):
             if seen is not None and seen.sums is not None:
                 sequence.vote(seen.sums)
-            evict_slots(sequence, None, policy, budget)
+            window = None if seen is None or seen.window is None else _window_votes(sequence, seen.window, like)[0]
+            evict_slots(sequence, window, policy, budget)
             result.append(sequence)
             continue
         stats, view = _observe(sequence, seen, like, policy)
@@ -109,15 +110,15 @@ def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, poli
         evict_slots(sequence, sums, policy, keep)
 
 
-def evict_slots(sequence: KeptSequence, step: torch.Tensor | None, policy: SelectionPolicy, keep: int) -> None:
-    """Leave ``keep`` slots of each KV head, by all attention so far and, in a step, that of its queries [Hq, n]."""
+def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy, keep: int) -> None:
+    """Leave ``keep`` slots of each KV head, by all attention so far and that of the latest queries [Hq, n]."""
     if sequence.length <= keep:
         return
     turn, stats = sequence.in_order(), Stats()
     if policy.needs:
         running = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
-        latest = running if step is None else _ordered(step, turn, policy.group_reduce)
-        stats = Stats(window_attention=latest, column_sums=running)
+        window = None if latest is None else _ordered(latest, turn, policy.group_reduce)
+        stats = Stats(window_attention=window, column_sums=running)
     positions = torch.from_numpy(np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1))
     positions = positions.to(turn.device)[None]
     view = SlotView(positions=positions, protected=policy.protected(positions))
@@ -156,7 +157,7 @@ def _observe(
     return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys)
 
 
-def _window_votes(sequence: LayerSequence, window: PromptWindow, like: Queries) -> torch.Tensor:
+def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> torch.Tensor:
     """Attention of the last queries of a prompt, summed per slot [1, Hq, T]."""
     queries = like._replace(query=window.query, positions=window.positions, first=int(window.positions.min()))
     return key_votes(sequence, queries, window.lse)
