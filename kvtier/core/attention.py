@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence, Segment, SlabFrames
@@ -19,10 +20,12 @@ from kvtier.types import Partial, Visibility
 
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
 _MERGE_WIDTH = 8
-_EVERYTHING = slice(None)
 _UNSEEN = np.iinfo(np.int64).max
 
-__all__ = ["Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
+__all__ = ["AnySequence", "Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
+
+
+AnySequence: TypeAlias = "LayerSequence | WindowSequence | KeptSequence"
 
 
 class Queries(NamedTuple):
@@ -45,21 +48,21 @@ class Queries(NamedTuple):
     window: int | None
     softcap: float | None
 
-    def see_all(self, sequence: LayerSequence | WindowSequence) -> bool:
+    def see_all(self, sequence: AnySequence) -> bool:
         """Whether every query sees every slot, as in a decode step."""
         last = sequence.last_position
         return self.window is None and last is not None and last <= self.first
 
     def visibility(self, key_positions: IntArray) -> Visibility | None:
         """Which keys at ``key_positions`` [1 or Hk, n] these queries may see; None when all see all."""
-        if self.window is None and int(key_positions[:, -1].max()) <= self.first:
+        if self.window is None and int(key_positions.max()) <= self.first:
             return None
         keys = torch.from_numpy(np.ascontiguousarray(key_positions)).to(self.query.device)[None]
         return Visibility(self.positions.to(keys.device), keys, self.window)
 
 
 @contextmanager
-def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[Segment]]:
+def segments_of(sequence: AnySequence) -> Iterator[Iterable[Segment]]:
     """All slots of a sequence as segments; staging is counted only when some must be fetched."""
     in_place = _in_place(sequence)
     if in_place is not None:
@@ -69,7 +72,7 @@ def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[S
             yield sequence.segments(columns)
 
 
-def attend_all(sequence: LayerSequence | WindowSequence, queries: Queries) -> Partial:
+def attend_all(sequence: AnySequence, queries: Queries) -> Partial:
     """Attention over every slot, in whatever tier it lives."""
     positions = None if queries.see_all(sequence) else _positions(sequence)
     in_place = _in_place(sequence)
@@ -96,10 +99,10 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
     return partial, chosen.shape[2]
 
 
-def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
+def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
     """Attention of these queries summed per key [1, Hq, slots], from their saved ``lse`` [1, Hq, Tq]."""
     votes = torch.empty(1, queries.query.shape[1], sequence.length, dtype=lse.dtype, device=lse.device)
-    positions = sequence.positions.view
+    positions = _positions(sequence)
     with segments_of(sequence) as segments:
         for segment in segments:
             votes[:, :, segment.start : segment.stop] = column_sums(
@@ -113,7 +116,7 @@ def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> t
     return votes
 
 
-def _in_place(sequence: LayerSequence | WindowSequence) -> Sequence[Segment] | None:
+def _in_place(sequence: AnySequence) -> Sequence[Segment] | None:
     """All slots as views where they lie; None when some must be fetched."""
     return sequence.segments_in_place() if isinstance(sequence, LayerSequence) else list(sequence.segments())
 
@@ -122,7 +125,7 @@ def _over(
     segments: Iterable[Segment],
     queries: Queries,
     positions: IntArray | None,
-    sequence: LayerSequence | WindowSequence,
+    sequence: AnySequence,
     partials: Sequence[Partial] = (),
 ) -> Partial:
     """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen; and partials."""
@@ -242,5 +245,7 @@ def _fitting(chosen: IntArray, most: int) -> list[slice]:
     return [slice(start, min(start + step, chosen.shape[1])) for start in range(0, chosen.shape[1], step)]
 
 
-def _positions(sequence: LayerSequence | WindowSequence) -> IntArray:
+def _positions(sequence: AnySequence) -> IntArray:
+    if isinstance(sequence, KeptSequence):
+        return sequence.positions
     return sequence.positions[None] if isinstance(sequence, WindowSequence) else sequence.positions.view

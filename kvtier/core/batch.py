@@ -8,12 +8,14 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from kvtier.core.attention import Queries, attend_all, attend_chosen
+from kvtier.core.attention import AnySequence, Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
+from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
+from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.ring import WindowSequence
-from kvtier.core.selection import PromptWindow, evict_rows
+from kvtier.core.selection import PromptWindow, evict_rows, evict_step, sums_of
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.step import Row, Step
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
@@ -21,7 +23,6 @@ from kvtier.types import Partial
 
 __all__ = ["Batch", "distinct_rows"]
 
-AnySequence: TypeAlias = LayerSequence | WindowSequence
 Rows: TypeAlias = list[list[AnySequence]]
 
 
@@ -88,12 +89,14 @@ class Batch:
         if sink is not None:
             partial = merge_partials([partial, sink_partial(sink, partial)])
         if not decoding:
-            self.note_window(layer, row, queries, partial)
+            self.note_prompt(layer, row, queries, partial)
+        elif isinstance(sequence := self.rows[row][layer], KeptSequence):
+            self._evict_step(layer, sequence, queries, partial)
         return partial
 
     def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
         sequence, policy = self.rows[row][layer], self.memory.policy
-        if isinstance(sequence, WindowSequence):
+        if not isinstance(sequence, LayerSequence):
             return attend_all(sequence, queries)
         store = sequence.group.store
         if store.bounded:
@@ -110,27 +113,57 @@ class Batch:
             self.pages_read += pages
         return partial
 
-    def note_window(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
-        """While a prompt is running, remember its last queries if a policy will ask for their attention."""
-        selection = self.memory.policy.selection
-        if selection is not None and isinstance(self.rows[row][layer], LayerSequence):
+    def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
+        """While a prompt is running, remember what a policy will ask about it."""
+        selection, sequence = self.memory.policy.selection, self.rows[row][layer]
+        if selection is None or isinstance(sequence, WindowSequence):
+            return
+        if Need.WINDOW_ATTENTION in selection.needs:
             width = selection.window_queries
             self.prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
+        if Need.COLUMN_SUMS in selection.needs:
+            self.prompt.add(layer, row, sums_of(sequence, queries, partial.lse))
 
     def evict(self, layer: int, like: Queries) -> None:
-        """Apply the selection policy to one layer, whose prompt has ended; sliding windows are never subject to it."""
+        """Apply the selection policy to a layer whose prompt has ended; sliding windows are never subject to it.
+
+        A policy that plans over the model waits for the last layer, and then has all of them.
+        """
         selection, keep = self.memory.policy.selection, self.memory.policy.keep
-        held = [row[layer] for row in self.rows]
-        sequences = [sequence for sequence in held if isinstance(sequence, LayerSequence)]
-        if selection is None or keep is None or not sequences:
+        if selection is None or keep is None or isinstance(self.rows[0][layer], WindowSequence):
             return
-        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep[layer])
+        if selection.scope is Scope.LAYER:
+            self._evict_layer(layer, like, selection, [keep[layer]] * len(self.rows))
+            return
+        self.prompt.ended[layer] = like
+        layers = [index for index, held in enumerate(self.rows[0]) if not isinstance(held, WindowSequence)]
+        if layer == layers[-1]:
+            budgets = [self._shares(row, layers, selection, keep) for row in range(len(self.rows))]
+            for place, index in enumerate(layers):
+                self._evict_layer(index, self.prompt.ended.pop(index), selection, [row[place] for row in budgets])
+
+    def _shares(self, row: int, layers: list[int], selection: SelectionPolicy, keep: Sequence[int]) -> tuple[int, ...]:
+        """What one row keeps in each of ``layers``, by the attention that was seen in all of them."""
+        budgets = tuple(keep[layer] for layer in layers)
+        sums = [self.prompt.sums.get((layer, row)) for layer in layers]
+        seen = [one for one in sums if one is not None]
+        return selection.share(budgets, seen) if len(seen) == len(layers) else budgets
+
+    def _evict_layer(self, layer: int, like: Queries, selection: SelectionPolicy, keep: Sequence[int]) -> None:
+        held = [row[layer] for row in self.rows]
+        sequences = [sequence for sequence in held if not isinstance(sequence, WindowSequence)]
+        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep)
         for row, sequence in zip(self.rows, evicted, strict=True):
             row[layer] = sequence
         group = sequences[0].group
         if layer == group.layers[-1]:
             group.planned_frames = 0
             group.store.compact()
+
+    def _evict_step(self, layer: int, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
+        selection, keep = self.memory.policy.selection, self.memory.policy.keep
+        if selection is not None and keep is not None:
+            evict_step(sequence, queries, partial.lse, selection, keep[layer])
 
     def work_ahead(self, layer: int, *, decoding: bool) -> None:
         """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""
