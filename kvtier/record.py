@@ -1,7 +1,7 @@
 """The bytes on a medium: segment superblocks, record headers, tombstones. `docs/format.md` is their specification.
 
-Everything is little-endian, of fixed layout, and checked before anything is allocated: a parser here sees bytes that may
-be torn, stale, foreign or made up.
+Everything is little-endian, of fixed layout, and checked before anything is allocated: a parser here sees bytes that
+may be torn, stale, foreign or made up.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def parse_superblock(block: Buffer) -> Superblock:
     view = memoryview(block)[:SUPERBLOCK_BYTES]
     magic, _, version, kind, _, epoch, store, size, created = _SUPERBLOCK.unpack_from(view)
     _check_start(view, magic, SEGMENT_MAGIC, version, SEGMENT_VERSION, seed=0)
-    if kind not in SegmentKind or size % BLOCK_BYTES or size <= SUPERBLOCK_BYTES:
+    if kind not in tuple(SegmentKind) or size % BLOCK_BYTES or size <= SUPERBLOCK_BYTES:
         raise RecordFormatError(f"a superblock of kind {kind} for {size} bytes makes no sense")
     return Superblock(kind=SegmentKind(kind), epoch=epoch, store=store, segment_bytes=size, created_us=created)
 
@@ -328,7 +328,7 @@ def _check_sizes(
 ) -> None:
     """Refuse lengths that contradict each other, before any of them is used."""
     right = (
-        kind in RecordKind
+        kind in tuple(RecordKind)
         and payload <= MAX_PAYLOAD_BYTES
         and extent % BLOCK_BYTES == 0
         and 0 < extent <= MAX_EXTENT_BYTES
@@ -339,8 +339,8 @@ def _check_sizes(
     )
     if not right:
         raise RecordFormatError(
-            f"a header of {size} bytes, kind {kind}, with {payload} bytes in {extents} extents of {extent}, a tenant of "
-            f"{tenant_bytes} and meta of {meta_bytes} bytes contradicts itself"
+            f"a header of {size} bytes, kind {kind}, with {payload} bytes in {extents} extents of {extent}, a tenant "
+            f"of {tenant_bytes} and meta of {meta_bytes} bytes contradicts itself"
         )
 
 

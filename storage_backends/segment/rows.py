@@ -23,7 +23,7 @@ FIELDS = np.dtype(
         ("hits", "<u4"),
         ("header", "<u2"),  # blocks
         ("extent", "u1"),  # logarithm of its bytes to base 2
-        ("unused", "u1"),
+        ("touched", "u1"),  # 1 when it was read since it was written here
     ]
 )
 ROW = np.dtype([("key", "<u8", (4,)), ("at", FIELDS)])

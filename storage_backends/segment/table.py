@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvtier.storage_backends.segment.rows import FIELDS, Rows
 
-__all__ = ["NOWHERE", "KeyArray", "RecordTable"]
+__all__ = ["NOWHERE", "IndexArray", "KeyArray", "RecordTable"]
 
 KeyArray: TypeAlias = npt.NDArray[np.uint64]
 IndexArray: TypeAlias = npt.NDArray[np.int64]
@@ -109,7 +109,7 @@ class RecordTable:
         places = self._home(self._keys[rows])
         while rows.size:
             free = self._slots[places] < 0
-            self._gone -= np.count_nonzero(self._slots[np.unique(places[free])] == _GONE)
+            self._gone -= int(np.count_nonzero(self._slots[np.unique(places[free])] == _GONE))
             self._slots[places[free]] = rows[free]
             lost = self._slots[places] != rows
             rows, places = rows[lost], (places[lost] + 1) & (self._slots.size - 1)
