@@ -134,9 +134,8 @@ class Catalog:
             graves["before"] = at["sequence"] + np.uint64(1)
             self._count(at, -1)
             self.table.remove(rows)
-            if forever:
-                for segment in np.unique(at["segment"]).tolist():
-                    self._changes.graves.append((segment, graves[at["segment"] == segment]))
+            if forever and rows.size:
+                self._changes.graves.append(graves)
             return graves
 
     def bury(self, keys: KeyArray, before: KeyArray, *, forever: bool) -> int:
@@ -169,7 +168,6 @@ class Catalog:
             self.tombstones.pop(number, None)
             self._changes.tombstones = [place for place in self._changes.tombstones if place[0] != number]
             self._changes.rows = [rows[rows["at"]["segment"] != number] for rows in self._changes.rows]
-            self._changes.graves = [grave for grave in self._changes.graves if grave[0] != number]
 
     def lease(self, keys: Sequence[bytes], owner: str, seconds: float) -> SegmentLease:
         """Hold those records that are there."""

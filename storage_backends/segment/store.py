@@ -279,7 +279,7 @@ class SegmentRecords(RecordStore):
         newest = newest_segment(self._pool)
         if newest is not None:
             allocator.resume(newest)
-        if opened.index is not None:
+        if writable:
             self._flusher = Flusher(
                 self.directory, self.options, self._geometry, self._catalog, self._pool, opened.index
             )
