@@ -62,6 +62,7 @@ class Batch:
         BaseException
             Whatever a hook raised first, after all jobs have ended.
         """
+        _wait_for_streams(self.transfers)
         for job in jobs:
             for part in job.parts:
                 self._states[part.transfer].parts += 1
@@ -159,3 +160,9 @@ def _check(transfer: Transfer) -> None:
         )
     if transfer.offset < 0:
         raise InputError(f"offsets must be at least 0, got {transfer.offset}")
+
+
+def _wait_for_streams(transfers: Sequence[Transfer]) -> None:
+    """Let what the caller has queued for its CUDA buffers come to an end: I/O threads use streams of their own."""
+    for device in {buffer.device for _, _, buffer in transfers if buffer.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
