@@ -134,7 +134,7 @@ class KvikioEngine(IOEngine):
         return EngineCapabilities(
             name="kvikio",
             cuda_buffers=self._trial.cuda,
-            gpu_direct=self._trial.gpu_direct,
+            gpu_direct=self._trial.cuda and self._trial.gpu_direct,
             note=f"kvikio {self._trial.version}, {self._trial.mode}",
         )
 

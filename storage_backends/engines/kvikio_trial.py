@@ -27,6 +27,8 @@ class KvikioTrial:
         A file made the round trip from and to host memory, and on a machine with a GPU from and to its memory.
     reason : str
         Why it is not usable.
+    forced : bool
+        The environment takes the compatibility mode away, so nothing was tried: kvikio hangs where it then needs it.
     version, compat_mode : str
         As kvikio says.
     gpu_direct : bool
@@ -37,6 +39,7 @@ class KvikioTrial:
 
     usable: bool
     reason: str = ""
+    forced: bool = False
     version: str = ""
     compat_mode: str = ""
     gpu_direct: bool = False
@@ -65,7 +68,8 @@ def try_kvikio(directory: Path, *, cuda: bool, seconds: float = TRIAL_SECONDS) -
     if importlib.util.find_spec("kvikio") is None:
         return KvikioTrial(usable=False, reason="kvikio is not installed")
     if os.environ.get("KVIKIO_COMPAT_MODE", "").upper() in {"OFF", "FALSE", "NO", "0"}:
-        return KvikioTrial(usable=False, reason="KVIKIO_COMPAT_MODE=OFF is set, with which kvikio may hang; unset it")
+        reason = "KVIKIO_COMPAT_MODE=OFF is set: kvikio hangs wherever GPUDirect Storage is missing"
+        return KvikioTrial(usable=False, forced=True, reason=reason)
     probe = Path(__file__).with_name("kvikio_probe.py")
     command = [sys.executable, "-P", str(probe), str(directory), *(["cuda"] if cuda else [])]
     try:
@@ -80,6 +84,6 @@ def try_kvikio(directory: Path, *, cuda: bool, seconds: float = TRIAL_SECONDS) -
         usable=True,
         version=found["version"],
         compat_mode=found["compat_mode"],
-        gpu_direct=bool(found["gds"]) and bool(found["cuda"]) and found["compat_mode"] != "ON",
+        gpu_direct=bool(found["gds"]) and found["compat_mode"] != "ON",
         cuda=bool(found["cuda"]),
     )

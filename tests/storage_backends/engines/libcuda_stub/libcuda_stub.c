@@ -2,7 +2,7 @@
  *
  * kvikio looks up every one of these names when it starts, and asks cuPointerGetAttribute(s) of each buffer whether it is
  * host or device memory. Every call but one answers CUDA_ERROR_NOT_INITIALIZED, which kvikio takes for "host memory" there
- * and for "no device" elsewhere. It says nothing about how kvikio behaves on a GPU. build.py compiles it at test time.
+ * and for "no device" elsewhere. It says nothing about how kvikio behaves on a GPU. conftest.py compiles it.
  */
 
 #define SUCCESS 0
