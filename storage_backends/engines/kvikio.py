@@ -157,7 +157,7 @@ class KvikioEngine(IOEngine):
             _transfer(verb(file), file, job.offset, transfers[job.parts[0].transfer].buffer)
 
         with self._gate:
-            return batch.run(jobs, move, self._pool, self._threads)
+            return batch.run(iter(jobs), move, self._pool, self._threads)
 
 
 def _transfer(call: Callable[..., Any], file: KvikioFile, offset: int, buffer: torch.Tensor) -> None:

@@ -105,9 +105,8 @@ class PosixEngine(IOEngine):
         transfers = batch.transfers
         for file in {id(transfer.file): transfer.file for transfer in transfers}.values():
             _own(file)
-        total = sum(transfer.buffer.numel() for transfer in transfers)
         limits = SizeLimits.share(
-            total,
+            batch.total,
             self._threads,
             least=_LEAST_JOB_BYTES,
             most=_MOST_JOB_BYTES,

@@ -72,7 +72,7 @@ def test_neighbours_join_and_large_ones_are_cut() -> None:
 
     assert [job.offset for job in plan(four, SizeLimits(4 * BLOCK, BLOCK))] == [0]
     assert [job.offset for job in plan(four, SizeLimits(2 * BLOCK, BLOCK))] == [0, 2 * BLOCK]
-    (whole,) = [Transfer(file, BLOCK, WHOLE[: 10 * BLOCK])]
+    whole = Transfer(file, BLOCK, WHOLE[: 10 * BLOCK])
     assert [job.nbytes // BLOCK for job in plan([whole], SizeLimits(4 * BLOCK, BLOCK))] == [4, 4, 2]
 
 
