@@ -94,8 +94,7 @@ def test_a_bad_value_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch
     [
         (
             {"tier": []},
-            "tier: unknown key; allowed: block_tokens, chunk_tokens, durability, page_tokens, publish_bytes, read_only, "
-            "tenants, tiers",
+            "tier: unknown key; allowed: block_tokens, chunk_tokens, durability, page_tokens, publish_bytes, read_only",
         ),
         (
             {"tiers": [HOST | {"size": 1}]},
