@@ -16,7 +16,7 @@ __all__ = ["open_files", "open_host", "open_segment"]
 def open_host(tier: TierConfig, store: StoreConfig) -> RecordStore:
     """Records in memory."""
     del store
-    return HostRecords(tier.capacity)
+    return HostRecords(tier.capacity, lendable_bytes=tier.capacity // 2 if tier.sessions is None else tier.sessions)
 
 
 def open_segment(tier: TierConfig, store: StoreConfig) -> RecordStore:
