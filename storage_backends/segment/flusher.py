@@ -89,6 +89,13 @@ class Flusher:
                 return False
             return True
 
+    def rewrite(self) -> None:
+        """Write the index anew from what is known."""
+        with self._turn:
+            self._abandon()
+            self._again_at = 0.0
+            self._commit(Changes())
+
     def close(self) -> None:
         """Stop the thread, flush, and say in the index that it is complete."""
         self._stop.set()
@@ -101,7 +108,7 @@ class Flusher:
             if self._index is None:
                 return
             try:
-                self._index.finish()
+                self._index.finish(self._catalog.heat())
             except StorageError as error:
                 _logger.warning("the index is not complete (%s); the next opening looks through the segments", error)
             self._index.close()
@@ -140,9 +147,7 @@ class Flusher:
             except (StorageError, OSError) as failure:
                 self._again_at = time.monotonic() + _RETRY_SECONDS
                 _logger.warning("no index can be written: %s", failure)
-        self._unindexed = (
-            "" if self._index else "the index cannot be written; the next opening reads everything"
-        )
+        self._unindexed = "" if self._index else "the index cannot be written; the next opening reads everything"
 
     def _abandon(self) -> None:
         """Do without the index: one that lacks rows must not be found by the next opening."""

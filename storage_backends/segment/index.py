@@ -18,7 +18,7 @@ from kvtier.errors import StorageError
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.segment.changes import Changes, SegmentMark
 from kvtier.storage_backends.segment.options import Geometry
-from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows
+from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows
 
 __all__ = ["INDEX_NAME", "IndexContents", "SegmentIndex", "remove_index"]
 
@@ -86,6 +86,7 @@ class IndexContents:
     namespaces: list[bytes]
     sequence: int
     epoch: int
+    heat: Rows
 
 
 class SegmentIndex:
@@ -160,6 +161,7 @@ class SegmentIndex:
                 namespaces=self._names(_NAMESPACE),
                 sequence=_number(values["sequence"]),
                 epoch=_number(values["epoch"]),
+                heat=np.frombuffer(values.get("heat", b""), dtype=HEAT),
             )
 
     def begin(self, store: bytes) -> None:
@@ -171,15 +173,20 @@ class SegmentIndex:
         """
         self._mark({"store": store, "clean": b"\0"}, default={"sequence": _blob(1), "epoch": _blob(1)})
 
-    def finish(self) -> None:
-        """Say that nothing was written after the last commit; durable when it returns.
+    def finish(self, heat: Rows) -> None:
+        """Say that nothing was written after the last commit, and which records were read most; durable on return.
+
+        Parameters
+        ----------
+        heat : Rows
+            Array of `HEAT`.
 
         Raises
         ------
         StorageError
         """
         failpoints.reach("index.before-clean")
-        self._mark({"clean": b"\1"})
+        self._mark({"clean": b"\1", "heat": heat.tobytes()})
         failpoints.reach("index.after-clean")
 
     def commit(self, changes: Changes) -> None:

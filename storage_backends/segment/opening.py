@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,8 @@ def open_directory(
         pool.store = store or (contents.store if contents is not None else uuid.uuid4().bytes)
         adopt_segments(pool, found)
         index = _begun(index, directory, pool.store)
-        report = recover(catalog, pool, engine, contents, progress)
+        report = replace(recover(catalog, pool, engine, contents, progress), damaged_segments=tuple(pool.damaged))
+        catalog.counters.damaged += len(pool.damaged)
         if writable:
             _keep_capacity(pool, catalog)
         return Opened(pool, index, report, measure_drive(engine, directory, pool, writable=writable))
