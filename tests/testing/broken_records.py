@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.records import (
     ByteRange,
     Lease,
@@ -281,3 +282,45 @@ class RemovesForeignFiles(ReferenceRecords):
             if path.is_file() and path.suffix != ".record":
                 path.unlink()
         super()._recover()
+
+
+class ServesTornFiles(ReferenceRecords):
+    """Writes under the final name, in pieces, and believes what it finds."""
+
+    def _write(self, path: Path, data: bytes) -> None:
+        path.write_bytes(data[: len(data) // 2])
+        failpoints.reach("reference.written")
+        path.write_bytes(data)
+
+    def _intact(self, data: bytes, key: bytes) -> bool:
+        return len(data) >= _LEAST_BYTES
+
+
+class AcknowledgesEarly(ReferenceRecords):
+    """Writes behind: what was acknowledged last is in this process alone."""
+
+    def __init__(self, directory: Path, capacity_bytes: int) -> None:
+        self._behind: tuple[Path, bytes] | None = None
+        super().__init__(directory, capacity_bytes)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        self._catch_up()
+        self._behind = path, data
+
+    def _load(self, key: bytes) -> bytes | None:
+        self._catch_up()
+        return super()._load(key)
+
+    def _forget(self, key: bytes) -> None:
+        self._catch_up()
+        super()._forget(key)
+
+    def close(self) -> None:
+        with self._lock:
+            self._catch_up()
+        super().close()
+
+    def _catch_up(self) -> None:
+        if self._behind is not None:
+            super()._write(*self._behind)
+            self._behind = None

@@ -28,7 +28,7 @@ FreshStore: TypeAlias = Callable[[], AbstractContextManager[RecordStore]]
 # The factory fixture opens another store at each call, so sharing it between examples is safe. Every example opens
 # stores, and a durable one waits for its disk: half as many of them as elsewhere.
 LAW = settings(
-    max_examples=max(10, settings.default.max_examples // 2),
+    max_examples=max(10, settings().max_examples // 2),
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
