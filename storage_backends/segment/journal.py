@@ -23,13 +23,12 @@ from kvtier.record import (
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned, round_up
-from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.allocator import SegmentAllocator
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.options import SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.reader import Fetch, read_fetches
+from kvtier.storage_backends.segment.reader import Fetch, read_fetches, whole
 from kvtier.storage_backends.segment.rows import Rows
 from kvtier.storage_backends.segment.writer import Draft, write_drafts
 
@@ -108,7 +107,7 @@ class Journal:
                 header_bytes=header_blocks * BLOCK_BYTES,
                 payload_bytes=size,
                 extent_bytes=1 << extent,
-                ranges=(ByteRange(0, size),),
+                ranges=whole(size),
                 into=memory[start : start + size],
             )
             fetches.append(fetch)

@@ -34,12 +34,16 @@ class TestCrashes(CrashLaws):
 
 
 class TestCrashesOfAFullStore(CrashLaws):
+    kills, power_losses, corruptions = 8, 20, 20
+
     @pytest.fixture
     def subject(self) -> Subject:
         return Subject(target=f"{_HERE}:open_durable", promise=Promise(evicts=True), load=Load(filler=200_000))
 
 
 class TestCrashesWhenRelaxed(CrashLaws):
+    kills, power_losses, corruptions = 4, 20, 20
+
     @pytest.fixture
     def subject(self) -> Subject:
         # What is under way when the machine stops comes on top of the bound: three threads, 70 KB each.
