@@ -4,7 +4,6 @@ import pytest
 
 from kvtier.testing.crash.check import Promise
 from kvtier.testing.crash.kills import Subject
-from kvtier.testing.crash.load import Load
 from kvtier.testing.crash_laws import CrashLaws
 from kvtier.testing.record_laws import OpenStore, RecordStoreLaws
 from kvtier.testing.record_laws.capacity import CapacityLaws
@@ -31,14 +30,6 @@ class TestCrashes(CrashLaws):
     @pytest.fixture
     def subject(self) -> Subject:
         return Subject(target=f"{_HERE}:open_durable")
-
-
-class TestCrashesOfAFullStore(CrashLaws):
-    kills, power_losses, corruptions = 8, 20, 20
-
-    @pytest.fixture
-    def subject(self) -> Subject:
-        return Subject(target=f"{_HERE}:open_durable", promise=Promise(evicts=True), load=Load(filler=200_000))
 
 
 class TestCrashesWhenRelaxed(CrashLaws):
