@@ -68,7 +68,7 @@ class Putter:
         for record in records:
             first.setdefault(record.key, record)
         with self._claimed(first):
-            outcomes = {key: _EXISTS for key in first if self._shelf.adopt(key)}
+            outcomes = {key: _EXISTS for key in first if self._shelf.look(key)}
             outcomes |= self._put_new([record for key, record in first.items() if key not in outcomes])
         result = []
         for record in records:

@@ -110,6 +110,7 @@ class Reader:
         """The files that are there."""
         opened: dict[bytes, _Opened] = {}
         for key in dict.fromkeys(keys):
+            losses = self._shelf.losses
             try:
                 file = self._engine.open(self._shelf.path(key), writable=False)
                 stat = self._shelf.path(key).stat()
@@ -119,6 +120,7 @@ class Reader:
                 else:
                     self._fail()
                 continue
+            self._shelf.note(key, stat, losses)
             segment = Segment((stat.st_mtime_ns << 64) | stat.st_ino, file, stat.st_size)
             opened[key] = _Opened(key, file, stat.st_ino, segment)
         return opened

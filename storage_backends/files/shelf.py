@@ -50,6 +50,8 @@ class Shelf:
         Behind ``lock``.
     lock : RLock
         Never held while waiting for the ledger's; the ledger's may be held while waiting for it.
+    losses : int
+        Files that went, so far; behind ``lock``.
     quarantined : int
         Bytes of damaged files, as this process last saw them.
     """
@@ -60,8 +62,9 @@ class Shelf:
         self.table = FileTable()
         self.counters = Counters()
         self.lock = threading.RLock()
-        self.ledger = Ledger(directory / LEDGER, self._count_all)
+        self.ledger = Ledger(directory / LEDGER, self.count_all)
         self.quarantined = 0
+        self.losses = 0
         self._leases = leases
 
     def path(self, key: bytes) -> Path:
@@ -73,14 +76,24 @@ class Shelf:
         with self.lock:
             if key in self.table:
                 return True
+        return self.look(key)
+
+    def look(self, key: bytes) -> bool:
+        """Whether there is a file now, whatever this process knew."""
+        losses = self.losses
         try:
             stat = self.path(key).stat()
         except OSError:
+            self.forget(key)
             return False
-        with self.lock:
-            if key not in self.table:
-                self.table.add(key, Entry(held_by(stat), stat.st_mtime_ns, stat.st_atime_ns))
+        self.note(key, stat, losses)
         return True
+
+    def note(self, key: bytes, stat: os.stat_result, losses: int) -> None:
+        """A file was there when so many had been lost; if one went since, it may have been this one."""
+        with self.lock:
+            if key not in self.table and losses == self.losses:
+                self.table.add(key, Entry(held_by(stat), stat.st_mtime_ns, stat.st_atime_ns))
 
     def refresh(self) -> None:
         """Look at every file."""
@@ -92,6 +105,7 @@ class Shelf:
     def forget(self, key: bytes) -> None:
         """A file is not there any more."""
         with self.lock:
+            self.losses += 1
             self.table.remove(key)
 
     def reserve(self, nbytes: int) -> Path | str:
@@ -291,7 +305,7 @@ class Shelf:
             total -= size
         self.quarantined = total
 
-    def _count_all(self) -> int:
+    def count_all(self) -> int:
         """Bytes of everything in the directory, files under way at what they may grow to."""
         incoming = self.directory / INCOMING
         return (

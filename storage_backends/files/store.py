@@ -229,6 +229,7 @@ class FileRecords(RecordStore):
             if not is_files_directory(self.directory):
                 raise StorageError(f"{self.directory} is no directory of records in files; nothing to read there")
             self._share()
+            self._shelf.ledger.held = self._shelf.count_all()
         else:
             self._make()
         self._shelf.refresh()
