@@ -19,6 +19,7 @@ __all__ = [
     "QUARANTINE",
     "Found",
     "count_directories",
+    "held_below",
     "held_by",
     "incoming_name",
     "is_files_directory",
@@ -97,6 +98,18 @@ def walk(directory: Path) -> Iterator[Found]:
 def count_directories(directory: Path) -> int:
     """Directories that records made."""
     return sum(1 + sum(1 for _ in _directories(top)) for top in _directories(directory))
+
+
+def held_below(directory: Path) -> int:
+    """Bytes of all files of the directory, damaged ones and those under way too."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += held_by(Path(folder, name).lstat())
+            except OSError:
+                continue
+    return total
 
 
 def _directories(parent: Path) -> Iterator[Path]:

@@ -49,3 +49,8 @@ class FileOptions:
     def quarantine_bytes(self) -> int:
         """Most bytes of damaged files that are kept to be looked at."""
         return self.capacity // 16
+
+    @classmethod
+    def capacity_for(cls, held: int) -> int:
+        """A capacity that a directory of so many bytes does not reach: nothing is evicted by looking at it."""
+        return 2 * held + 4 * _LEAST_CAPACITY

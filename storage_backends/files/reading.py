@@ -86,6 +86,28 @@ class Reader:
         self._count(requests, served)
         return served
 
+    def verify(self, keys: Sequence[bytes]) -> dict[bytes, Found]:
+        """Read whole records, headers from the medium too; of files that went, nothing."""
+        opened = self._open(keys)
+        try:
+            for one in opened.values():
+                self._headers.forget(one.place)
+            self._learn(list(opened.values()))
+            fetches = [
+                self._fetch(one, ReadRequest(one.key, empty_aligned(one.header.payload_bytes)))
+                for one in opened.values()
+                if one.header is not None
+            ]
+            self._run([fetch for fetch in fetches if fetch is not None])
+        finally:
+            for one in opened.values():
+                one.file.close()
+        for fetch in fetches:
+            if fetch is not None and (outcome := fetch.outcome()) is not Found.RIGHT:
+                opened[fetch.key].found, opened[fetch.key].error = outcome, fetch.error
+        self._put_aside(list(opened.values()))
+        return {key: one.found or Found.RIGHT for key, one in opened.items()}
+
     def infos(self, keys: Sequence[bytes]) -> list[RecordInfo]:
         """What the headers say; of files that went or are damaged, nothing."""
         opened = self._open(keys)

@@ -21,6 +21,7 @@ from kvtier.storage_backends.files.options import FileOptions
 from kvtier.storage_backends.files.putting import Putter
 from kvtier.storage_backends.files.reading import Reader
 from kvtier.storage_backends.files.shelf import Shelf, sync_directories
+from kvtier.storage_backends.files.verify import summarise_files, verify_files
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.records import (
     BoolArray,
@@ -33,6 +34,8 @@ from kvtier.storage_backends.records import (
     RecordStats,
     RecordStore,
 )
+from kvtier.storage_backends.segment.recovery import Progress
+from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport
 from kvtier.storage_backends.workers import Workers
 
 __all__ = ["FileRecords"]
@@ -206,6 +209,22 @@ class FileRecords(RecordStore):
             persistent=True,
             note=self._note,
         )
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read and verify every record; what is damaged is put aside, unless the store is open for reading only.
+
+        Raises
+        ------
+        StorageError
+            The store is closed.
+        """
+        with self._gate:
+            return verify_files(self._shelf, self._reader, progress)
+
+    def summary(self, hottest: int = 10) -> StoreSummary:
+        """What the directory holds: tenants, namespaces, ages; reads every header. None is the ``hottest`` here."""
+        del hottest  # files do not say how often they were read
+        return summarise_files(self._shelf, self.scan())
 
     def flush(self) -> None:
         """Sync what relaxed puts left to the system."""
