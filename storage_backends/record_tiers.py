@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from kvtier.config import StoreConfig, TierConfig
 from kvtier.errors import ConfigError
+from kvtier.storage_backends.files import FileOptions, FileRecords
 from kvtier.storage_backends.host_records import HostRecords
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 
-__all__ = ["open_host", "open_segment"]
+__all__ = ["open_files", "open_host", "open_segment"]
 
 
 def open_host(tier: TierConfig, store: StoreConfig) -> HostRecords:
@@ -22,3 +23,11 @@ def open_segment(tier: TierConfig, store: StoreConfig) -> SegmentRecords:
         raise ConfigError("a segment tier needs path, the directory of its segments")
     options = SegmentOptions(capacity=tier.capacity, segment_bytes=tier.segment_bytes, durability=store.durability)
     return SegmentRecords(tier.path, options, read_only=store.read_only)
+
+
+def open_files(tier: TierConfig, store: StoreConfig) -> FileRecords:
+    """Records in files of their own, for file systems that several machines share."""
+    if tier.path is None:
+        raise ConfigError("a files tier needs path, the directory of its records")
+    options = FileOptions(capacity=tier.capacity, durability=store.durability)
+    return FileRecords(tier.path, options, read_only=store.read_only)
