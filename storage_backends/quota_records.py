@@ -79,8 +79,11 @@ class QuotaRecords(WrappedRecords):
         needs = [0 if old else _footprint(record.payload_bytes) for record, old in zip(records, there, strict=True)]
         left: dict[str, int] = {}
         for tenant in {record.tenant for record in records} & self._quotas.keys():
-            wanted = sum(need for record, need in zip(records, needs, strict=True) if record.tenant == tenant)
-            left[tenant] = self._quotas[tenant] - self._trim(tenant, max(0, self._quotas[tenant] - wanted))
+            quota = self._quotas[tenant]
+            wanted = sum(
+                need for record, need in zip(records, needs, strict=True) if record.tenant == tenant and need <= quota
+            )
+            left[tenant] = quota - self._trim(tenant, max(0, quota - wanted))
         admitted = []
         for record, need in zip(records, needs, strict=True):
             fits = record.tenant not in left or need <= left[record.tenant]
