@@ -16,6 +16,8 @@ from kvtier.types import TierName, format_bytes
 
 __all__ = ["HostShare", "StoreTiers"]
 
+_KEPT_SEGMENTS = 2  # one that records are written to, one that is cleared for them
+
 
 class HostShare:
     """Host memory that records lend to sessions, from the first borrower to the last.
@@ -88,7 +90,8 @@ class StoreTiers(SessionTiers):
         self._borrowed = 0 if host is None else host.borrow(host_bytes)
         capacities: dict[TierName, int] = {"host": self._borrowed} if host is not None else {}
         if segments is not None:
-            capacities["nvme"] = segments.stats().capacity_bytes
+            geometry = segments.options.geometry()
+            capacities["nvme"] = (geometry.segments - _KEPT_SEGMENTS) * geometry.segment_bytes
         self.capacities = capacities
 
     def open(self, tier: TierName, slot_bytes: int, capacity: int) -> SlotBackend:
