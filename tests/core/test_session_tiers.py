@@ -21,18 +21,11 @@ from kvtier.types import Budgets, KVLayout, TierName
 
 MIB = 1 << 20
 LAYOUT = KVLayout.uniform(
-    num_layers=2,
-    num_kv_heads=2,
-    key_dim=8,
-    value_dim=8,
-    dtype="float32",
-    page_tokens=4,
-    block_tokens=8,
-    chunk_tokens=64,
+    num_layers=2, num_kv_heads=2, key_dim=32, value_dim=32, dtype="float32", block_tokens=16, chunk_tokens=64
 )
 HOST = {"name": "host", "backend": "host", "capacity": 4 * MIB}
 TOKENS = list(range(1024))
-KEYS = torch.randn(2, 2, 1024, 8)
+KEYS = torch.randn(2, 2, 1024, 32)
 CHUNKS = KVChunk.split(KEYS, KEYS + 1, 64)
 
 
@@ -67,10 +60,10 @@ def test_a_session_takes_its_share_and_gives_it_back(tmp_path: Path) -> None:
             assert reports["host"].capacity == pytest.approx(2 * MIB, rel=0.01)
             assert 9 * MIB < (reports["nvme"].capacity or 0) < 16 * MIB
             with closing(memory.session()) as session:
-                for start in range(0, 12288, 512):
-                    positions = torch.arange(start, start + 512)[None]
+                for start in range(0, 5120, 128):
+                    positions = torch.arange(start, start + 128)[None]
                     for layer in range(2):
-                        kv = torch.randn(1, 2, 512, 8)
+                        kv = torch.randn(1, 2, 128, 32)
                         session.append(layer, kv, kv, positions)
                 assert memory.tier_reports()["nvme"].used > 0, "more than the device and the host hold"
             with space.match(TOKENS) as hit:
@@ -114,7 +107,7 @@ def test_the_share_is_handed_out_once() -> None:
 
 
 def test_what_hits_hold_is_not_lent() -> None:
-    with open_store({"tiers": [HOST | {"capacity": 512 << 10}]}) as store:
+    with open_store({"tiers": [HOST | {"capacity": 2 * MIB}]}) as store:
         space = store.namespace(model="m", layout=LAYOUT)
         space.put(TOKENS, CHUNKS)
         with space.match(TOKENS) as hit:
