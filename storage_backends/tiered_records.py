@@ -6,9 +6,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 
 import numpy as np
+import torch
 
 from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import Capabilities
@@ -114,6 +116,16 @@ class TieredRecords(RecordStore):
             read_bytes=sum(request.into.numel() for request in compress(requests, served)),
         )
         return served
+
+    @contextmanager
+    def view(self, key: bytes) -> Iterator[torch.Tensor | None]:
+        """View in the highest tier."""
+        start = time.perf_counter()
+        with self.tiers[0].view(key) as payload:
+            if payload is not None:
+                self.rates[0].learn(payload.numel(), time.perf_counter() - start)
+                self._count(hits=1, read_bytes=payload.numel())
+            yield payload
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Lease every copy of those of ``keys`` that exist."""

@@ -193,6 +193,23 @@ def test_a_record_that_is_deleted_while_it_is_read_keeps_its_memory() -> None:
         assert store.put([sample_record(2, 900_000)])[0].state is PutState.STORED
 
 
+def test_a_view_is_verified_and_holds_its_memory() -> None:
+    with HostRecords(MIB) as store:
+        store.put([sample_record(1, 400_000), sample_record(2, 0)])
+        with store.view(sample_key(1)) as payload:
+            assert payload is not None
+            store.delete([sample_key(1)])
+            assert store.put([sample_record(3, 900_000)])[0].state is PutState.REFUSED
+            assert payload.numpy().tobytes() == sample_bytes(1, 0, 400_000)
+        assert store.put([sample_record(3, 900_000)])[0].state is PutState.STORED
+        with store.view(sample_key(1)) as payload:
+            assert payload is None
+        flip_bit(store, sample_key(3), 12345)
+        with store.view(sample_key(3)) as payload:
+            assert payload is None
+        assert (store.stats().damaged, store.stats().hits, there(store, [3])) == (1, 1, [])
+
+
 def test_lent_memory_costs_the_oldest_records() -> None:
     with HostRecords(4 * MIB, lendable_bytes=2 * MIB) as store:
         for number in range(9):
