@@ -91,22 +91,24 @@ class Store:
             raise ConfigError("a store needs at least one tier, got none; name a host tier, an nvme tier or both")
         self.config = config
         self.counters = Counters()
-        self.rates = tuple(_first_guess(tier) for tier in config.tiers)
         self.staging = Staging()
         self.decoding = TransferRate(latency=0.0, bandwidth=_FIRST_DECODING)
         quotas = {name: tenant.quota for name, tenant in config.tenants.items() if tenant.quota is not None}
         with ExitStack() as undo:
             self.tiers: list[RecordStore] = []
+            opened: list[RecordStore] = []
             self._host_share: HostShare | None = None
             self._segments: SegmentRecords | None = None
             for tier in config.tiers:
                 records = undo.enter_context(_open_tier(tier, config))
+                opened.append(records)
                 if isinstance(records, HostRecords):
                     self._host_share = HostShare(records)
                 elif isinstance(records, SegmentRecords) and not config.read_only:
                     self._segments = records
                 self.tiers.append(QuotaRecords(records, quotas) if quotas else records)
             undo.pop_all()
+        self.rates = tuple(map(_first_guess, config.tiers, opened))
         self._tiered = TieredRecords(self.tiers, self.rates)
         self.records: RecordStore = ReadOnlyRecords(self._tiered) if config.read_only else self._tiered
         self.publisher = Publisher(config.publish_bytes, self.counters)
@@ -220,6 +222,9 @@ def _open_tier(tier: TierConfig, config: StoreConfig) -> RecordStore:
     return records
 
 
-def _first_guess(tier: TierConfig) -> TransferRate:
+def _first_guess(tier: TierConfig, records: RecordStore) -> TransferRate:
+    """What the drive was measured to be when it was opened, where it was; else what is usual."""
     latency, bandwidth = _FIRST_GUESS[tier.name]
+    if isinstance(records, SegmentRecords) and records.drive.bandwidth > 0:
+        latency, bandwidth = records.drive.latency, records.drive.bandwidth
     return TransferRate(latency=latency, bandwidth=bandwidth)
