@@ -19,6 +19,7 @@ __all__ = [
     "copy_with_digests",
     "digest_bytes",
     "ranges_within",
+    "verified",
 ]
 
 EXTENT_BYTES = 64 << 10
@@ -81,6 +82,11 @@ def copy_with_digests(sources: Sequence[ByteRows], targets: Sequence[ByteRows], 
         copy_vectors(_slices(sources, start, stop), _slices(targets, start, stop))
         digests.append(_digests(targets, start, stop))
     return b"".join(digests)
+
+
+def verified(sources: Sequence[ByteRows], digests: bytes, nbytes: int) -> bool:
+    """Whether a payload of ``nbytes`` is what it was, where it lies."""
+    return _digests(sources, 0, nbytes) == digests
 
 
 def copy_verified(

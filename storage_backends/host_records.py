@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
-from kvtier.storage_backends.extents import copy_verified, copy_with_digests, digest_bytes, ranges_within
-from kvtier.storage_backends.host_arena import HostArena, Place
+from kvtier.storage_backends.host_arena import HostArena
+from kvtier.storage_backends.host_entry import HostCounts, HostEntry, index_bytes, info_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.order import LeastRecentlyUsed, RecordOrder
@@ -35,54 +36,6 @@ from kvtier.types import format_bytes
 __all__ = ["HostRecords"]
 
 _INDEX_SHARE = 32  # of the capacity, one part is for the index
-_ENTRY_BYTES = 1024  # what the index takes for a record, rounded up
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A record in memory. Its place outlives its removal for as long as somebody reads it."""
-
-    info: RecordInfo
-    place: Place
-    digests: bytes = b""
-    hits: int = 0
-    readers: int = 0
-    removed: bool = False
-
-    def fill(self, record: Record) -> None:
-        """Copy the payload in and digest it."""
-        sources = [buffer.numpy() for buffer in record.buffers]
-        self.digests = copy_with_digests(sources, self.place.views, self.info.payload_bytes)
-
-    def read(self, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-        """Copy bytes out: True when they are right, False when they are not, None when they were never there."""
-        ranges = ranges_within(request, self.info.payload_bytes)
-        if ranges is None:
-            return None
-        return copy_verified(views, self.digests, self.info.payload_bytes, ranges, request.into.numpy())
-
-    @property
-    def index_bytes(self) -> int:
-        """What the index takes for it."""
-        return _index_bytes(self.info)
-
-    @property
-    def held_bytes(self) -> int:
-        """What it takes in all, padding included."""
-        return self.place.nbytes + self.index_bytes
-
-
-@dataclass(slots=True)
-class _Counts:
-    hits: int = 0
-    misses: int = 0
-    damaged: int = 0
-    failed: int = 0
-    evicted: int = 0
-    refused: int = 0
-    stored: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
 
 
 class HostRecords(RecordStore):
@@ -127,18 +80,18 @@ class HostRecords(RecordStore):
         self._order = order or LeastRecentlyUsed()
         self._workers = workers or Workers()
         self._lock = threading.Lock()
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: dict[bytes, HostEntry] = {}
         self._tenants: dict[str, int] = {}
         self._index_bytes = 0
         self._leases = LeaseBook()
         self._sequence = itertools.count(1)
-        self._counts = _Counts()
+        self._counts = HostCounts()
         self._closed = False
 
     def put(self, records: Sequence[Record]) -> list[PutOutcome]:
         """Copy records in; one that finds no room beside what is leased is refused."""
         outcomes: dict[int, PutOutcome] = {}
-        placed: dict[int, _Entry] = {}
+        placed: dict[int, HostEntry] = {}
         with self._lock:
             coming: set[bytes] = set()
             for index, record in enumerate(records):
@@ -186,6 +139,27 @@ class HostRecords(RecordStore):
                 for entry, request, right in reversed(list(zip(found, requests, results, strict=True))):
                     self._finish_read(entry, request, right)
         return [right is True for right in results]
+
+    @contextmanager
+    def view(self, key: bytes) -> Iterator[torch.Tensor | None]:
+        """A payload where it lies, if it lies in one piece; it stays there until the block ends."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or len(entry.place.views) != 1:
+                entry = None
+            else:
+                entry.readers += 1
+                views = entry.place.views
+        if entry is None:
+            yield None
+            return
+        payload = torch.from_numpy(views[0])[: entry.info.payload_bytes]
+        right = entry.verified(views)
+        try:
+            yield payload if right else None
+        finally:
+            with self._lock:
+                self._finish_read(entry, ReadRequest(key, payload), right)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""
@@ -289,9 +263,9 @@ class HostRecords(RecordStore):
     def _room_bytes(self) -> int:
         return self._capacity_bytes - self._lent_bytes
 
-    def _place(self, record: Record) -> _Entry | str:
+    def _place(self, record: Record) -> HostEntry | str:
         """A place for a record, or why there is none; called with the lock held."""
-        info = _info_of(record)
+        info = info_of(record)
         if reason := "the host tier is closed" if self._closed else self._make_room(info):
             return reason
         try:
@@ -299,14 +273,14 @@ class HostRecords(RecordStore):
         except CapacityError as error:
             self._counts.failed += 1
             return str(error)
-        entry = _Entry(info, place)
+        entry = HostEntry(info, place)
         self._index_bytes += entry.index_bytes
         return entry
 
     def _make_room(self, info: RecordInfo) -> str:
         """Evict until a record finds room; or say why not, with nothing evicted. Called with the lock held."""
         units, free = self._arena.units_for(info.payload_bytes), self._arena.free_units()
-        excess = self._index_bytes + _index_bytes(info) - self._room_bytes // _INDEX_SHARE
+        excess = self._index_bytes + index_bytes(info) - self._room_bytes // _INDEX_SHARE
         evictable, victims = self._evictable(), []
         while max(free.values()) < units or excess > 0:
             if (entry := next(evictable, None)) is None:
@@ -317,18 +291,18 @@ class HostRecords(RecordStore):
         self._evict(victims)
         return ""
 
-    def _evictable(self) -> Iterator[_Entry]:
+    def _evictable(self) -> Iterator[HostEntry]:
         """Records that may leave, the first to leave first; nothing may be removed while this is read."""
         for key in self._order.candidates():
             entry = self._entries[key]
             if not entry.readers and not self._leases.holds(key):
                 yield entry
 
-    def _evict(self, victims: Sequence[_Entry]) -> None:
+    def _evict(self, victims: Sequence[HostEntry]) -> None:
         for entry in victims:
             self._remove(entry.info.key, evicted=True)
 
-    def _publish(self, entry: _Entry) -> PutOutcome:
+    def _publish(self, entry: HostEntry) -> PutOutcome:
         """Let a filled entry be seen; called with the lock held."""
         key, counts = entry.info.key, self._counts
         if self._closed or self._arena.is_gone(entry.place) or key in self._entries:
@@ -345,7 +319,7 @@ class HostRecords(RecordStore):
         counts.written_bytes += entry.info.payload_bytes
         return PutOutcome(PutState.STORED)
 
-    def _finish_read(self, entry: _Entry | None, request: ReadRequest, right: bool | None) -> None:
+    def _finish_read(self, entry: HostEntry | None, request: ReadRequest, right: bool | None) -> None:
         """Count a read and let go of its entry; called with the lock held."""
         if entry is not None:
             entry.readers -= 1
@@ -378,32 +352,16 @@ class HostRecords(RecordStore):
         self._free(entry)
         return True
 
-    def _free(self, entry: _Entry) -> None:
+    def _free(self, entry: HostEntry) -> None:
         """Give a removed entry's memory back, unless somebody reads it; called with the lock held."""
         if entry.readers == 0:
             self._index_bytes -= entry.index_bytes
             self._arena.release(entry.place)
 
 
-def _index_bytes(info: RecordInfo) -> int:
-    return _ENTRY_BYTES + digest_bytes(info.payload_bytes) + len(info.meta)
-
-
 def _payload_share(capacity_bytes: int) -> int:
     return capacity_bytes - capacity_bytes // _INDEX_SHARE
 
 
-def _info_of(record: Record) -> RecordInfo:
-    return RecordInfo(
-        key=record.key,
-        namespace=record.namespace,
-        tenant=record.tenant,
-        payload_bytes=record.payload_bytes,
-        meta=record.meta,
-        sequence=0,
-        created=time.time(),
-    )
-
-
-def _read(entry: _Entry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
+def _read(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
     return None if entry is None else entry.read(views, request)

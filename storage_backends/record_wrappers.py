@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
 
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.records import (
@@ -37,6 +40,10 @@ class WrappedRecords(RecordStore):
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Read from the inner store."""
         return self.inner.read(requests)
+
+    def view(self, key: bytes) -> AbstractContextManager[torch.Tensor | None]:
+        """View in the inner store."""
+        return self.inner.view(key)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Lease in the inner store."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
+
+import torch
 
 from kvtier.core.chunks import KVChunk
 from kvtier.core.load_worth import LoadDecision
 from kvtier.errors import CapacityError, InputError
-from kvtier.storage_backends.records import Lease, ReadRequest
+from kvtier.storage_backends.records import ByteRange, Lease, ReadRequest
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,22 +104,54 @@ class Hit:
 
     def _fill(self, keys: Sequence[bytes], layers: Sequence[int], targets: Sequence[KVChunk]) -> int:
         """Read and decode; how many leading chunks are right."""
-        store, codec = self._space.store, self._space.codec
+        codec = self._space.codec
         size = codec.bytes_of(layers)
         ranges = None if size == codec.payload_bytes else codec.ranges(layers)
-        with store.staging.rows(size, len(keys)) as rows:
-            for at in range(0, len(keys), len(rows)):
-                part = keys[at : at + len(rows)]
-                requests = [ReadRequest(key, row, ranges) for key, row in zip(part, rows, strict=False)]
-                served = store.records.read(requests)
-                right = served.index(False) if False in served else len(served)
-                start = time.perf_counter()
-                for row, target in zip(rows[:right], targets[at:], strict=False):
-                    codec.decode(row, layers, target)
-                store.decoding.learn(right * size, time.perf_counter() - start)
+        done = 0
+        with ExitStack() as stack:
+            rows: torch.Tensor | None = None
+            while done < len(keys):
+                if ranges is None and self._decode_in_place(keys[done], layers, targets[done]):
+                    done += 1
+                    continue
+                if rows is None:
+                    rows = stack.enter_context(self._space.store.staging.rows(size, len(keys) - done))
+                part = keys[done : done + len(rows)]
+                right = self._decode_by_way_of(rows, part, ranges, layers, targets[done:])
+                done += right
                 if right < len(part):
-                    return at + right
-        return len(keys)
+                    break
+        return done
+
+    def _decode_in_place(self, key: bytes, layers: Sequence[int], target: KVChunk) -> bool:
+        """Decode a chunk from where it lies, if it lies in memory."""
+        with self._space.store.records.view(key) as payload:
+            if payload is None:
+                return False
+            self._decode([payload], layers, [target])
+            return True
+
+    def _decode_by_way_of(
+        self,
+        rows: torch.Tensor,
+        keys: Sequence[bytes],
+        ranges: tuple[ByteRange, ...] | None,
+        layers: Sequence[int],
+        targets: Sequence[KVChunk],
+    ) -> int:
+        """Read some chunks into rows [n, bytes] and decode them; how many leading ones are right."""
+        requests = [ReadRequest(key, row, ranges) for key, row in zip(keys, rows, strict=False)]
+        served = self._space.store.records.read(requests)
+        right = served.index(False) if False in served else len(served)
+        self._decode(list(rows[:right]), layers, targets)
+        return right
+
+    def _decode(self, payloads: Sequence[torch.Tensor], layers: Sequence[int], targets: Sequence[KVChunk]) -> None:
+        start = time.perf_counter()
+        for payload, target in zip(payloads, targets, strict=False):
+            self._space.codec.decode(payload, layers, target)
+        nbytes = sum(payload.numel() for payload in payloads)
+        self._space.store.decoding.learn(nbytes, time.perf_counter() - start)
 
     def _chosen(self, layers: Sequence[int] | None) -> Sequence[int]:
         count = len(self._space.layout.layers)

@@ -23,6 +23,7 @@ from kvtier.storage_backends.quota_records import QuotaRecords
 from kvtier.storage_backends.rates import TransferRate
 from kvtier.storage_backends.record_wrappers import ReadOnlyRecords
 from kvtier.storage_backends.records import MAX_TENANT_BYTES, RecordStats, RecordStore
+from kvtier.storage_backends.segment import SegmentRecords
 from kvtier.storage_backends.slots import IntArray
 from kvtier.storage_backends.tiered_records import TieredRecords
 from kvtier.types import KVLayout
@@ -90,19 +91,24 @@ class Store:
             raise ConfigError("a store needs at least one tier, got none; name a host tier, an nvme tier or both")
         self.config = config
         self.counters = Counters()
-        self.rates = tuple(_first_guess(tier) for tier in config.tiers)
         self.staging = Staging()
         self.decoding = TransferRate(latency=0.0, bandwidth=_FIRST_DECODING)
         quotas = {name: tenant.quota for name, tenant in config.tenants.items() if tenant.quota is not None}
         with ExitStack() as undo:
             self.tiers: list[RecordStore] = []
+            opened: list[RecordStore] = []
             self._host_share: HostShare | None = None
+            self._segments: SegmentRecords | None = None
             for tier in config.tiers:
                 records = undo.enter_context(_open_tier(tier, config))
+                opened.append(records)
                 if isinstance(records, HostRecords):
                     self._host_share = HostShare(records)
+                elif isinstance(records, SegmentRecords) and not config.read_only:
+                    self._segments = records
                 self.tiers.append(QuotaRecords(records, quotas) if quotas else records)
             undo.pop_all()
+        self.rates = tuple(map(_first_guess, config.tiers, opened))
         self._tiered = TieredRecords(self.tiers, self.rates)
         self.records: RecordStore = ReadOnlyRecords(self._tiered) if config.read_only else self._tiered
         self.publisher = Publisher(config.publish_bytes, self.counters)
@@ -146,6 +152,7 @@ class Store:
         """A share of the tiers for the sessions of one `Memory`, which gives it back when it is closed.
 
         The host tier lends ``sessions`` bytes, half of it by default, and keeps the stored copies that were used last.
+        An nvme tier of segments is shared as it is used; other backends are not shared.
 
         Parameters
         ----------
@@ -159,7 +166,7 @@ class Store:
         CapacityError
             Hits that are not released hold the memory.
         """
-        return StoreTiers(self._host_share, host_bytes)
+        return StoreTiers(self._host_share, host_bytes, self._segments)
 
     def clear(self, tenant: str | None = None) -> int:
         """Forget everything of a tenant, or everything; how many chunks there were."""
@@ -215,6 +222,9 @@ def _open_tier(tier: TierConfig, config: StoreConfig) -> RecordStore:
     return records
 
 
-def _first_guess(tier: TierConfig) -> TransferRate:
+def _first_guess(tier: TierConfig, records: RecordStore) -> TransferRate:
+    """What the drive was measured to be when it was opened, where it was; else what is usual."""
     latency, bandwidth = _FIRST_GUESS[tier.name]
+    if isinstance(records, SegmentRecords) and records.drive.bandwidth > 0:
+        latency, bandwidth = records.drive.latency, records.drive.bandwidth
     return TransferRate(latency=latency, bandwidth=bandwidth)
