@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtier.errors import ConfigError, MissingDependencyError
 
-__all__ = ["Entry", "Registry", "policies", "storage_backends"]
+__all__ = ["Entry", "Registry", "policies", "record_stores", "storage_backends"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,12 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
+        "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
+        "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
         "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
         "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
-        "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
         "arc": Entry("kvtier.policies.placement.arc:ARC"),
@@ -110,5 +112,15 @@ storage_backends = Registry(
     entries={
         "host": Entry("kvtier.storage_backends.host:HostSlots"),
         "spill": Entry("kvtier.storage_backends.spill_file:SpillFile"),
+    },
+)
+
+record_stores = Registry(
+    kind="record store",
+    group="kvtier.record_stores",
+    entries={
+        "host": Entry("kvtier.storage_backends.record_tiers:open_host"),
+        "segment": Entry("kvtier.storage_backends.record_tiers:open_segment"),
+        "files": Entry("kvtier.storage_backends.record_tiers:open_files"),
     },
 )

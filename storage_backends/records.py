@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvtier.errors import InputError
+from kvtier.record import KEY_BYTES, MAX_META_BYTES, MAX_TENANT_BYTES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,15 +41,6 @@ __all__ = [
     "RecordStats",
     "RecordStore",
 ]
-
-KEY_BYTES = 32
-"""Bytes of a key and of a namespace digest."""
-
-MAX_META_BYTES = 1024
-"""Most bytes of opaque metadata that travel in a record's header."""
-
-MAX_TENANT_BYTES = 64
-"""Most bytes of a tenant's name in UTF-8."""
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
@@ -249,6 +242,14 @@ class RecordStore(ABC):
 
         False is a miss, for any reason at all; ``into`` is then undefined and must not be used.
         """
+
+    def view(self, key: bytes) -> AbstractContextManager[torch.Tensor | None]:
+        """A whole payload where it lies, verified, to be read within the ``with`` block; None when it cannot be had.
+
+        Only stores in memory have any; it saves them a copy. Whoever gets None calls `read`.
+        """
+        del key
+        return nullcontext(None)
 
     @abstractmethod
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:

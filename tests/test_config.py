@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.config import StoreConfig, TierConfig, load_config
+from kvtier.config import StoreConfig, TenantConfig, TierConfig, load_config
 from kvtier.errors import ConfigError
 
 HOST = {"name": "host", "backend": "host", "capacity": "256MiB"}
@@ -53,6 +53,26 @@ def test_a_dict_is_read_with_sizes_as_text() -> None:
     assert (config.page_tokens, config.block_tokens) == (16, 64)
 
 
+def test_a_store_has_tenants_and_promises() -> None:
+    segment = {"name": "nvme", "backend": "segment", "path": "/kv", "capacity": "8GiB", "segment_bytes": "64MiB"}
+    config = load_config(
+        {
+            "tiers": [HOST | {"sessions": "64MiB"}, segment],
+            "durability": "relaxed",
+            "chunk_tokens": 128,
+            "read_only": True,
+            "publish_bytes": "1MiB",
+            "tenants": {"team-a": {"salt": "s", "quota": "2GiB"}, "team-b": {}},
+        }
+    )
+
+    assert (config.tiers[0].sessions, config.tiers[1].segment_bytes) == (64 << 20, 64 << 20)
+    assert (config.durability, config.chunk_tokens, config.read_only) == ("relaxed", 128, True)
+    assert config.publish_bytes == 1 << 20
+    assert config.tenants == {"team-a": TenantConfig(salt="s", quota=2 << 30), "team-b": TenantConfig()}
+    assert "salt" not in repr(config), "secrets do not reach a log"
+
+
 def test_a_file_says_the_same_as_a_dict(file: Path) -> None:
     expected = load_config({"tiers": [HOST, NVME], "page_tokens": 32, "block_tokens": 128})
 
@@ -92,12 +112,18 @@ def test_a_bad_value_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tier": []}, "tier: unknown key; allowed: block_tokens, page_tokens, tiers"),
+        (
+            {"tier": []},
+            "tier: unknown key; allowed: block_tokens, chunk_tokens, durability, page_tokens, publish_bytes, read_only",
+        ),
         (
             {"tiers": [HOST | {"size": 1}]},
-            "tiers.0.size: unknown key; allowed: backend, capacity, name, path",
+            "tiers.0.size: unknown key; allowed: backend, capacity, name, path, segment_bytes, sessions",
         ),
-        ({"tiers": [HOST, NVME | {"x": 1}]}, "tiers.1.x: unknown key; allowed: backend, capacity, name, path"),
+        (
+            {"tiers": [HOST, NVME | {"x": 1}]},
+            "tiers.1.x: unknown key; allowed: backend, capacity, name, path, segment_bytes, sessions",
+        ),
         ({"tiers": [HOST | {"capacity": "lots"}]}, "tiers.0.capacity: Value error, a size is an integer of bytes"),
         ({"tiers": [HOST | {"capacity": 0}]}, "tiers.0.capacity: Value error, a size must be at least 1 byte"),
         ({"tiers": [HOST | {"capacity": 1.5}]}, "tiers.0.capacity"),
@@ -113,6 +139,22 @@ def test_a_bad_value_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch
         ({"page_tokens": 0}, "page_tokens: Input should be greater than or equal to 1, got 0"),
         ({"block_tokens": 40}, "block_tokens must be a multiple of page_tokens (16), got 40"),
         ({"tiers": "host"}, "tiers: "),
+        ({"chunk_tokens": 100}, "chunk_tokens must be a multiple of block_tokens (64), got 100"),
+        ({"durability": "strong"}, "durability: Input should be 'durable' or 'relaxed', got 'strong'"),
+        ({"tenants": {"a": {"quotas": 1}}}, "tenants.a.quotas: unknown key; allowed: quota, salt"),
+        ({"tenants": {"a": {"quota": "much"}}}, "tenants.a.quota: Value error, a size is an integer of bytes"),
+        ({"tenants": {"a": {"salt": ""}}}, "tenants.a.salt: "),
+        ({"tiers": [HOST | {"sessions": "256MiB"}]}, "sessions must be less than capacity (268435456), got 268435456"),
+        ({"tiers": [NVME | {"sessions": "1MiB"}]}, "sessions is for the host backend, got backend spill"),
+        ({"tiers": [NVME | {"segment_bytes": "1MiB"}]}, "segment_bytes is for the segment backend, got backend spill"),
+        (
+            {"tiers": [{"name": "nvme", "backend": "segment", "capacity": "8GiB"}]},
+            "a segment tier needs path, the directory of its segments",
+        ),
+        (
+            {"tiers": [{"name": "nvme", "backend": "files", "capacity": "8GiB"}]},
+            "a files tier needs path, the directory of its records",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:

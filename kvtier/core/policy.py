@@ -7,7 +7,7 @@ nothing: the session and the tiers apply its plans. So every policy is testable 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
+from kvtier.kernels.top_pages import top_pages
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
@@ -188,7 +189,11 @@ class PromptFilterPolicy(Policy):
 
 
 class SelectionPolicy(Policy):
-    """Which tokens stay, and what happens to the rest?"""
+    """Which tokens stay, and what happens to the rest?
+
+    With ``Phase.PREFILL`` it acts at the end of a prompt, with ``Phase.DECODE`` also after every step. Slots are always
+    given in the order of their positions.
+    """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.SELECTION})
@@ -226,6 +231,14 @@ class SelectionPolicy(Policy):
     def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
         """Tokens kept per KV head in each layer; their mean is ``keep``. Uniform by default."""
         return (keep,) * len(layout.layers)
+
+    def share(self, keep: tuple[int, ...], column_sums: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """What each layer keeps once all were seen, for ``Scope.MODEL``: ``keep`` by default, and the same sum.
+
+        ``column_sums`` [Hq, T] of one sequence, layer by layer, as many as there are budgets.
+        """
+        del column_sums
+        return keep
 
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
         """How dropped slots are folded into kept ones; None drops them."""
@@ -295,8 +308,7 @@ class RetrievalPolicy(Policy):
 
     def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
         """The ``pages`` best pages of each KV head; all of them when there are fewer."""
-        best = torch.topk(scores, min(pages, scores.shape[-1]), dim=-1, sorted=False).indices
-        return ZonePlan(torch.sort(best, dim=-1).values)
+        return ZonePlan(top_pages(scores, pages))
 
 
 class PlacementPolicy(Policy):

@@ -156,6 +156,8 @@ class EvictionLaws(PolicyLaws):
         prompt=_prompts,
     )
     def test_kept_tokens_are_attended_exactly(self, policy: SelectionPolicy, prompt: Prompt) -> None:
+        if type(policy).merge is not SelectionPolicy.merge:
+            pytest.skip(f"{policy.name} merges: a kept slot also holds what was dropped")
         with self.open_session(policy, prompt) as session:
             weights = prompt.weights(session)
         require(bool(weights.isfinite().all()), "attention is not finite")

@@ -1,4 +1,4 @@
-"""StreamingLLM: keep the first tokens and the last ones (Xiao et al. 2024, arXiv 2309.17453, section 3.2)."""
+"""StreamingLLM: the first tokens and the newest (Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from kvtier.core.policy import Phase, SelectionPolicy
 from kvtier.core.stats import SlotView, Stats
-from kvtier.errors import PolicyError
+from kvtier.policies.eviction.budgets import at_least, whole
 from kvtier.types import KVLayout
 
 __all__ = ["StreamingLLM"]
@@ -17,42 +17,43 @@ __all__ = ["StreamingLLM"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingLLM(SelectionPolicy):
-    """Evict the middle of a prompt: attention sinks at its start and the newest tokens stay.
+    """Keep attention sinks at the start and a window at the end, at every step; whatever lies between is lost.
 
-    It acts at the end of a prompt; the published code also evicts at every decode step and renumbers what it kept.
-    Here kept tokens keep the positions that RoPE saw.
+    Keys keep the positions that RoPE saw. The paper renumbers them without gaps, which matters once a text is longer
+    than the positions a model was trained on.
 
     Parameters
     ----------
     keep : int, optional
-        Tokens kept per KV head, the sinks included; None takes the session's ``keep``.
+        Tokens kept per KV head, sinks included; None takes the session's ``keep``.
     sinks : int
-        First tokens that always stay (4 in the paper).
+        Tokens at the start that are never dropped.
     """
 
     name: ClassVar[str] = "streamingllm"
-    paper: ClassVar[str] = "StreamingLLM, Xiao et al. 2024, arXiv 2309.17453, section 3.2"
-    phase: ClassVar[Phase] = Phase.PREFILL
+    paper: ClassVar[str] = "StreamingLLM, Xiao et al. 2023, arXiv 2309.17453, section 3.2"
+    phase: ClassVar[Phase] = Phase.DECODE
 
     keep: int | None = None
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        if type(self.sinks) is not int or self.sinks < 0:
-            raise PolicyError(f"streamingllm: sinks must be an integer of at least 0 tokens, got {self.sinks!r}")
-        if self.keep is not None and (type(self.keep) is not int or self.keep <= self.sinks):
-            raise PolicyError(f"streamingllm: keep must be more than sinks ({self.sinks}) tokens, got {self.keep!r}")
+        whole(self.name, "sinks", self.sinks, 0)
+        if self.keep is not None:
+            whole(self.name, "keep", self.keep, 1)
+            at_least(self.name, self.keep, self.sinks, "sinks")
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
-        """The sinks [B, Hk, T] bool, by their positions [B, Hk, T], so that a second eviction spares the same ones."""
+        """The sinks [B, Hk, T] bool, by their positions [B, Hk, T]."""
         return positions < self.sinks
 
     def score(self, view: SlotView, stats: Stats) -> torch.Tensor:
-        """The order of the slots [B, Hk, T]: the newer, the higher."""
-        return torch.arange(view.positions.shape[-1], device=view.positions.device).float().expand(view.positions.shape)
+        """Newer is better [B, Hk, T]."""
+        del stats
+        newest = torch.arange(view.positions.shape[-1], dtype=torch.float32, device=view.positions.device)
+        return newest.expand(view.positions.shape)
 
     def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
         """``keep`` tokens in every layer, more than the sinks."""
-        if keep <= self.sinks:
-            raise PolicyError(f"streamingllm: keep must be more than sinks ({self.sinks}) tokens, got {keep}")
+        at_least(self.name, keep, self.sinks, "sinks")
         return (keep,) * len(layout.layers)

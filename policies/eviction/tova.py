@@ -1,4 +1,4 @@
-"""TOVA: keep what the last token of the prompt looks at (Oren et al. 2024, arXiv 2401.06104, section 3.2)."""
+"""TOVA: at every step drop what the newest query looks at least (Oren et al. 2024, arXiv 2401.06104, section 4)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from kvtier.core.policy import Need, Phase, SelectionPolicy
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
-from kvtier.types import GroupReduce
+from kvtier.policies.eviction.budgets import at_least, whole
+from kvtier.types import GroupReduce, KVLayout
 
 __all__ = ["TOVA"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TOVA(SelectionPolicy):
-    """Evict once, at the end of prefill, by the attention of the last query.
+    """A multi-state recurrent network: the state is what the last token attends to, and nothing is fixed.
 
-    The paper lets all heads of a layer cast one vote and drops a token at every decode step; here each KV head decides
-    for itself, once. The last token always stays, as in common implementations.
+    The paper averages over all heads of a layer, so that they keep the same tokens; here each KV head keeps its own.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class TOVA(SelectionPolicy):
     """
 
     name: ClassVar[str] = "tova"
-    paper: ClassVar[str] = "TOVA, Oren et al. 2024, arXiv 2401.06104, section 3.2"
+    paper: ClassVar[str] = "TOVA, Oren et al. 2024, arXiv 2401.06104, section 4"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.WINDOW_ATTENTION})
-    phase: ClassVar[Phase] = Phase.PREFILL
+    phase: ClassVar[Phase] = Phase.DECODE
     query_aware: ClassVar[bool] = True
 
     keep: int | None = None
@@ -42,19 +42,25 @@ class TOVA(SelectionPolicy):
     def __post_init__(self) -> None:
         if self.group_reduce not in ("mean", "max", "sum"):
             raise PolicyError(f"tova: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
-        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
-            raise PolicyError(f"tova: keep must be an integer of at least 1 token, got {self.keep!r}")
+        if self.keep is not None:
+            whole(self.name, "keep", self.keep, 2)
 
     @property
     def window_queries(self) -> int:
-        """The last query votes."""
+        """The newest query votes."""
         return 1
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
-        """The last token [B, Hk, T] bool, by their positions [B, Hk, T]."""
-        newest = torch.arange(positions.shape[-1], device=positions.device)
-        return (newest == positions.shape[-1] - 1).expand(positions.shape)
+        """The newest slot [B, Hk, T] bool: its own query has just come."""
+        order = torch.arange(positions.shape[-1], device=positions.device)
+        return (order == positions.shape[-1] - 1).expand(positions.shape)
 
     def score(self, view: SlotView, stats: Stats) -> torch.Tensor:
-        """The last query's attention [B, Hk, T]."""
+        """Attention of the newest query [B, Hk, T]."""
+        del view
         return stats.require_window_attention()
+
+    def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
+        """``keep`` tokens in every layer, at least two."""
+        at_least(self.name, keep, 1, "the newest token")
+        return (keep,) * len(layout.layers)

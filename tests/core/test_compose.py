@@ -193,7 +193,7 @@ class Sums(Newest):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.COLUMN_SUMS, Need.HIDDEN_STATES})
 
 
-class Global(Newest):
+class Global(Quest):
     """Plans over all layers."""
 
     __slots__ = ()
@@ -223,8 +223,8 @@ class Picky(Newest):
     ("chosen", "message"),
     [
         (Rounding(), "rounding is a codec; a session runs selection, retrieval and placement policies"),
-        (Sums(keep=8), "sums needs COLUMN_SUMS, HIDDEN_STATES; a session provides WINDOW_ATTENTION"),
-        (Global(keep=8), "global plans over all layers at once; a session plans layer by layer"),
+        (Sums(keep=8), "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, WINDOW_ATTENTION"),
+        (Global(read=99), "global plans over all layers at once; only selection policies may"),
         (Compact(keep=8), "compact renumbers positions; a session keeps the positions that RoPE saw"),
         (Picky(keep=8), "picky serves 7 layers, got 3"),
         (Quest(read=99) | Compact(keep=8), "compact renumbers positions"),

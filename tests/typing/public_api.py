@@ -12,6 +12,15 @@ assert_type(kvtier.StoreConfig().tiers, tuple[kvtier.TierConfig, ...])
 assert_type(kvtier.SnapKV(window=32).window, int)
 assert_type(kvtier.__version__, str)
 
+with kvtier.open_store({"tiers": []}) as store:
+    assert_type(store, kvtier.Store)
+    space = store.namespace(model="m", layout=layout, tenant="team-a", extra={"lora": None, "images": [b"x"]})
+    assert_type(space.put([1, 2], []), kvtier.PutReport)
+    with space.match([1, 2], recompute=kvtier.RecomputeRate(tokens_per_second=1e3)) as hit:
+        assert_type(hit, kvtier.Hit)
+        assert_type(hit.load(layers=range(2)), list[kvtier.KVChunk])
+    assert_type(store.stats(), kvtier.StoreStats)
+
 # An unused "ignore" is an error: each of these lines must stay one.
 misspelt = kvtier.pach  # type: ignore[attr-defined]
 kvtier.Budgets(reed=512)  # type: ignore[call-arg]

@@ -40,8 +40,8 @@ def test_a_later_prompt_spares_the_sinks_by_their_position() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"sinks": -1}, "sinks must be an integer of at least 0 tokens, got -1"),
-        ({"sinks": 1.0}, r"sinks must be an integer of at least 0 tokens, got 1\.0"),
+        ({"sinks": -1}, "sinks must be an integer of at least 0, got -1"),
+        ({"sinks": 1.0}, r"sinks must be an integer of at least 0, got 1\.0"),
         ({"keep": 4}, r"keep must be more than sinks \(4\) tokens, got 4"),
     ],
 )
