@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator
-from typing import Generic, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from kvtier.storage_backends.order import RecordOrder
 
 __all__ = ["BoolArray", "EvictionOrder", "IdArray", "KeyedOrder"]
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-_Key = TypeVar("_Key", bound=Hashable)
 _SLACK = 64
 
 
@@ -73,8 +74,8 @@ class EvictionOrder(ABC):
         """Which of these ids [n] are in the tier, or left it and are still known."""
 
 
-class KeyedOrder(Generic[_Key]):
-    """An order over keys of any kind: what a keyed cache tells of every event and asks for candidates.
+class KeyedOrder(RecordOrder):
+    """An order over keys: what a cache of records tells of every event and asks for candidates.
 
     Parameters
     ----------
@@ -88,10 +89,10 @@ class KeyedOrder(Generic[_Key]):
 
     def __init__(self, order: EvictionOrder) -> None:
         self._order = order
-        self._ids: dict[_Key, int] = {}
-        self._keys: list[_Key | None] = []
+        self._ids: dict[bytes, int] = {}
+        self._keys: list[bytes | None] = []
         self._free: list[int] = []
-        self._awaited: _Key | None = None
+        self._awaited: bytes | None = None
 
     @property
     def residents(self) -> int:
@@ -103,7 +104,7 @@ class KeyedOrder(Generic[_Key]):
         """Keys that cost memory: those in the tier, those remembered, and those not collected yet."""
         return len(self._ids)
 
-    def missed(self, key: _Key) -> None:
+    def missed(self, key: bytes) -> None:
         """A key was asked for and is not there; room will be made for it.
 
         A cache that cannot say so may leave it out: the order learns of it when the key is added, one eviction late.
@@ -112,7 +113,7 @@ class KeyedOrder(Generic[_Key]):
         if key in self._ids:
             self._order.miss(self._one(key))
 
-    def added(self, key: _Key, nbytes: int = 0) -> None:
+    def added(self, key: bytes, nbytes: int) -> None:
         """A key came, with so many bytes; all keys count alike."""
         del nbytes
         if key in self._ids and self._awaited != key:
@@ -123,12 +124,12 @@ class KeyedOrder(Generic[_Key]):
         if len(self._ids) > 2 * self._order.residents + _SLACK:
             self._collect()
 
-    def used(self, key: _Key) -> None:
+    def used(self, key: bytes) -> None:
         """A key was read or leased."""
         if key in self._ids:
             self._order.hit(self._one(key))
 
-    def removed(self, key: _Key, *, evicted: bool) -> None:
+    def removed(self, key: bytes, *, evicted: bool) -> None:
         """A key went: for room, or because it was deleted and is to be forgotten."""
         if key not in self._ids:
             return
@@ -139,7 +140,7 @@ class KeyedOrder(Generic[_Key]):
             self._order.forget(one)
             self._release(one)
 
-    def candidates(self) -> Iterator[_Key]:
+    def candidates(self) -> Iterator[bytes]:
         """Keys that are there, the first to leave first; nothing may happen to the order while this is read."""
         seen: set[int] = set()
         count = 1  # an order moves its hand by as many as it is asked for
@@ -149,14 +150,14 @@ class KeyedOrder(Generic[_Key]):
             yield from self._named(more)
             count *= 4
 
-    def _one(self, key: _Key) -> IdArray:
+    def _one(self, key: bytes) -> IdArray:
         return np.array([self._ids[key]], dtype=np.int64)
 
-    def _named(self, ids: Iterable[int]) -> list[_Key]:
+    def _named(self, ids: Iterable[int]) -> list[bytes]:
         found = (self._keys[index] for index in ids)
         return [key for key in found if key is not None]
 
-    def _intern(self, key: _Key) -> None:
+    def _intern(self, key: bytes) -> None:
         if key in self._ids:
             return
         if not self._free:

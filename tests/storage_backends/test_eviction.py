@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier import registry
 from kvtier.storage_backends.eviction import KeyedOrder
+from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.records import ReadRequest, Record
 from kvtier.testing.placement_laws import SmallTier, Step, Trace, traces
 
 PLACERS = st.sampled_from(["lru", "arc", "s3fifo", "lfu"]).map(registry.policies.resolve)
@@ -16,7 +19,7 @@ PLACERS = st.sampled_from(["lru", "arc", "s3fifo", "lfu"]).map(registry.policies
 class KeyedTier:
     """A tier over keys; ``SmallTier`` is the same over numbers."""
 
-    def __init__(self, order: KeyedOrder[bytes], capacity: int, *, tells_misses: bool = True) -> None:
+    def __init__(self, order: KeyedOrder, capacity: int, *, tells_misses: bool = True) -> None:
         self.order, self.capacity, self.tells_misses = order, capacity, tells_misses
         self.held: set[bytes] = set()
         self.left: list[bytes] = []
@@ -69,30 +72,30 @@ def test_candidates_are_all_that_is_there_once(trace: Trace, placer: type, tells
 
 @pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "lfu"])
 def test_more_candidates_than_are_asked_for_at_once(name: str) -> None:
-    order: KeyedOrder[int] = KeyedOrder(registry.policies.resolve(name)().order())
+    order = KeyedOrder(registry.policies.resolve(name)().order())
     for index in range(200):
-        order.added(index)
+        order.added(b"%d" % index, 100)
     for index in range(0, 200, 3):
-        order.used(index)
-        order.used(index)
+        order.used(b"%d" % index)
+        order.used(b"%d" % index)
 
-    assert sorted(order.candidates()) == list(range(200))
+    assert sorted(map(int, order.candidates())) == list(range(200))
 
 
 @pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "lfu"])
 def test_keys_that_are_forgotten_cost_nothing(name: str) -> None:
-    order: KeyedOrder[tuple[int, str]] = KeyedOrder(registry.policies.resolve(name)().order())
+    order = KeyedOrder(registry.policies.resolve(name)().order())
     for index in range(2000):
         if index >= 50:
             order.removed(next(order.candidates()), evicted=True)
-        order.added((index, "key"))
+        order.added(b"%d" % index, 100)
 
     assert order.residents == 50
     assert order.known <= 2 * 50 + 65
 
 
 def test_unknown_keys_are_ignored() -> None:
-    order: KeyedOrder[bytes] = KeyedOrder(registry.policies.resolve("lru")().order())
+    order = KeyedOrder(registry.policies.resolve("lru")().order())
     order.used(b"nowhere")
     order.missed(b"nowhere")
     order.removed(b"nowhere", evicted=True)
@@ -100,3 +103,19 @@ def test_unknown_keys_are_ignored() -> None:
 
     assert order.known == order.residents == 0
     assert list(order.candidates()) == []
+
+
+@pytest.mark.parametrize(("name", "survives"), [("lru", False), ("arc", True), ("s3fifo", True), ("lfu", True)])
+def test_records_in_host_memory_leave_in_the_order_of_a_placer(name: str, survives: bool) -> None:
+    order = KeyedOrder(registry.policies.resolve(name)().order())
+    payload = torch.zeros(100_000, dtype=torch.uint8)
+    with HostRecords(4 << 20, order=order) as store:
+        hot = b"h" * 32
+        for number in range(120):
+            if number in (0, 1, 2, 3):
+                store.put([Record(key=hot, namespace=bytes(32), buffers=[payload])])
+                assert store.read([ReadRequest(hot, payload.clone())]) == [True]
+            store.put([Record(key=bytes(31) + bytes([number]), namespace=bytes(32), buffers=[payload])])
+
+        assert store.contains([hot]).tolist() == [survives]
+        assert store.stats().records == order.residents < 121
