@@ -30,10 +30,9 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     with catalog.lock:
         rows = catalog.find([request.key for request in requests])
         pinned = pin_rows(catalog, journal.pool, rows)
-        fetches = [
-            _fetch(journal, int(row), request) if row >= 0 else None
-            for row, request in zip(rows.tolist(), requests, strict=True)
-        ]
+        # Lists of plain numbers: numpy's own are several times slower to take apart.
+        known = zip(rows.tolist(), catalog.table.at[rows].tolist(), requests, strict=True)
+        fetches = [_fetch(journal, at, request) if row >= 0 else None for row, at, request in known]
     try:
         journal.read([fetch for fetch in fetches if fetch is not None])
     finally:
@@ -53,8 +52,8 @@ def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
         keys = catalog.table.keys(rows)
         hits = catalog.table.at["hits"][rows].tolist()
         fetches: list[Fetch | None] = [
-            _fetch(journal, row, ReadRequest(key.tobytes(), _NOTHING, ()))
-            for row, key in zip(rows.tolist(), keys, strict=True)
+            _fetch(journal, at, ReadRequest(key.tobytes(), _NOTHING, ()))
+            for at, key in zip(catalog.table.at[rows].tolist(), keys, strict=True)
         ]
     try:
         journal.read([fetch for fetch in fetches if fetch is not None])
@@ -97,23 +96,26 @@ def _check(request: ReadRequest) -> None:
         raise InputError(f"into must be as long as the ranges together, got {into.numel()} bytes for {request.ranges}")
 
 
-def _fetch(journal: Journal, row: int, request: ReadRequest) -> Fetch | None:
-    """The fetch of a request; None when the record has not what is asked for."""
-    at = journal.catalog.table.at[row]
-    size = int(at["payload"])
-    ranges = request.ranges if request.ranges is not None else (ByteRange(0, size),)
-    if (request.ranges is None and request.into.numel() != size) or any(sum(part) > size for part in ranges):
+def _fetch(journal: Journal, at: tuple[int, ...], request: ReadRequest) -> Fetch | None:
+    """The fetch of a request from a row of `FIELDS`; None when the record has not what is asked for."""
+    sequence, number, block, size, _, _, _, _, header_blocks, extent, _ = at
+    ranges = request.ranges
+    if ranges is None:
+        if request.into.numel() != size:
+            return None
+        ranges = (ByteRange(0, size),)
+    elif any(sum(part) > size for part in ranges):
         return None
-    segment = journal.pool.segments[int(at["segment"])]
+    segment = journal.pool.segments[number]
     return Fetch(
         key=request.key,
-        sequence=int(at["sequence"]),
+        sequence=sequence,
         segment=segment,
         epoch=segment.epoch,
-        offset=int(at["block"]) * BLOCK_BYTES,
-        header_bytes=int(at["header"]) * BLOCK_BYTES,
+        offset=block * BLOCK_BYTES,
+        header_bytes=header_blocks * BLOCK_BYTES,
         payload_bytes=size,
-        extent_bytes=1 << int(at["extent"]),
+        extent_bytes=1 << extent,
         ranges=ranges,
         into=request.into,
     )
@@ -121,7 +123,7 @@ def _fetch(journal: Journal, row: int, request: ReadRequest) -> Fetch | None:
 
 def pin_rows(catalog: Catalog, pool: SegmentPool, rows: IndexArray) -> list[Segment]:
     """Keep the segments of rows from being given back; the caller holds the catalogue's lock."""
-    numbers = np.unique(catalog.table.at["segment"][rows[rows >= 0]]).tolist()
+    numbers = set(catalog.table.at["segment"][rows[rows >= 0]].tolist())
     pinned = [pool.segments[number] for number in numbers]
     for segment in pinned:
         segment.pins += 1
