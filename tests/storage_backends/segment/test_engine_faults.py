@@ -56,4 +56,7 @@ class TestSegmentsOnAFaultyEngine(MachineLaws):
 
     @pytest.fixture
     def heal(self, engines: list[FaultyEngine]) -> Callable[[], None]:
-        return lambda: engines[0].repair()
+        def repair() -> None:
+            engines[0].repair()  # of the store that is open now
+
+        return repair
