@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.pool import Segment
 
-__all__ = ["Fetch", "Found", "read_fetches"]
+__all__ = ["Fetch", "Found", "read_fetches", "whole"]
 
 _PIECE_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20
@@ -94,6 +95,12 @@ class Fetch:
         return Found.RIGHT
 
 
+@lru_cache(maxsize=256)
+def whole(size: int) -> tuple[ByteRange, ...]:
+    """All of a payload as ranges; shared, since the collector of garbage counts every tuple."""
+    return (ByteRange(0, size),)
+
+
 class _Piece(NamedTuple):
     """Adjacent extents of a fetch, or its header (``extent`` None), on the way into ``buffer``.
 
@@ -104,7 +111,7 @@ class _Piece(NamedTuple):
     offset: int
     buffer: torch.Tensor
     extent: int | None
-    copies: list[tuple[int, int, int]]
+    copies: Sequence[tuple[int, int, int]]
 
 
 def read_fetches(
@@ -134,7 +141,7 @@ def _read_round(engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache
     memory = empty_aligned(sum(fetch.header_bytes for fetch in unknown))
     at = 0
     for fetch in unknown:
-        pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, []))
+        pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, ()))
         at += fetch.header_bytes
     for fetch in fetches:
         pieces += _payload_pieces(fetch)
@@ -174,7 +181,7 @@ def _piece(fetch: Fetch, first: int, stop: int) -> _Piece:
     offset = fetch.offset + fetch.header_bytes + start
     copies = _copies(fetch.ranges, start, end)
     if len(copies) == 1 and copies[0][0] == 0 and copies[0][2] == end - start:
-        return _Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, [])
+        return _Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, ())
     buffer = empty_aligned(round_up(end - start, BLOCK_BYTES))[: end - start]
     return _Piece(fetch, offset, buffer, first, copies)
 

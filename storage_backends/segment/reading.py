@@ -10,11 +10,11 @@ import torch
 
 from kvtier.errors import InputError
 from kvtier.record import BLOCK_BYTES
-from kvtier.storage_backends.records import ByteRange, ReadRequest, RecordInfo
+from kvtier.storage_backends.records import ReadRequest, RecordInfo
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.reader import Fetch, Found
+from kvtier.storage_backends.segment.reader import Fetch, Found, whole
 from kvtier.storage_backends.segment.table import NOWHERE, IndexArray
 
 __all__ = ["pin_rows", "put_aside", "read_infos", "read_requests", "unpin"]
@@ -103,7 +103,7 @@ def _fetch(journal: Journal, at: tuple[int, ...], request: ReadRequest) -> Fetch
     if ranges is None:
         if request.into.numel() != size:
             return None
-        ranges = (ByteRange(0, size),)
+        ranges = whole(size)
     elif any(sum(part) > size for part in ranges):
         return None
     segment = journal.pool.segments[number]
