@@ -105,12 +105,13 @@ class RecordMachine(RuleBasedStateMachine):
     def put(self, numbers: list[int], size: int, tenant: str) -> None:
         """A new record is stored, one that exists is left as it is."""
         self.generation += 1
+        kept = dict(self.kept)  # as it was: the call may evict a record after it found it
         records = [sample_record(n, size, generation=self.generation, tenant=tenant) for n in numbers]
         outcomes = self.store.put(records)
         note(f"put {numbers} as generation {self.generation}: {[outcome.state.name for outcome in outcomes]}")
         evicted = self._settle_evictions()
         for number, outcome in zip(numbers, outcomes, strict=True):
-            before = self.kept.get(number)
+            before = kept.get(number)
             match outcome.state:
                 case PutState.STORED:
                     assert before is None or before.doubtful or evicted, f"record {number} was there"
