@@ -6,13 +6,15 @@ The answers to ``open``, ``put``, ``get`` and ``close`` are described in `benchm
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import mmap
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, TextIO, cast
 
@@ -88,7 +90,8 @@ class Server:
         """Store pieces, one call after the other."""
         store = self._opened()
         batches = [self._batch(store, call, self._source) for call in calls]
-        return {"seconds": [_timed(store.put, batch)[0] for batch in batches]}
+        with _no_collection():
+            return {"seconds": [_timed(store.put, batch)[0] for batch in batches]}
 
     def get(self, *, calls: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Read pieces and compare them, outside of the timing."""
@@ -96,7 +99,8 @@ class Server:
         for index in (index for call in calls for index in call):
             self._target.piece(index, self._piece_bytes).fill(0)
         batches = [self._batch(store, call, self._target) for call in calls]
-        timings = [_timed(store.get, batch) for batch in batches]
+        with _no_collection():
+            timings = [_timed(store.get, batch) for batch in batches]
         told = {index: ok for call, (_, found) in zip(calls, timings, strict=True) for index, ok in zip(call, found, strict=True)}
         right = {index for index, ok in told.items() if ok and self._same(index)}
         return {
@@ -133,6 +137,17 @@ def _timed(function: Callable[[Any], Any], batch: Any) -> tuple[float, Any]:
     begun = time.perf_counter()
     result = function(batch)
     return time.perf_counter() - begun, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from walking all of torch in the middle of a timing; it would cost 0.1 s, of whoever's turn it is."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _random(buffer: Bytes) -> None:
