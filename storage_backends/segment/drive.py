@@ -1,4 +1,4 @@
-"""What the drive below a directory is like: latency and bandwidth of reads, measured once, and what follows from them."""
+"""What the drive below a directory is like: latency and bandwidth of reads, measured once, and what follows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvtier.storage_backends.segment.pool import SegmentPool
 
 __all__ = ["Drive", "measure_drive"]
 
-PROBE_NAME = "probe"
+PROBE_NAME = "probe.kvt"
 
 _BIG_BYTES = 4 << 20
 _SMALL_READS = 9

@@ -293,9 +293,10 @@ def remove_index(directory: Path) -> None:
 def _packs(changes: Changes, epochs: dict[int, int], most: int) -> Iterator[_Pack]:
     """Blobs of rows, each of one segment and one kind; rows of segments that are gone are left out."""
     rows = np.concatenate(changes.rows) if changes.rows else np.empty(0, dtype=ROW)
-    by_segment: list[tuple[int, int, np.ndarray[tuple[int, ...], np.dtype[np.void]]]] = []
-    for segment in np.unique(rows["at"]["segment"]).tolist():
-        by_segment.append((segment, _RECORDS, rows[rows["at"]["segment"] == segment]))
+    by_segment: list[tuple[int, int, Rows]] = [
+        (segment, _RECORDS, rows[rows["at"]["segment"] == segment])
+        for segment in np.unique(rows["at"]["segment"]).tolist()
+    ]
     by_segment += [(segment, _GRAVES, graves) for segment, graves in changes.graves]
     for segment, kind, packed in by_segment:
         for at in range(0, len(packed), most):

@@ -1,4 +1,4 @@
-"""Opening a segment directory: lock, index, segments, recovery, in an order that a crash at any point leaves openable."""
+"""Opening a segment directory: index, segments, recovery, in an order that a crash at any point leaves openable."""
 
 from __future__ import annotations
 
