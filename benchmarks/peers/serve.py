@@ -101,7 +101,11 @@ class Server:
         batches = [self._batch(store, call, self._target) for call in calls]
         with _no_collection():
             timings = [_timed(store.get, batch) for batch in batches]
-        told = {index: ok for call, (_, found) in zip(calls, timings, strict=True) for index, ok in zip(call, found, strict=True)}
+        told = {
+            index: ok
+            for call, (_, found) in zip(calls, timings, strict=True)
+            for index, ok in zip(call, found, strict=True)
+        }
         right = {index for index, ok in told.items() if ok and self._same(index)}
         return {
             "seconds": [seconds for seconds, _ in timings],
@@ -127,10 +131,14 @@ class Server:
         return self._store
 
     def _batch(self, store: Store, call: Sequence[int], arena: Arena) -> Any:
-        return store.batch([f"piece-{index}" for index in call], [arena.piece(index, self._piece_bytes) for index in call])
+        return store.batch(
+            [f"piece-{index}" for index in call], [arena.piece(index, self._piece_bytes) for index in call]
+        )
 
     def _same(self, index: int) -> bool:
-        return np.array_equal(self._source.piece(index, self._piece_bytes), self._target.piece(index, self._piece_bytes))
+        return np.array_equal(
+            self._source.piece(index, self._piece_bytes), self._target.piece(index, self._piece_bytes)
+        )
 
 
 def _timed(function: Callable[[Any], Any], batch: Any) -> tuple[float, Any]:

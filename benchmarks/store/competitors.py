@@ -16,7 +16,7 @@ from benchmarks.peers.client import Client, PeerError
 from benchmarks.store import fio
 from benchmarks.store.settings import Settings, Visit
 
-__all__ = ["KVTIER", "Competitor", "FioAt", "Served", "fios", "served", "starts"]
+__all__ = ["KVTIER", "Competitor", "FioAt", "Served", "fios", "forget", "served", "starts"]
 
 KVTIER: Final = "kvtier"
 
@@ -71,7 +71,7 @@ class Served:
             self.client.open(self.directory, visit.pieces, direct=self.direct, durable=visit.durable)
             rates = {"write": self._rate(visit, self.client.put(visit.writes))}
             for kind in visit.reads:
-                _forget(self.directory)
+                forget(self.directory)
                 answer = self.client.get(visit.calls(kind))
                 if len(answer.right) < visit.pieces.count:
                     raise PeerError(f"{len(answer.wrong)} pieces came back wrong, {len(answer.missing)} not at all")
@@ -104,19 +104,21 @@ def starts(settings: Settings) -> Iterator[tuple[str, tuple[list[str], dict[str,
         yield name, reason if reason is not None else (*environments.command(peer), peer.options)
 
 
-def served(settings: Settings, stack: ExitStack) -> tuple[list[Served], dict[str, str]]:
-    """Every store that can be started, until the stack ends; and why the others cannot."""
-    stores, absent = [], {}
-    for name, start in starts(settings):
-        if isinstance(start, str):
-            absent[name] = start
-            continue
-        client = stack.enter_context(Client(*start))
-        stores.append(Served(label=name, client=client, directory=settings.directory / name, direct=settings.direct))
-    return stores, absent
+def served(settings: Settings, stack: ExitStack) -> list[Served]:
+    """Every store that can be started, until the stack ends."""
+    return [
+        Served(
+            label=name,
+            client=stack.enter_context(Client(*start)),
+            directory=settings.directory / name,
+            direct=settings.direct,
+        )
+        for name, start in starts(settings)
+        if not isinstance(start, str)
+    ]
 
 
-def _forget(directory: Path) -> None:
+def forget(directory: Path) -> None:
     """Drop the directory's files from the page cache."""
     for path in directory.rglob("*"):
         if path.is_file():

@@ -66,7 +66,7 @@ class Settings:
     directory : Path
         Where data is written, and removed again.
     direct : bool
-        Bypass the page cache, for every competitor.
+        Every competitor bypasses the page cache; or none, where the drive's file system does not let it.
     peers : tuple of str
         Peers asked for, by name.
     repeats : int
@@ -74,10 +74,8 @@ class Settings:
     visits : tuple of Visit
     killed_pieces : int
         Stored before a SIGKILL.
-    lookup_keys, lookup_batch : int
-        Records in the table that is looked into and weighed, and keys a call.
     records, record_bytes : int
-        Stored before the store is opened again, and payload of each.
+        Stored before the store is opened again and looked into, and payload of each.
     rebuild : Pieces
         Stored before the index is thrown away.
     host : Pieces
@@ -91,8 +89,6 @@ class Settings:
     repeats: int
     visits: tuple[Visit, ...]
     killed_pieces: int = 64
-    lookup_keys: int
-    lookup_batch: int = 1000
     records: int
     record_bytes: int = 4 * KIB
     rebuild: Pieces
@@ -102,8 +98,7 @@ class Settings:
 def settings_of(options: argparse.Namespace, directory: Path) -> Settings:
     """The settings that the command line asks for."""
     chosen = _quick(directory) if options.quick else _proper(directory)
-    chosen = replace(chosen, direct=not options.buffered, peers=options.peers)
-    for name in ("parts", "repeats", "records"):
+    for name in ("parts", "peers", "repeats", "records"):
         if getattr(options, name) is not None:
             chosen = replace(chosen, **{name: getattr(options, name)})
     return chosen
@@ -117,7 +112,6 @@ def _proper(directory: Path) -> Settings:
         peers=tuple(PEERS),
         repeats=5,
         visits=_visits(small=64 * MIB, large=128 * MIB, sizes=(64 * KIB, MIB, 4 * MIB, 16 * MIB)),
-        lookup_keys=1_000_000,
         records=1_000_000,
         rebuild=Pieces(count=1024, nbytes=MIB),
         host=Pieces(count=256, nbytes=MIB),
@@ -131,9 +125,8 @@ def _quick(directory: Path) -> Settings:
         direct=True,
         peers=(),
         repeats=2,
-        visits=_visits(small=4 * MIB, large=8 * MIB, sizes=(64 * KIB, MIB)),
+        visits=_visits(small=4 * MIB, large=4 * MIB, sizes=(64 * KIB,)),
         killed_pieces=8,
-        lookup_keys=10_000,
         records=2_000,
         rebuild=Pieces(count=16, nbytes=MIB),
         host=Pieces(count=8, nbytes=MIB),

@@ -8,16 +8,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Any
 
 from benchmarks.peers.client import PeerError
 from benchmarks.store import fio
 from benchmarks.store.competitors import KVTIER, Competitor, fios, served
 from benchmarks.store.settings import Settings, Visit
 
-__all__ = ["FIO", "measure"]
-
-FIO: Final = "fio"
+__all__ = ["measure"]
 
 Rates = dict[str, list[float]]
 """Bytes a second in each round, by competitor."""
@@ -25,21 +23,12 @@ Rates = dict[str, list[float]]
 
 def measure(settings: Settings) -> dict[str, Any]:
     """A row for every kind of write and read of every visit."""
-    absent: dict[str, str] = {}
     rows: dict[tuple[str, str], Rates] = defaultdict(lambda: defaultdict(list))
-    plain: Sequence[Competitor] = ()
-    reason = fio.missing()
-    if reason is None:
-        plain = fios(settings)
-    else:
-        absent[FIO] = reason
+    plain: Sequence[Competitor] = () if fio.missing() else fios(settings)
     with ExitStack() as stack:
-        stores, missing = served(settings, stack)
-        absent |= missing
-        failed = _rounds(settings, [*plain, *stores], rows)
+        failed = _rounds(settings, [*plain, *served(settings, stack)], rows)
     plains = {one.label for one in plain}
     return {
-        "absent": absent,
         "failed": failed,
         "rows": [_row(visit, what, rates, plains) for (visit, what), rates in rows.items()],
     }

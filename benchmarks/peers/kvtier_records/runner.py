@@ -28,11 +28,16 @@ class Store:
 
     def batch(self, names: Sequence[str], buffers: Sequence[Any]) -> Any:
         """Keys and tensors; the records and requests are made inside of the timing."""
-        return [(sha256(name.encode()).digest(), torch.from_numpy(buffer)) for name, buffer in zip(names, buffers, strict=True)]
+        return [
+            (sha256(name.encode()).digest(), torch.from_numpy(buffer))
+            for name, buffer in zip(names, buffers, strict=True)
+        ]
 
     def put(self, batch: Any) -> None:
         """One put."""
-        outcomes = self._records.put([Record(key=key, namespace=_NAMESPACE, buffers=(buffer,)) for key, buffer in batch])
+        outcomes = self._records.put(
+            [Record(key=key, namespace=_NAMESPACE, buffers=(buffer,)) for key, buffer in batch]
+        )
         for outcome in outcomes:
             if outcome.state is not PutState.STORED:
                 raise RuntimeError(f"{outcome.state.value}: {outcome.reason}")

@@ -37,9 +37,7 @@ class Store:
         """Descriptors of memory, registered, and of the file."""
         memory = [(buffer.ctypes.data, self._size, 0) for buffer in buffers]
         places = [(int(name.rpartition("-")[2]) * self._size, self._size, self._file) for name in names]
-        self._registered.append(
-            self._agent.register_memory([(*one, "") for one in memory], "DRAM", backends=["POSIX"])
-        )
+        self._registered.append(self._agent.register_memory([(*one, "") for one in memory], "DRAM", backends=["POSIX"]))
         return self._agent.get_xfer_descs(memory, "DRAM"), self._agent.get_xfer_descs(places, "FILE"), len(names)
 
     def put(self, batch: Any) -> None:

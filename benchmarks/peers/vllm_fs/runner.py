@@ -42,7 +42,10 @@ class Store:
 
     def batch(self, names: Sequence[str], buffers: Sequence[Any]) -> Any:
         """Paths and views, a part for each thread."""
-        pairs = [(str(self._root / name[-2:] / name), memoryview(buffer)) for name, buffer in zip(names, buffers, strict=True)]
+        pairs = [
+            (str(self._root / name[-2:] / name), memoryview(buffer))
+            for name, buffer in zip(names, buffers, strict=True)
+        ]
         share = -(-len(pairs) // self._workers)
         return [pairs[at : at + share] for at in range(0, len(pairs), share)]
 
