@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, NamedTuple, Self
 
-__all__ = ["Answer", "Calls", "Client", "PeerError", "Pieces"]
+__all__ = ["Answer", "Calls", "Client", "Opened", "PeerError", "Pieces"]
 
 Calls = Sequence[Sequence[int]]
 """Numbers of pieces, by call."""
@@ -54,6 +55,13 @@ class Answer:
     missing: tuple[int, ...]
 
 
+class Opened(NamedTuple):
+    """What a peer says of itself: its settings, and why the time of its puts means nothing; empty when it does."""
+
+    note: str
+    untimed_put: str
+
+
 class Client:
     """Starts a server and speaks with it; one process until `close` or `kill`.
 
@@ -69,7 +77,7 @@ class Client:
         self, command: Sequence[str], variables: Mapping[str, str], options: Mapping[str, Any] | None = None
     ) -> None:
         self._options = dict(options or {})
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -79,8 +87,8 @@ class Client:
             start_new_session=True,
         )
 
-    def open(self, directory: Path, pieces: Pieces, *, direct: bool, durable: bool) -> str:
-        """Open a store there; the peer's note on its settings."""
+    def open(self, directory: Path, pieces: Pieces, *, direct: bool, durable: bool) -> Opened:
+        """Open a store there."""
         directory.mkdir(parents=True, exist_ok=True)
         answer = self._ask(
             "open",
@@ -91,7 +99,7 @@ class Client:
             durable=durable,
             **self._options,
         )
-        return str(answer["note"])
+        return Opened(answer["note"], answer["untimed_put"])
 
     def put(self, calls: Calls) -> tuple[float, ...]:
         """Store pieces; the seconds of each call."""
@@ -112,10 +120,8 @@ class Client:
 
     def kill(self) -> None:
         """SIGKILL the server and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             if pipe is not None:

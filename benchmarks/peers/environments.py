@@ -1,7 +1,7 @@
-"""Environments of the stores that kvtier is compared with: pinned, one a peer, made when asked for, outside of the source tree's listing.
+"""Environments of the stores that kvtier is compared with: pinned, made when asked for, in a folder that git ignores.
 
-An environment holds what its ``requirements.txt`` names, without further dependencies, and borrows the rest (torch, numpy) from the
-interpreter that runs the benchmark: both sides of a comparison then run on the same torch.
+An environment holds what its ``requirements.txt`` names, without further dependencies, and borrows the rest (torch,
+numpy) from the interpreter that runs the benchmark: both sides of a comparison then run on the same torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Serve one store over standard input and output, a JSON object a line, in the environment that the store needs.
 
-``python -P serve.py RUNNER.py``: the runner has a class ``Store``; everything that is timed is timed here, the same way for all.
-The answers to ``open``, ``put``, ``get`` and ``close`` are described in `benchmarks.peers.client`.
+``python -P serve.py RUNNER.py``: the runner has a class ``Store``; whatever is timed is timed here, for all alike.
+`benchmarks.peers.client` asks.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ Bytes = npt.NDArray[np.uint8]
 class Store(Protocol):
     """What a runner provides: made from a directory and settings, it puts and gets whole batches.
 
-    ``batch`` brings names and buffers into the store's own form, outside of the timing. ``put`` returns when the store has
-    acknowledged, and synced where the run is durable; ``get`` says which buffers it filled.
+    ``batch`` brings names and buffers into the store's own form, outside of the timing. ``put`` returns when the store
+    has acknowledged, and synced where the run is durable; ``get`` says which buffers it filled. A store with an
+    ``untimed_put`` says in it why the time of a put means nothing.
     """
 
     note: str
@@ -84,7 +85,11 @@ class Server:
         self._target.need(pieces * piece_bytes, _zero)
         begun = time.perf_counter()
         self._store = self._factory(Path(directory), piece_bytes=piece_bytes, pieces=pieces, **settings)
-        return {"note": self._store.note, "seconds": time.perf_counter() - begun}
+        return {
+            "note": self._store.note,
+            "untimed_put": getattr(self._store, "untimed_put", ""),
+            "seconds": time.perf_counter() - begun,
+        }
 
     def put(self, *, calls: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Store pieces, one call after the other."""
@@ -96,7 +101,8 @@ class Server:
     def get(self, *, calls: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Read pieces and compare them, outside of the timing."""
         store = self._opened()
-        for index in (index for call in calls for index in call):
+        asked = [index for call in calls for index in call]
+        for index in asked:
             self._target.piece(index, self._piece_bytes).fill(0)
         batches = [self._batch(store, call, self._target) for call in calls]
         with _no_collection():

@@ -68,8 +68,12 @@ class Served:
     def visit(self, visit: Visit) -> Mapping[str, float]:
         """A new store, filled and read; what comes back wrong or not at all is an error here."""
         try:
-            self.client.open(self.directory, visit.pieces, direct=self.direct, durable=visit.durable)
-            rates = {"write": self._rate(visit, self.client.put(visit.writes))}
+            opened = self.client.open(self.directory, visit.pieces, direct=self.direct, durable=visit.durable)
+            rates = {}
+            if not opened.untimed_put:
+                rates["write"] = self._rate(visit, self.client.put(visit.writes))
+            elif visit.reads:
+                self.client.put([list(range(visit.pieces.count))])
             for kind in visit.reads:
                 forget(self.directory)
                 answer = self.client.get(visit.calls(kind))
@@ -86,7 +90,7 @@ class Served:
 
 
 def fios(settings: Settings) -> list[FioAt]:
-    """fio at each of its settings."""
+    """Every setting of fio."""
     return [
         FioAt(label=one.label, setting=one, directory=settings.directory / "fio", direct=settings.direct)
         for one in fio.SETTINGS

@@ -1,4 +1,4 @@
-"""fio: what the drive gives to plain reads and writes of the same sizes in the same directory, the best of several settings."""
+"""fio: what the drive gives to plain reads and writes of the same sizes in the same directory, at several settings."""
 
 from __future__ import annotations
 

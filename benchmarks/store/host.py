@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from benchmarks.registry import BenchmarkError
@@ -41,9 +42,8 @@ def measure(settings: Settings) -> dict[str, Any]:
 
         def copy(turn: int) -> Callable[[], object]:
             first = _first(turn, count)
-            return lambda: [
-                target[i].numpy().__setitem__(slice(None), source[first + i].numpy()) for i in range(_PER_CALL)
-            ]
+            pairs = [(target[i].numpy(), source[first + i].numpy()) for i in range(_PER_CALL)]
+            return lambda: [np.copyto(into, of) for into, of in pairs]
 
         limits = Limits(seconds=0.2 if settings.repeats < 3 else 4.0, least=5, most=400, warm_up=2)
         timings = contest([Competitor(_KVTIER, load), Competitor(_COPY, copy)], limits=limits, between=lambda: None)

@@ -1,4 +1,4 @@
-"""What a store returns for a flipped byte and a cut file, and what is left of it after SIGKILL: tried, not read about."""
+"""What a store returns for a flipped bit and a cut file, and what is left of it after SIGKILL."""
 
 from __future__ import annotations
 
@@ -24,21 +24,39 @@ Start = tuple[list[str], Mapping[str, str], Mapping[str, object]]
 
 
 class Trial:
-    """One store under all probes, each in a new directory, each half in a process of its own."""
+    """One store under all probes, each in a new directory; one process writes, another reads.
+
+    Parameters
+    ----------
+    start
+        What starts a process of the store.
+    """
 
     def __init__(self, start: Start, settings: Settings) -> None:
         self._start = start
         self._directory = settings.directory / "probe"
         self._direct = settings.direct
         self._killed = Pieces(count=settings.killed_pieces, nbytes=64 * KIB)
+        self._processes: dict[str, Client] = {}
 
     def flipped(self) -> str:
-        """Close, turn one bit in the middle of a piece, open, read."""
-        return self._at_rest(_flip)
+        """Turn one bit in the middle of a stored piece, read it, and once more after the store was opened again."""
+        with self._stored(_AT_REST, durable=True) as writer:
+            _flip(*_find(self._directory, writer.sample(_DAMAGED)))
+            first = _told(writer.get(_one_by_one(_AT_REST)))
+            writer.close_store()
+            second = self._read(_AT_REST, durable=True)
+            later = second if isinstance(second, str) else _told(second)
+            return first if later == first else f"{first}; opened again: {later}"
 
     def truncated(self) -> str:
         """Close, cut the file in the middle of a piece, open, read."""
-        return self._at_rest(_cut)
+        with self._stored(_AT_REST, durable=True) as writer:
+            sample = writer.sample(_DAMAGED)
+            writer.close_store()
+            _cut(*_find(self._directory, sample))
+            answer = self._read(_AT_REST, durable=True)
+            return answer if isinstance(answer, str) else _told(answer)
 
     def killed_durable(self) -> str:
         """SIGKILL after the last durable store was acknowledged, open, read."""
@@ -48,47 +66,54 @@ class Trial:
         """SIGKILL after the last relaxed store was acknowledged, open, read."""
         return self._killed_after(durable=False)
 
-    def _at_rest(self, damage: Callable[[Path, int], None]) -> str:
-        with self._new_directory():
-            with self._opened(_AT_REST, durable=True) as client:
-                client.put([list(range(_AT_REST.count))])
-                sample = client.sample(_DAMAGED)
-                client.close_store()
-            damage(*_find(self._directory, sample))
-            answer = self._read(_AT_REST, durable=True)
-            return answer if isinstance(answer, str) else _told(answer)
+    def close(self) -> None:
+        """End the processes."""
+        for name in list(self._processes):
+            self._end(name)
 
     def _killed_after(self, *, durable: bool) -> str:
-        with self._new_directory():
-            with self._opened(self._killed, durable=durable) as client:
-                client.put([[index] for index in range(self._killed.count)])
-                client.kill()
+        with self._stored(self._killed, durable=durable):
+            self._end("writer")
             answer = self._read(self._killed, durable=durable)
             if isinstance(answer, str):
                 return answer
             wrong = f", {len(answer.wrong)} wrong" if answer.wrong else ""
             return f"{len(answer.right)} of {self._killed.count} left{wrong}"
 
-    def _read(self, pieces: Pieces, *, durable: bool) -> Answer | str:
-        """Open again and read piece by piece; in words when it cannot be opened or read."""
-        try:
-            with self._opened(pieces, durable=durable) as client:
-                return client.get([[index] for index in range(pieces.count)])
-        except PeerError as error:
-            return f"raises: {error}"
-
     @contextmanager
-    def _opened(self, pieces: Pieces, *, durable: bool) -> Iterator[Client]:
-        with Client(*self._start) as client:
-            client.open(self._directory, pieces, direct=self._direct, durable=durable)
-            yield client
-
-    @contextmanager
-    def _new_directory(self) -> Iterator[None]:
+    def _stored(self, pieces: Pieces, *, durable: bool) -> Iterator[Client]:
+        """A store with all pieces acknowledged, in four calls; afterwards nothing of it."""
+        writer = self._process("writer")
         try:
-            yield
+            writer.open(self._directory, pieces, direct=self._direct, durable=durable)
+            share = pieces.count // 4
+            writer.put([list(range(first, first + share)) for first in range(0, pieces.count, share)])
+            yield writer
+        except PeerError:
+            self.close()
+            raise
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _read(self, pieces: Pieces, *, durable: bool) -> Answer | str:
+        """Open in the other process and read piece by piece; in words when it cannot be opened or read."""
+        reader = self._process("reader")
+        try:
+            reader.open(self._directory, pieces, direct=self._direct, durable=durable)
+            answer = reader.get(_one_by_one(pieces))
+            reader.close_store()
+        except PeerError as error:
+            self._end("reader")
+            return f"raises: {error}"
+        return answer
+
+    def _process(self, name: str) -> Client:
+        if name not in self._processes:
+            self._processes[name] = Client(*self._start)
+        return self._processes[name]
+
+    def _end(self, name: str) -> None:
+        self._processes.pop(name).kill()
 
 
 PROBES: Final[Mapping[str, Callable[[Trial], str]]] = {
@@ -107,12 +132,23 @@ def measure(settings: Settings) -> dict[str, Any]:
             continue
         print(f"integrity: {name}", file=sys.stderr, flush=True)
         trial = Trial(start, settings)
-        for probe, tried in PROBES.items():
-            try:
-                found[probe][name] = tried(trial)
-            except PeerError as error:
-                found[probe][name] = f"not tried: {error}"
+        try:
+            for probe, tried in PROBES.items():
+                found[probe][name] = _tried(trial, tried)
+        finally:
+            trial.close()
     return {"pieces_at_rest": _AT_REST.count, "probes": found}
+
+
+def _tried(trial: Trial, probe: Callable[[Trial], str]) -> str:
+    try:
+        return probe(trial)
+    except PeerError as error:
+        return f"not tried: {error}"
+
+
+def _one_by_one(pieces: Pieces) -> list[list[int]]:
+    return [[index] for index in range(pieces.count)]
 
 
 def _told(answer: Answer) -> str:
@@ -136,6 +172,7 @@ def _find(directory: Path, sample: bytes) -> tuple[Path, int]:
 
 
 def _flip(path: Path, place: int) -> None:
+    """Turn one bit, and let nothing of the file stay in the page cache."""
     with path.open("r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]

@@ -33,8 +33,8 @@ class Visit:
     durable : bool
         A call that stores returns when its pieces survive a loss of power.
     reads : tuple of str
-        ``"read"``: all pieces in the order they were stored, in the same calls; ``"randread"``: as many of them, in an order
-        drawn anew, so that neighbours are not asked for together.
+        ``"read"``: all pieces in the order they were stored, in the same calls; ``"randread"``: all pieces in an order
+        drawn by chance, so that neighbours are not asked for together.
     """
 
     name: str

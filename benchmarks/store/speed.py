@@ -1,4 +1,4 @@
-"""Reads and writes of every competitor, in turns: the order within a round is drawn anew, so that what disturbs one disturbs all."""
+"""Reads and writes of every competitor, in turns, in an order drawn anew: what disturbs one disturbs all."""
 
 from __future__ import annotations
 

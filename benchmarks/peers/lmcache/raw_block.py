@@ -1,4 +1,4 @@
-"""LMCache's raw block backend: fixed slots in one file, Rust I/O (posix or io_uring), an index checkpointed every 60 s."""
+"""LMCache's raw block backend: fixed slots in one file, I/O in Rust, an index that is saved once a minute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX_BYTES: Final = 32 << 20
 
 
 class Store:
-    """Its core, called by as many threads as its adapter has workers; ``durable`` adds its checkpoint and a fdatasync."""
+    """Its core, called by several threads as by its adapter; ``durable`` adds its checkpoint and a fdatasync."""
 
     def __init__(
         self,

@@ -62,10 +62,11 @@ class Store:
         handle = self._agent.initialize_xfer(way, memory, places, "store", backends=["POSIX"])
         try:
             state = self._agent.transfer(handle)
+            while state == "PROC":
+                time.sleep(0)
+                state = self._agent.check_xfer_state(handle)
         except nixlBackendError:
             return False
-        while state == "PROC":
-            time.sleep(0)
-            state = self._agent.check_xfer_state(handle)
-        self._agent.release_xfer_handle(handle)
+        finally:
+            self._agent.release_xfer_handle(handle)
         return state == "DONE"

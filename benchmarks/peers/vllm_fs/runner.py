@@ -1,7 +1,7 @@
 """vLLM's file tier: one file a block, temporary file and rename, no sync, no checksum.
 
-The wheel's C extension for this links CUDA libraries and does not load without them: what is timed is the Python code of the
-same file, in as many threads as asked for.
+The wheel's C extension for this links CUDA libraries and does not load without them: what is timed is the Python code
+of the same file, in as many threads as asked for.
 """
 
 from __future__ import annotations
