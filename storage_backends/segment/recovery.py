@@ -42,6 +42,8 @@ class RecoveryReport:
         Records that were not complete and were left out.
     rebuilt : bool
         There was no index to be trusted.
+    damaged_segments : tuple of str
+        Segments whose first block is damaged: whatever they held is lost.
     """
 
     indexed: int = 0
@@ -49,6 +51,7 @@ class RecoveryReport:
     scanned_bytes: int = 0
     torn: int = 0
     rebuilt: bool = False
+    damaged_segments: tuple[str, ...] = ()
 
 
 def choose_store(found: Sequence[tuple[Segment, Superblock | None]]) -> bytes | None:
@@ -90,6 +93,8 @@ def recover(
     scanned = _take_scans(catalog, scans)
     _enter(catalog, indexed, scanned)
     _bury(catalog, contents, scans, rescanned)
+    if contents is not None:
+        catalog.warm(contents.heat)
     torn = sum(len(scan.torn) for _, _, scan in scans)
     catalog.counters.damaged += torn
     return RecoveryReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from kvtier.storage_backends.segment.reading import read_infos, read_requests
 from kvtier.storage_backends.segment.reclaim import Reclaimer
 from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport
 from kvtier.storage_backends.segment.table import IndexArray
+from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport, summarise, verify_records
 
 __all__ = ["SegmentRecords"]
 
@@ -248,6 +250,36 @@ class SegmentRecords(RecordStore):
             note="; ".join(filter(None, (drive.note, speed))),
         )
 
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read and verify every live record at the drive's bandwidth; what is damaged is put aside.
+
+        Raises
+        ------
+        StorageError
+            The store is closed.
+        """
+        with self._gate:
+            report = verify_records(self._journal, progress)
+        recovery = self.recovery
+        return replace(report, torn=recovery.torn, rebuilt=recovery.rebuilt, damaged_segments=recovery.damaged_segments)
+
+    def rewrite_index(self) -> None:
+        """Replace the index on disk by what is known now: the second half of a repair, after `verify`.
+
+        Raises
+        ------
+        StorageError
+            The store is closed, or open for reading only.
+        """
+        with self._gate:
+            if self._flusher is None:
+                raise StorageError("required a store that may be written, got one that is open for reading only")
+            self._flusher.rewrite()
+
+    def summary(self, hottest: int = 10) -> StoreSummary:
+        """What the directory holds: tenants, namespaces, ages, the records read most."""
+        return summarise(self._journal, hottest)
+
     def flush(self) -> None:
         """Sync all data and tell the index."""
         try:
@@ -279,7 +311,7 @@ class SegmentRecords(RecordStore):
         newest = newest_segment(self._pool)
         if newest is not None:
             allocator.resume(newest)
-        if opened.index is not None:
+        if writable:
             self._flusher = Flusher(
                 self.directory, self.options, self._geometry, self._catalog, self._pool, opened.index
             )
