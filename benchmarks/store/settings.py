@@ -124,7 +124,7 @@ def _quick(directory: Path) -> Settings:
         directory=directory,
         direct=True,
         peers=(),
-        repeats=2,
+        repeats=1,
         visits=_visits(small=4 * MIB, large=4 * MIB, sizes=(64 * KIB,)),
         killed_pieces=8,
         records=2_000,
