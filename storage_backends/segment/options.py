@@ -135,11 +135,11 @@ def options_of(directory: Path) -> SegmentOptions:
         There is no such directory, or no store in it.
     """
     try:
-        sizes = [path.stat().st_size for path in directory.iterdir() if SEGMENT_NAME.fullmatch(path.name)]
-        known = sizes or [path for path in directory.iterdir() if path.name in ("lock", "index.sqlite")]
+        files = {path.name: path.stat().st_size for path in directory.iterdir()}
     except OSError as error:
         raise StorageError(f"cannot look into {directory}: {error.strerror}; is the path right?") from error
-    if not known:
-        raise StorageError(f"required segments in {directory}, got none; is the path right?")
+    sizes = [size for name, size in files.items() if SEGMENT_NAME.fullmatch(name)]
+    if not sizes and "lock" not in files:
+        raise StorageError(f"required a store in {directory}, got no segment and no lock; is the path right?")
     needed = sum(Geometry.segment_cost(size) for size in sizes) + _FIXED_BYTES
     return SegmentOptions(capacity=max(_LEAST_CAPACITY, needed * 64 // 63 + _LEAST_INDEX_BYTES))

@@ -193,12 +193,12 @@ def _newest(keys: KeyArray, sequences: KeyArray) -> np.ndarray[tuple[int, ...], 
 
 def _bury(catalog: Catalog, contents: IndexContents | None, scans: Sequence[_Scanned], rescanned: set[int]) -> None:
     """Take out what was deleted or put aside."""
+    graves = [grave for _, _, scan in scans for grave in scan.graves]
+    if graves:
+        keys = join_keys([grave.key for grave in graves])
+        catalog.bury(keys, np.asarray([grave.before for grave in graves], dtype=GRAVE["before"]), forever=True)
     if contents is not None:
         catalog.bury(contents.graves["key"], contents.graves["before"], forever=False)
         for number, offset in contents.tombstones:
             if number not in rescanned:
                 catalog.tombstones[number].append(offset)
-    graves = [grave for _, _, scan in scans for grave in scan.graves]
-    if graves:
-        keys = join_keys([grave.key for grave in graves])
-        catalog.bury(keys, np.asarray([grave.before for grave in graves], dtype=GRAVE["before"]), forever=True)
