@@ -36,5 +36,5 @@ def open_existing(directory: Path, *, read_only: bool, progress: Progress | None
         options = FileOptions(capacity=FileOptions.capacity_for(held_below(directory)))
         return FileRecords(directory, options, read_only=read_only)
     if not any(directory.glob("segment-*.kvt")) and not (directory / "index.sqlite").exists():
-        raise StorageError(f"{directory} holds no kvtier store: neither segments nor records in files; is the path right?")
+        raise StorageError(f"{directory} holds no kvtier store, neither segments nor files; is the path right?")
     return SegmentRecords(directory, options_of(directory), read_only=read_only, progress=progress)

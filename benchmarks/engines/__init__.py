@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kvtier-engines-", dir=options.directory) as name:
         for piece in _PIECES:
             print(f"pieces of {format_bytes(piece)}", file=sys.stderr, flush=True)
-            cases.append({"piece_bytes": piece, "speeds": _measure(Path(name), piece, max(piece, total), repeats)})
+            cases.append({"piece_bytes": piece, "speeds": _measure(Path(name), piece, max(4 * piece, total), repeats)})
     settings = {"total_bytes": total, "repeats": repeats, "directory": str(options.directory), "fio": fio.version()}
     return {"settings": settings, "results": cases}
 
