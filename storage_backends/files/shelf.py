@@ -162,11 +162,11 @@ class Shelf:
                 part.unlink()
                 self.ledger.subtract(reserved_by(part.name))
                 return set()
-            made = self._make_directories(path.parent)
+            self._make_directories(path.parent)
             part.rename(path)
             failpoints.reach("files.renamed")
             held = held_by(path.stat())
-            self.ledger.held += held + len(made) * BLOCK_BYTES - reserved_by(part.name)
+            self.ledger.held += held - reserved_by(part.name)
             with self.lock:
                 self.table.add(key, Entry(held, sequence, time.time_ns()))
         return {path.parent, part.parent}
@@ -288,17 +288,16 @@ class Shelf:
                 return
             self.ledger.subtract(BLOCK_BYTES)
 
-    def _make_directories(self, leaf: Path) -> list[Path]:
-        made = []
+    def _make_directories(self, leaf: Path) -> None:
+        """Have a directory, counted, and in durable mode there for good. Within the ledger's lock."""
         for directory in (leaf.parent, leaf):
             try:
                 directory.mkdir(mode=0o700)
             except FileExistsError:
                 continue
-            made.append(directory)
+            self.ledger.held += BLOCK_BYTES
             if self.options.durability == "durable":
                 sync_directories([directory.parent])
-        return made
 
     def _trim_quarantine(self) -> None:
         """Keep the latest damaged files within their bound. Within the ledger's lock."""

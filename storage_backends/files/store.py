@@ -85,7 +85,7 @@ class FileRecords(RecordStore):
         self._leases = LeaseBook()
         self._shelf = Shelf(self.directory, options, self._leases)
         self._lock_fd = -1
-        self._alone = False
+        self._notes: dict[Path, int] = {}  # of processes that are no more
         self._owns_engine = engine is None
         self._engine = engine or PosixEngine()
         self._workers = Workers(threads=8)
@@ -262,7 +262,7 @@ class FileRecords(RecordStore):
         last = max((entry.stored for entry in self._shelf.table.entries()), default=0)
         self._putter = Putter(self._shelf, self._engine, self._workers, last)
         self._direct, self._note = self._try_medium()
-        if self._alone:
+        if self._notes:
             self._verify_unsynced()
 
     def _make(self) -> None:
@@ -279,19 +279,17 @@ class FileRecords(RecordStore):
         self._lock_fd = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._alone = True
             self._shelf.recover()
+            self._notes = unsynced_since(self.directory)
         fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
 
     def _verify_unsynced(self) -> None:
         """Put aside what a power loss left in part: nobody promised it, and nobody may claim it."""
-        notes = unsynced_since(self.directory)
-        if notes:
-            since = min(notes.values())
-            with self._shelf.lock:
-                keys = [key for key, entry in self._shelf.table.items() if entry.stored >= since]
-            verify_files(self._shelf, self._reader, None, keys)
-        for note in notes:
+        since = min(self._notes.values())
+        with self._shelf.lock:
+            keys = [key for key, entry in self._shelf.table.items() if entry.stored >= since]
+        verify_files(self._shelf, self._reader, None, keys)
+        for note in self._notes:
             note.unlink(missing_ok=True)
 
     def _share(self) -> None:
@@ -305,11 +303,12 @@ class FileRecords(RecordStore):
         probe = self.directory / INCOMING / f".probe-{os.getpid()}"
         if self._read_only:
             return False, ""
-        file = self._engine.open(probe, writable=True, create=True)
         try:
-            return file.direct, file.note
+            with contextlib.closing(self._engine.open(probe, writable=True, create=True)) as file:
+                return file.direct, file.note
+        except OSError as error:  # a full medium can still be read
+            return False, f"direct I/O could not be tried: {error.strerror}"
         finally:
-            file.close()
             probe.unlink(missing_ok=True)
 
     def _delete(self, keys: Sequence[bytes]) -> int:

@@ -107,6 +107,19 @@ def test_a_medium_that_refuses_degrades_the_store_until_it_takes_records_again(
         assert fetch(store, 1, 9000) == sample_bytes(1, 0, 9000)
 
 
+def test_a_full_medium_can_be_opened_and_read(open_store: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_store() as store:
+        store.put([sample_record(1, 9000)])
+    monkeypatch.setattr(os, "pwritev", full)
+    with open_store() as store:
+        assert fetch(store, 1, 9000) == sample_bytes(1, 0, 9000)
+        assert "No space left" in store.put([sample_record(2, 9000)])[0].reason
+        assert store.stats().records == 1
+
+
 def test_a_failing_sync_is_no_durable_put(open_store: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
