@@ -49,9 +49,9 @@ class CrashLaws:
                 return Subject(target="my_package.stores:open_my_records")
     """
 
-    kills: ClassVar[int] = 12
-    power_losses: ClassVar[int] = 30
-    corruptions: ClassVar[int] = 100
+    kills: ClassVar[int] = 8
+    power_losses: ClassVar[int] = 20
+    corruptions: ClassVar[int] = 60
     seed: ClassVar[int] = 0
 
     @pytest.fixture

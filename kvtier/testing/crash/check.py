@@ -93,19 +93,21 @@ def keep_evidence(place: Path | None, name: str, tree: Tree, problems: Sequence[
 
 
 def _read_all(store: RecordStore, numbers: Iterable[int], problems: list[str]) -> dict[int, int | None]:
-    """Generation of each record as it is served now."""
+    """Generation of each record as it is served now; what is claimed, listed and served must be the same."""
+    keys = {number: sample_key(number) for number in numbers}
+    listed = {info.key: info for info in store.scan()}
+    claimed = store.contains(list(keys.values())).tolist()
+    sizes = [listed[key].payload_bytes if key in listed else 0 for key in keys.values()]
+    intos = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    served = store.read([ReadRequest(key, into) for key, into in zip(keys.values(), intos, strict=True)])
     found: dict[int, int | None] = {}
-    for number in numbers:
-        key = sample_key(number)
-        claimed = bool(store.contains([key])[0])
-        info = store.info(key)
-        into = torch.zeros(info.payload_bytes if info else 0, dtype=torch.uint8)
-        (served,) = store.read([ReadRequest(key, into)])
-        found[number] = generation_of(number, into.numpy().tobytes()) if served and info else None
-        if served and (found[number] is None or into.numel() != size_of(number, found[number] or 0)):
+    for number, into, hit, claim in zip(keys, intos, served, claimed, strict=True):
+        found[number] = generation_of(number, into.numpy().tobytes()) if hit and into.numel() else None
+        if hit and (found[number] is None or into.numel() != size_of(number, found[number] or 0)):
             problems.append(f"record {number}: wrong bytes were served")
-        if claimed != served:
-            problems.append(f"record {number}: {'claimed, but not served' if claimed else 'served, but not claimed'}")
+        if claim != hit or claim != (keys[number] in listed):
+            words = f"claimed {claim}, served {hit}, listed {keys[number] in listed}"
+            problems.append(f"record {number}: {words}, which must be the same")
     return found
 
 

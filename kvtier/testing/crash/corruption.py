@@ -117,8 +117,8 @@ def _corrupt_once(
                 problems.append("what was stored after the damage is wrong")
     except Exception as error:  # noqa: BLE001 - the finding itself
         problems.append(f"an exception reached the caller: {error!r}")
-    if lost > counted:
-        problems.append(f"{lost} records lost, {counted} counted")
+    if lost and not counted:
+        problems.append(f"{lost} records lost, and nothing was counted")
     return Corruption(words, lost, counted, tuple(problems))
 
 

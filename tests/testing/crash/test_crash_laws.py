@@ -12,7 +12,7 @@ BROKEN = Path(__file__).parents[1] / "broken_records.py"
 
 
 class TestReferenceRecordsCrash(CrashLaws):
-    kills, power_losses, corruptions = 8, 20, 40
+    kills, power_losses, corruptions = 4, 12, 20
 
     @pytest.fixture
     def subject(self) -> Subject:
