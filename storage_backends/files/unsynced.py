@@ -25,6 +25,7 @@ class Unsynced:
         self._shelf = shelf
         self._engine = engine
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._sizes: dict[bytes, int] = {}
         self._note: Path | None = None
 
@@ -51,19 +52,23 @@ class Unsynced:
         return sum(self._sizes.values()) >= self._shelf.options.sync_bytes
 
     def sync(self) -> list[OSError]:
-        """Make everything so far survive a power loss; what failed, in which case the note stays."""
-        with self._lock:
-            sizes, self._sizes = self._sizes, {}
-            note, self._note = self._note, None
-        failures: list[OSError] = []
-        touched = self._sync_files(sizes, failures)
-        try:
-            sync_directories(touched)
-            if note is not None and not failures:
-                note.unlink(missing_ok=True)
-        except OSError as error:
-            failures.append(error)
-        return failures
+        """Make everything so far survive a power loss; what failed, in which case the note stays.
+
+        One thread at a time: who finds nothing to sync must not return while another still syncs it.
+        """
+        with self._turn:
+            with self._lock:
+                sizes, self._sizes = self._sizes, {}
+                note, self._note = self._note, None
+            failures: list[OSError] = []
+            touched = self._sync_files(sizes, failures)
+            try:
+                sync_directories(touched)
+                if note is not None and not failures:
+                    note.unlink(missing_ok=True)
+            except OSError as error:
+                failures.append(error)
+            return failures
 
     def _sync_files(self, keys: Mapping[bytes, int], failures: list[OSError]) -> set[Path]:
         """Sync files; the directories that name them."""

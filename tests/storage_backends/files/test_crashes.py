@@ -1,4 +1,6 @@
-"""Crashes of a store of files: the laws, for durable puts and for relaxed ones, which promise nothing before a flush."""
+"""Crashes of a store of files: the laws; relaxed puts promise nothing before a flush."""
+
+from pathlib import Path
 
 import pytest
 
