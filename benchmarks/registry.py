@@ -49,6 +49,8 @@ BENCHMARKS: Final[Mapping[str, Entry]] = {
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),
+    "engines": Entry("benchmarks.engines", "the POSIX I/O engine by number of threads, beside fio"),
+    "store": Entry("benchmarks.store", "the record store: speed, integrity and scale, beside fio and other stores"),
 }
 
 

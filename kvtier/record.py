@@ -282,6 +282,8 @@ def parse_header(data: Buffer, seed: int) -> RecordHeader:
 def digest_extents(payload: Buffer, extent_bytes: int) -> bytes:
     """Digests of consecutive extents, 16 bytes each; the last may be short."""
     view = memoryview(payload)
+    if 0 < view.nbytes <= extent_bytes:
+        return xxhash.xxh3_128_digest(view)
     return b"".join(xxhash.xxh3_128_digest(view[at : at + extent_bytes]) for at in range(0, view.nbytes, extent_bytes))
 
 

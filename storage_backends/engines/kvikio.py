@@ -135,7 +135,7 @@ class KvikioEngine(IOEngine):
             name="kvikio",
             cuda_buffers=self._trial.cuda,
             gpu_direct=self._trial.cuda and self._trial.gpu_direct,
-            note=f"kvikio {self._trial.version}, {self._trial.mode}",
+            note=f"kvikio {self._trial.version}, {self._trial.mode}; what a GPU read is verified on a host copy",
         )
 
     def close(self) -> None:

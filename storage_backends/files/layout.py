@@ -25,6 +25,8 @@ __all__ = [
     "is_files_directory",
     "record_path",
     "reserved_by",
+    "unsynced_name",
+    "unsynced_since",
     "walk",
 ]
 
@@ -41,6 +43,7 @@ QUARANTINE = "quarantine"
 _SUFFIX = ".kvr"
 _RECORD = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})\.kvr")
 _FAN = re.compile(r"[0-9a-f]{2}")
+_UNSYNCED = re.compile(r"unsynced-(\d{1,20})-[0-9a-f]{32}")
 _INCOMING = re.compile(r"[0-9a-f]{32}-(\d{1,20})\.part")
 
 
@@ -51,6 +54,17 @@ class Found(NamedTuple):
     held: int
     stored: int
     used: int
+
+
+def unsynced_name(since: int) -> str:
+    """A name that says: somebody puts records from this nanosecond on and has not synced them."""
+    return f"unsynced-{since}-{uuid.uuid4().hex}"
+
+
+def unsynced_since(directory: Path) -> dict[Path, int]:
+    """Notes of that kind, each with its nanosecond."""
+    matches = {path: _UNSYNCED.fullmatch(path.name) for path in directory.glob("unsynced-*")}
+    return {path: int(match[1]) for path, match in matches.items() if match is not None}
 
 
 def is_files_directory(directory: Path) -> bool:

@@ -24,19 +24,25 @@ class FileOptions:
         Bytes; the hard bound on everything in the directory, whichever process put it there. Processes that give
         different capacities each keep to their own.
     durability : "durable" | "relaxed"
-        Durable: a record that was put survives a power loss. Relaxed: not before `FileRecords.flush`, or until the
-        system wrote it back by itself.
+        Durable: a record that was put survives a power loss. Relaxed: not before `FileRecords.flush`, or until
+        ``sync_bytes`` more were put, or the system wrote it back by itself; what was lost in part is found out when the
+        directory is next opened.
+    sync_bytes : int
+        Most bytes that a relaxed process leaves unsynced.
     extent_bytes : int
         Unit of digests and of reads.
     """
 
     capacity: int
     durability: Literal["durable", "relaxed"] = "durable"
+    sync_bytes: int = 64 << 20
     extent_bytes: int = DEFAULT_EXTENT_BYTES
 
     def __post_init__(self) -> None:
         if self.durability not in ("durable", "relaxed"):
             raise ConfigError(f'durability must be "durable" or "relaxed", got {self.durability!r}')
+        if self.sync_bytes < 1:
+            raise ConfigError(f"sync_bytes must be at least 1, got {self.sync_bytes}")
         if self.capacity < _LEAST_CAPACITY:
             raise ConfigError(
                 f"required a capacity of at least {format_bytes(_LEAST_CAPACITY)}, got {format_bytes(self.capacity)}"

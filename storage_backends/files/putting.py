@@ -14,6 +14,7 @@ from kvtier.record import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import EngineFile, IOEngine
 from kvtier.storage_backends.files.shelf import Shelf, sync_directories
+from kvtier.storage_backends.files.unsynced import Unsynced
 from kvtier.storage_backends.records import PutOutcome, PutState, Record
 from kvtier.storage_backends.segment.pool import Segment
 from kvtier.storage_backends.segment.writer import Draft, write_drafts
@@ -48,13 +49,11 @@ class Putter:
     ----------
     degraded : str
         Why the medium did not take the last record; empty when it did.
-    unsynced : dict of bytes to None
-        Keys whose files were not synced, in the order they came; relaxed mode only.
     """
 
     def __init__(self, shelf: Shelf, engine: IOEngine, workers: Workers, last_sequence: int) -> None:
         self.degraded = ""
-        self.unsynced: dict[bytes, None] = {}
+        self._unsynced = Unsynced(shelf, engine)
         self._shelf = shelf
         self._engine = engine
         self._workers = workers
@@ -79,28 +78,7 @@ class Putter:
 
     def sync_all(self) -> None:
         """Make relaxed puts survive a power loss; what cannot be synced is counted."""
-        with self._changed:
-            keys, self.unsynced = list(self.unsynced), {}
-        touched: set[Path] = set()
-        for key in keys:
-            path = self._shelf.path(key)
-            try:
-                file = self._engine.open(path, writable=True)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._failed(error)
-                continue
-            try:
-                file.sync()
-            except OSError as error:
-                self._failed(error)
-            finally:
-                file.close()
-            touched |= {parent for parent in path.parents if parent.is_relative_to(self._shelf.directory)}
-        try:
-            sync_directories(touched)
-        except OSError as error:
+        for error in self._unsynced.sync():
             self._failed(error)
 
     def _next_sequence(self) -> int:
@@ -169,33 +147,44 @@ class Putter:
         return _Work(draft, part, file)
 
     def _finish(self, works: Sequence[_Work]) -> None:
-        """Sync, rename, sync the names; whatever fails is given up."""
+        """Sync if so promised, and give the files their names; whatever fails is given up."""
         durable = self._shelf.options.durability == "durable"
         steps: list[Callable[[], None]] = [partial(self._settle, work, sync=durable) for work in works]
         self._workers.run(steps, sum(work.draft.record_bytes for work in works))
         failpoints.reach("files.synced")
-        touched: set[Path] = set()
-        published = []
+        good = [work for work in works if work.outcome is _STORED]
+        if durable:
+            self._sync_names(self._publish(good), good)
+        elif good:
+            self._publish_unsynced(good)
         for work in works:
-            if work.outcome is not _STORED:
+            if work.outcome.state is PutState.REFUSED:
                 self._shelf.abandon(work.part)
-                continue
+
+    def _publish(self, works: Sequence[_Work]) -> set[Path]:
+        """Give files their names; the directories that hold them."""
+        touched: set[Path] = set()
+        for work in works:
             try:
                 names = self._shelf.publish(work.part, work.draft.key, work.draft.sequence)
             except OSError as error:
                 work.outcome = self._failed(error)
-                self._shelf.abandon(work.part)
                 continue
             touched |= names
-            if names:
-                published.append(work)
-            else:
+            if not names:
                 work.outcome = _EXISTS
-        if durable:
-            self._sync_names(touched, published)
-        else:
-            with self._changed:
-                self.unsynced |= {work.draft.key: None for work in published}
+        return touched
+
+    def _publish_unsynced(self, works: Sequence[_Work]) -> None:
+        try:
+            with self._unsynced.landing() as sizes:
+                self._publish(works)
+                sizes.update({work.draft.key: work.draft.record_bytes for work in works if work.outcome is _STORED})
+        except OSError as error:
+            for work in works:
+                work.outcome = self._failed(error)
+        if self._unsynced.too_many:
+            self.sync_all()
 
     def _settle(self, work: _Work, *, sync: bool) -> None:
         """Make the bytes of one file durable and close it."""
@@ -214,9 +203,10 @@ class Putter:
         try:
             sync_directories(touched)
         except OSError as error:
-            for work in published:
+            named = [work for work in published if work.outcome is _STORED]
+            for work in named:
                 work.outcome = self._failed(error)
-            self._take_back(published)
+            self._take_back(named)
         failpoints.reach("files.directory-synced")
 
     def _take_back(self, works: Sequence[_Work]) -> None:

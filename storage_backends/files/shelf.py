@@ -148,6 +148,8 @@ class Shelf:
     def publish(self, part: Path, key: bytes, sequence: int) -> set[Path]:
         """Give a finished file its name; directories to sync, none if another process was faster.
 
+        In durable mode every directory that has a name is durable: who finds one need not ask who made it.
+
         Raises
         ------
         OSError
@@ -160,44 +162,49 @@ class Shelf:
                 part.unlink()
                 self.ledger.subtract(reserved_by(part.name))
                 return set()
-            made = self._make_directories(path.parent)
+            self._make_directories(path.parent)
             part.rename(path)
             failpoints.reach("files.renamed")
             held = held_by(path.stat())
-            self.ledger.held += held + len(made) * BLOCK_BYTES - reserved_by(part.name)
+            self.ledger.held += held - reserved_by(part.name)
             with self.lock:
                 self.table.add(key, Entry(held, sequence, time.time_ns()))
-        return {path.parent, *(directory.parent for directory in made)}
+        return {path.parent, part.parent}
 
-    def remove(self, keys: Iterable[bytes]) -> tuple[int, set[Path]]:
-        """Delete files; how many there were, and the directories to sync.
+    def remove(self, keys: Iterable[bytes]) -> int:
+        """Delete files for good; how many there were.
 
         Raises
         ------
         OSError
-            The ledger cannot be had, or a file cannot be deleted.
+            The ledger cannot be had, a file cannot be deleted, or it may come back.
         """
-        removed, touched = 0, set()
+        leaves: set[Path] = set()
+        removed = 0
         with self.ledger.locked():
             for key in keys:
                 if self._unlink(key):
                     removed += 1
-                    touched |= {parent for parent in self.path(key).parents if parent.is_relative_to(self.directory)}
+                    leaves.add(self.path(key).parent)
                     failpoints.reach("files.unlinked")
-        return removed, touched
+        # A relaxed put may not have come out of there for sure; until it has, its deletion is not sure either.
+        sync_directories({*leaves, self.directory / INCOMING} if leaves else ())
+        with self.ledger.locked():
+            for leaf in leaves:
+                self._remove_empty(leaf)
+        return removed
 
     def quarantine(self, key: bytes, inode: int) -> None:
         """Put a damaged file aside, if the name still means that file."""
-        path = self.path(key)
+        path, aside = self.path(key), self.directory / QUARANTINE
         try:
             with self.ledger.locked():
                 if path.stat().st_ino == inode:
-                    aside = self.directory / QUARANTINE
                     aside.mkdir(exist_ok=True)
                     path.rename(aside / f"{path.stem}-{time.time_ns()}")
                     failpoints.reach("files.quarantined")
-                    self._remove_empty(path.parent)
                     self._trim_quarantine()
+            sync_directories([path.parent, aside])
         except OSError:
             pass
         self.forget(key)
@@ -255,6 +262,7 @@ class Shelf:
                 self.table.postpone(key, used)
                 return
         if self._unlink(key):
+            self._remove_empty(self.path(key).parent)
             with self.lock:
                 self.counters.evicted += 1
             failpoints.reach("files.evicted")
@@ -269,7 +277,6 @@ class Shelf:
         except FileNotFoundError:
             return False
         self.ledger.subtract(held)
-        self._remove_empty(path.parent)
         return True
 
     def _remove_empty(self, leaf: Path) -> None:
@@ -281,15 +288,16 @@ class Shelf:
                 return
             self.ledger.subtract(BLOCK_BYTES)
 
-    def _make_directories(self, leaf: Path) -> list[Path]:
-        made = []
+    def _make_directories(self, leaf: Path) -> None:
+        """Have a directory, counted, and in durable mode there for good. Within the ledger's lock."""
         for directory in (leaf.parent, leaf):
             try:
                 directory.mkdir(mode=0o700)
             except FileExistsError:
                 continue
-            made.append(directory)
-        return made
+            self.ledger.held += BLOCK_BYTES
+            if self.options.durability == "durable":
+                sync_directories([directory.parent])
 
     def _trim_quarantine(self) -> None:
         """Keep the latest damaged files within their bound. Within the ledger's lock."""

@@ -16,7 +16,7 @@ from kvtier.record import BLOCK_BYTES, KEY_BYTES
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.engines import IOEngine, PosixEngine
 from kvtier.storage_backends.engines.gate import Gate
-from kvtier.storage_backends.files.layout import INCOMING, LOCK, MARK, QUARANTINE, is_files_directory
+from kvtier.storage_backends.files.layout import INCOMING, LOCK, MARK, QUARANTINE, is_files_directory, unsynced_since
 from kvtier.storage_backends.files.options import FileOptions
 from kvtier.storage_backends.files.putting import Putter
 from kvtier.storage_backends.files.reading import Reader
@@ -85,6 +85,7 @@ class FileRecords(RecordStore):
         self._leases = LeaseBook()
         self._shelf = Shelf(self.directory, options, self._leases)
         self._lock_fd = -1
+        self._notes: dict[Path, int] = {}  # of processes that are no more
         self._owns_engine = engine is None
         self._engine = engine or PosixEngine()
         self._workers = Workers(threads=8)
@@ -219,7 +220,10 @@ class FileRecords(RecordStore):
             The store is closed.
         """
         with self._gate:
-            return verify_files(self._shelf, self._reader, progress)
+            self._shelf.refresh()
+            with self._shelf.lock:
+                keys = self._shelf.table.by_age()
+            return verify_files(self._shelf, self._reader, progress, keys)
 
     def summary(self, hottest: int = 10) -> StoreSummary:
         """What the directory holds: tenants, namespaces, ages; reads every header. None is the ``hottest`` here."""
@@ -258,6 +262,8 @@ class FileRecords(RecordStore):
         last = max((entry.stored for entry in self._shelf.table.entries()), default=0)
         self._putter = Putter(self._shelf, self._engine, self._workers, last)
         self._direct, self._note = self._try_medium()
+        if self._notes:
+            self._verify_unsynced()
 
     def _make(self) -> None:
         """Have the directory, and clear up in it if nobody else has it open."""
@@ -274,7 +280,17 @@ class FileRecords(RecordStore):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._shelf.recover()
+            self._notes = unsynced_since(self.directory)
         fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
+
+    def _verify_unsynced(self) -> None:
+        """Put aside what a power loss left in part: nobody promised it, and nobody may claim it."""
+        since = min(self._notes.values())
+        with self._shelf.lock:
+            keys = [key for key, entry in self._shelf.table.items() if entry.stored >= since]
+        verify_files(self._shelf, self._reader, None, keys)
+        for note in self._notes:
+            note.unlink(missing_ok=True)
 
     def _share(self) -> None:
         """Tell others that somebody has the directory open, if that can be told without a change."""
@@ -287,26 +303,23 @@ class FileRecords(RecordStore):
         probe = self.directory / INCOMING / f".probe-{os.getpid()}"
         if self._read_only:
             return False, ""
-        file = self._engine.open(probe, writable=True, create=True)
         try:
-            return file.direct, file.note
+            with contextlib.closing(self._engine.open(probe, writable=True, create=True)) as file:
+                return file.direct, file.note
+        except OSError as error:  # a full medium can still be read
+            return False, f"direct I/O could not be tried: {error.strerror}"
         finally:
-            file.close()
             probe.unlink(missing_ok=True)
 
     def _delete(self, keys: Sequence[bytes]) -> int:
         if self._read_only:
             return 0
         try:
-            removed, touched = self._shelf.remove(keys)
-            sync_directories(touched)
-        except StorageError:
-            raise
+            return self._shelf.remove(keys)
         except OSError as error:
             with self._shelf.lock:
                 self._shelf.counters.failed += 1
             raise StorageError(f"cannot delete records in {self.directory}: {error.strerror}") from error
-        return removed
 
     def _infos(self, keys: Sequence[bytes]) -> Iterator[RecordInfo]:
         for at in range(0, len(keys), _SCAN_RECORDS):

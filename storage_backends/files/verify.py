@@ -17,12 +17,12 @@ __all__ = ["summarise_files", "verify_files"]
 _BATCH_BYTES = 32 << 20
 
 
-def verify_files(shelf: Shelf, reader: Reader, progress: Progress | None) -> VerifyReport:
-    """Read and verify every record; what is damaged is put aside, what other processes remove meanwhile left out."""
+def verify_files(shelf: Shelf, reader: Reader, progress: Progress | None, keys: Sequence[bytes]) -> VerifyReport:
+    """Read and verify records; what is damaged is put aside, what other processes remove meanwhile left out."""
     start = time.perf_counter()
-    shelf.refresh()
     with shelf.lock:
-        sizes = {key: entry.held for key, entry in shelf.table.items()}
+        entries = {key: shelf.table.get(key) for key in keys}
+        sizes = {key: entry.held for key, entry in entries.items() if entry is not None}
     total = sum(sizes.values())
     records, checked, done = 0, 0, 0
     wrong: dict[Found, list[bytes]] = {found: [] for found in Found}

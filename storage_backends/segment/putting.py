@@ -11,6 +11,7 @@ from kvtier.record import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from kvtier.storage_backends.records import PutOutcome, PutState, Record
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.flusher import Flusher
+from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.reclaim import Reclaimer
 from kvtier.storage_backends.segment.rows import ROW, row_of
@@ -71,6 +72,7 @@ def _put_new(journal: Journal, flusher: Flusher, records: Sequence[Record]) -> d
         if not durable:
             flusher.wrote(placed)
         _publish(journal.catalog, placed)
+        _remember(journal.headers, placed)
     finally:
         journal.allocator.written(placed)
     for draft in drafts:
@@ -99,6 +101,13 @@ def _publish(catalog: Catalog, drafts: Sequence[Draft]) -> None:
                 rows.append(row_of(draft.header, draft.segment.number, draft.offset, tenant, namespace))
         if rows:
             catalog.publish(np.array(rows, dtype=ROW))
+
+
+def _remember(headers: HeaderCache, drafts: Sequence[Draft]) -> None:
+    """Keep the digests at hand: what was put is often read soon, and then needs no header from the medium."""
+    for draft in drafts:
+        if draft.error is None and draft.header is not None and draft.segment is not None:
+            headers.put((draft.segment.number, draft.header.epoch, draft.offset), draft.header)
 
 
 def _count(journal: Journal, drafts: Sequence[Draft], asked: int) -> None:

@@ -153,6 +153,8 @@ def _read_round(engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache
 
 def _payload_pieces(fetch: Fetch) -> list[_Piece]:
     """Cut the wanted extents into pieces: straight into ``into`` where whole extents are wanted, else by a buffer."""
+    if 0 < fetch.payload_bytes <= _PIECE_BYTES and fetch.ranges == ((0, fetch.payload_bytes),):
+        return [_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, [])]
     size = fetch.extent_bytes
     step = max(1, _PIECE_BYTES // size)
     return [

@@ -102,7 +102,7 @@ def test_a_large_transfer_is_shared_by_threads(
 
     assert not any(engine.write([Transfer(file, 0, aligned(2, 16 * MIB))]))
 
-    assert sorted(calls) == [(2 * i * MIB, 2 * MIB) for i in range(8)]
+    assert sorted(calls) == [(i * MIB, MIB) for i in range(16)]
 
 
 def test_blocks_in_the_middle_of_a_direct_file_are_never_buffered(

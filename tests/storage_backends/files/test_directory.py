@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,19 @@ def test_a_medium_that_refuses_degrades_the_store_until_it_takes_records_again(
         assert fetch(store, 1, 9000) == sample_bytes(1, 0, 9000)
 
 
+def test_a_full_medium_can_be_opened_and_read(open_store: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_store() as store:
+        store.put([sample_record(1, 9000)])
+    monkeypatch.setattr(os, "pwritev", full)
+    with open_store() as store:
+        assert fetch(store, 1, 9000) == sample_bytes(1, 0, 9000)
+        assert "No space left" in store.put([sample_record(2, 9000)])[0].reason
+        assert store.stats().records == 1
+
+
 def test_a_failing_sync_is_no_durable_put(open_store: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -130,6 +144,34 @@ def test_relaxed_puts_are_synced_by_flush(open_store: Opens, monkeypatch: pytest
         assert len(synced) == 2
         store.flush()
         assert len(synced) == 2
+
+
+def test_relaxed_puts_are_synced_when_they_are_many(directory: Path, open_store: Opens) -> None:
+    with open_store(durability="relaxed", sync_bytes=100_000) as store:
+        notes = []
+        for number in range(4):
+            store.put([sample_record(number, 40_000)])
+            notes.append(len(list(directory.glob("unsynced-*"))))
+
+    assert notes == [1, 1, 0, 1]
+    assert list(directory.glob("unsynced-*")) == []
+
+
+def test_what_was_never_synced_is_verified_at_the_next_opening(directory: Path, open_store: Opens) -> None:
+    with open_store() as store:
+        store.put([sample_record(1, 9000)])
+    (directory / f"unsynced-{time.time_ns()}-{'0' * 32}").touch()
+    with open_store() as other:
+        other.put([sample_record(n, 9000) for n in (2, 3)])
+        for number in (1, 2):
+            flip_bit(record_path(directory, sample_key(number)), 8 * 5000)
+        (directory / f"unsynced-{time.time_ns() - 10**9 * 60}-{'0' * 32}").touch()
+        record_path(directory, sample_key(1)).touch()
+        os.utime(record_path(directory, sample_key(1)), ns=(0, 0))
+    with open_store() as store:
+        assert store.contains([sample_key(n) for n in (1, 2, 3)]).tolist() == [True, False, True]
+        assert store.stats().damaged == 1
+        assert list(directory.glob("unsynced-*")) == []
 
 
 def test_reading_only_changes_nothing(directory: Path, open_store: Opens) -> None:

@@ -7,7 +7,6 @@ import pytest
 from kvtier.storage_backends.files import FileOptions, FileRecords
 from kvtier.storage_backends.records import RecordStore
 from kvtier.testing.record_laws import OpenStore, RecordStoreLaws
-from kvtier.testing.record_laws.lifetime import LifetimeLaws
 from kvtier.testing.record_laws.reopening import ReopeningLaws
 
 
@@ -17,7 +16,7 @@ class TestFileRecords(RecordStoreLaws):
         return open_durable
 
 
-class TestRelaxedFileRecords(LifetimeLaws, ReopeningLaws):
+class TestRelaxedFileRecords(ReopeningLaws):
     @pytest.fixture
     def store(self) -> OpenStore:
         return open_relaxed
