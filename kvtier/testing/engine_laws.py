@@ -178,7 +178,7 @@ class EngineLaws(NoLeaks):
         with engine() as opened, closing(opened.open(tmp_path / "shared", writable=True, create=True)) as file:
 
             def work(worker: int) -> bool:
-                rng = random.Random(worker)  # noqa: S311 - repeatable on purpose
+                rng = random.Random(worker)
                 right = True
                 for turn in range(12):
                     cuts = sorted(rng.sample(range(100_000), 8))

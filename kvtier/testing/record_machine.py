@@ -174,6 +174,7 @@ class RecordMachine(RuleBasedStateMachine):
     def flood(self) -> None:
         """More than the capacity passes through; what is leased stays."""
         self.flooded = True
+        self.lease(sorted(self.kept)[::2])
         leased = {key for lease in self.leases for key in lease.keys}
         pinned = [n for n, one in self.kept.items() if sample_key(n) in leased and not one.doubtful]
         for turn in range(_FLOOD):

@@ -12,6 +12,9 @@ from kvtier.storage_backends.memory import round_up
 __all__ = ["Job", "Part", "SizeLimits", "plan"]
 
 
+_SMALL_BYTES = 16 << 10
+
+
 class Part(NamedTuple):
     """Bytes ``start`` to ``stop`` of the buffer of a transfer, by its place in the batch."""
 
@@ -61,7 +64,8 @@ class SizeLimits(NamedTuple):
 def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> Iterator[Job]:
     """Jobs that cover every byte of every transfer once, in the order of the file.
 
-    A cut lies at a multiple of 4096 in the file, so that no block is shared by two pieces of one transfer.
+    A cut lies at a multiple of 4096 in the file, so that no block is shared by two pieces of one transfer. Small ones
+    that could go straight are bounced with their neighbours: a copy costs less than a system call of its own.
     """
     job: Job | None = None
     room, end = 0, 0  # bytes that the job still takes, and where it ends
@@ -75,7 +79,13 @@ def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> Iterator[Job]:
             stop = size
             if size - start > limit:
                 stop = (offset + start + limit) // BLOCK_BYTES * BLOCK_BYTES - offset
-            joins = job is not None and end == offset + start and job.file is file and job.straight == straight
+            if job is not None and end == offset + start and job.file is file:
+                if job.straight and not straight and limits.straight - room <= _SMALL_BYTES:
+                    room -= limits.straight - limits.bounced
+                    job = job._replace(straight=False)
+                joins = job.straight == straight or (not job.straight and size <= _SMALL_BYTES)
+            else:
+                joins = False
             if job is not None and joins and stop - start <= room and len(job.parts) < MAX_VECTORS:
                 job.parts.append(Part(index, start, stop))
             else:

@@ -196,12 +196,14 @@ def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -
     pieces = sorted(pieces, key=lambda piece: (piece.fetch.segment.number, piece.offset))
     transfers: list[Transfer] = []
     owners: list[_Piece | None] = []
-    between = empty_aligned(gap_bytes)  # nobody looks at it, so all gaps may share it
+    between: torch.Tensor | None = None
     last: EngineFile | None = None
     end = 0
     for piece in pieces:
         file, gap = piece.fetch.segment.file, piece.offset - end
         if file is last and 0 < gap <= gap_bytes:
+            if between is None:
+                between = empty_aligned(gap_bytes)  # nobody looks at it, so all gaps may share it
             transfers.append(Transfer(file, end, between[:gap]))
             owners.append(None)
         transfers.append(Transfer(file, piece.offset, piece.buffer))

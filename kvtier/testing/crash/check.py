@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,12 @@ import torch
 
 from kvtier.errors import KVTierError
 from kvtier.storage_backends.records import PutState, ReadRequest, RecordStore
+from kvtier.testing.crash.disk import Tree, write_tree
 from kvtier.testing.crash.journal import Ledger
 from kvtier.testing.crash.load import size_of
 from kvtier.testing.record_samples import OpenStore, fetch, generation_of, sample_bytes, sample_key, sample_record
 
-__all__ = ["Findings", "Promise", "examine"]
+__all__ = ["Findings", "Promise", "examine", "keep_evidence"]
 
 _PROBE, _PROBE_BYTES = 2_000_000, 9000
 
@@ -79,6 +80,16 @@ def examine(opens: OpenStore, directory: Path, capacity_bytes: int, ledger: Ledg
         return Findings(generations, 0, tuple(problems))
     lost = _compare(generations, ledger, promise, problems)
     return Findings(generations, lost, tuple(problems))
+
+
+def keep_evidence(place: Path | None, name: str, tree: Tree, problems: Sequence[str]) -> None:
+    """Keep the files of a store that broke a promise, with the reasons; nothing where there is no place or none."""
+    if place is None or not problems:
+        return
+    directory = place / name
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tree(directory, tree)
+    directory.with_suffix(".txt").write_text("\n".join(problems) + "\n")
 
 
 def _read_all(store: RecordStore, numbers: Iterable[int], problems: list[str]) -> dict[int, int | None]:

@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kvtier.testing.crash.check import Findings, Promise, examine
+from kvtier.testing.crash.check import Findings, Promise, examine, keep_evidence
+from kvtier.testing.crash.disk import read_tree
 from kvtier.testing.crash.journal import Ledger, Note, read_journal
 from kvtier.testing.crash.load import Load, load_target
-from kvtier.testing.crash.worker import Job, Nursery
+from kvtier.testing.crash.worker import Ending, Job, Nursery
 
 __all__ = ["Kill", "Subject", "kill_again_and_again"]
 
-_LONGEST_S = 0.25
+_LONGEST_S = 0.4
+_PATIENCE_S = 0.6  # a worker that does not come to its failpoint dies like the others
+_ANY_MOMENT = "any moment"
+_FOR_EVER = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +47,16 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One kill and what was found after it; ``where`` is a failpoint, a delay, or how the worker ended by itself."""
+    """One kill and what was found after it; ``where`` is a failpoint, or says that it was any moment."""
 
     where: str
     acknowledged: int
     findings: Findings
 
 
-def kill_again_and_again(subject: Subject, scratch: Path, kills: int, seed: int, *, keep: int = 8) -> Iterator[Kill]:
+def kill_again_and_again(
+    subject: Subject, scratch: Path, kills: int, seed: int, *, keep: int = 8, evidence: Path | None = None
+) -> Iterator[Kill]:
     """Start workers and kill them, half at the failpoints in turn, half at random moments.
 
     Parameters
@@ -63,6 +69,8 @@ def kill_again_and_again(subject: Subject, scratch: Path, kills: int, seed: int,
         How many, and of the random moments.
     keep : int
         After so many kills a new directory is begun; what survived the others stays in place until then.
+    evidence : Path, optional
+        Where directories are kept, as the kill left them, whose examination found a problem.
     """
     rng = random.Random(seed)
     opens = load_target(subject.target)
@@ -82,23 +90,26 @@ def kill_again_and_again(subject: Subject, scratch: Path, kills: int, seed: int,
                 directory=str(directory),
                 journal=str(journal),
                 capacity_bytes=subject.capacity_bytes,
-                load=replace(subject.load, seed=rng.randrange(2**31), first_generation=1 + turn * 10_000),
+                load=replace(
+                    subject.load, operations=_FOR_EVER, seed=rng.randrange(2**31), first_generation=1 + turn * 10_000
+                ),
                 failpoint=points[turn // 2 % len(points)] if at_point else "",
-                nth=rng.choice([1, 1, 2, 3, 5, 8, 13, 30]),
+                nth=rng.choice([1, 1, 1, 2, 3, 5, 8, 13, 30]),
+                kill_after_s=_PATIENCE_S if at_point else 0.001 + rng.random() ** 2 * _LONGEST_S,
             )
-            if not at_point:
-                job = replace(job, kill_after_s=rng.random() ** 2 * _LONGEST_S)
             where = _words(job, nursery.run(job))
             lines = read_journal(journal)
             ledger = Ledger(known).read(lines)
+            state = {} if evidence is None else read_tree(directory)
             findings = examine(opens, directory, subject.capacity_bytes, ledger, subject.promise)
+            keep_evidence(evidence, f"kill-{turn}", state, findings.problems)
             known = dict(findings.generations)
             yield Kill(where, sum(line.note in {Note.STORED, Note.DELETED} for line in lines), findings)
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _words(job: Job, status: int) -> str:
+def _words(job: Job, ending: Ending) -> str:
     """How a worker died."""
-    if status != -signal.SIGKILL:
-        return f"ended by itself with status {status}"
-    return f"{job.failpoint}, visit {job.nth}" if job.failpoint else f"after {job.kill_after_s * 1000:.1f} ms"
+    if ending.status != -signal.SIGKILL:
+        return f"ended by itself with status {ending.status}"
+    return _ANY_MOMENT if ending.timed_out else job.failpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.errors import StorageError
-from kvtier.testing.crash.check import Findings, examine
+from kvtier.testing.crash.check import Findings, examine, keep_evidence
 from kvtier.testing.crash.disk import SimulatedDisk, Tree, read_tree, write_tree
 from kvtier.testing.crash.journal import Ledger, Note, parse_line
 from kvtier.testing.crash.kills import Subject
@@ -45,7 +45,7 @@ class _Recording:
 
 
 def lose_power_again_and_again(
-    subject: Subject, scratch: Path, losses: int, seed: int, *, each: int = 25
+    subject: Subject, scratch: Path, losses: int, seed: int, *, each: int = 25, evidence: Path | None = None
 ) -> Iterator[PowerLoss]:
     """Record workers, and lose power ``each`` times in every recording.
 
@@ -67,8 +67,9 @@ def lose_power_again_and_again(
             known, start = left if turn % 2 else ({}, {})
             recording = _Recording(scratch / "store", scratch / "log", dict(known), start)
             _record(nursery, subject, recording, turn, int(rng.integers(2**31)))
-            for loss, state in _replay(opens, subject, recording, count, rng):
-                left = dict(loss.findings.generations), state
+            for loss, before, after in _replay(opens, subject, recording, count, rng):
+                keep_evidence(evidence, f"loss-{turn}-{loss.event}", before, loss.findings.problems)
+                left = dict(loss.findings.generations), after
                 yield loss
     for place in (scratch / "store", scratch / "crashed"):
         shutil.rmtree(place, ignore_errors=True)
@@ -87,15 +88,15 @@ def _record(nursery: Nursery, subject: Subject, recording: _Recording, turn: int
         capacity_bytes=subject.capacity_bytes,
         load=replace(subject.load, seed=seed, first_generation=1 + turn * 10_000),
     )
-    status = nursery.run(job)
-    if status:
-        raise StorageError(f"the recorded worker must end by itself, got status {status}; its standard error says why")
+    ending = nursery.run(job)
+    if ending.status:
+        raise StorageError(f"the recorded worker must end well, got {ending.status}; its standard error says why")
 
 
 def _replay(
     opens: OpenStore, subject: Subject, recording: _Recording, count: int, rng: np.random.Generator
-) -> Iterator[tuple[PowerLoss, Tree]]:
-    """Replay a recording and lose power at ``count`` places of it."""
+) -> Iterator[tuple[PowerLoss, Tree, Tree]]:
+    """Replay a recording and lose power at ``count`` places of it; what that left, and what the examination left."""
     events = list(read_log(recording.log))
     places = set(_places(events, count, rng))
     disk = SimulatedDisk(recording.directory.resolve(), recording.start)
@@ -106,9 +107,9 @@ def _replay(
         if event.kind is Kind.MARK:
             ledger.take(parse_line(bytes(event.data)))
         if at in places:
-            _fill(crashed, disk.crash(rng))
+            _fill(crashed, state := disk.crash(rng))
             findings = examine(opens, crashed, subject.capacity_bytes, ledger, subject.promise)
-            yield PowerLoss(at, len(events), findings), read_tree(crashed)
+            yield PowerLoss(at, len(events), findings), state, read_tree(crashed)
     _prove_complete(disk, recording.directory)
 
 

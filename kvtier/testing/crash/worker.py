@@ -22,7 +22,9 @@ from kvtier.testing.crash.recorder import start_recording
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Job", "Nursery"]
+__all__ = ["Ending", "Job", "Nursery"]
+
+_POLL_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,13 @@ class Job:
     kill_after_s: float = 0.0
 
 
+class Ending(NamedTuple):
+    """How a worker ended: exit status, negative for a signal; and whether it was killed because its time was up."""
+
+    status: int
+    timed_out: bool
+
+
 class Nursery:
     """A process that forks workers, one at a time.
 
@@ -86,16 +95,16 @@ class Nursery:
             text=True,
             env=environment,
         )
-        self.failpoints = self._receive().failpoints
+        self.failpoints = self._receive()[0]
         """Named places where a worker of this target can die."""
 
-    def run(self, job: Job) -> int:
-        """Fork a worker and wait until it has ended; its exit status, negative for a signal."""
+    def run(self, job: Job) -> Ending:
+        """Fork a worker and wait until it has ended."""
         if self._process.stdin is None:
             raise StorageError("the nursery is closed; make another")
         self._process.stdin.write(json.dumps(asdict(job)) + "\n")
         self._process.stdin.flush()
-        return self._receive().status
+        return self._receive()[1]
 
     def close(self) -> None:
         """End the process; idempotent."""
@@ -113,19 +122,12 @@ class Nursery:
     ) -> None:
         self.close()
 
-    def _receive(self) -> _Answer:
+    def _receive(self) -> tuple[tuple[str, ...], Ending]:
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             raise StorageError("the process that forks workers ended; its standard error says why")
-        failpoints, status = json.loads(line)
-        return _Answer(tuple(failpoints), status)
-
-
-class _Answer(NamedTuple):
-    """A line from the nursery."""
-
-    failpoints: tuple[str, ...]
-    status: int
+        names, status, timed_out = json.loads(line)
+        return tuple(names), Ending(status, timed_out)
 
 
 def _work(job: Job) -> None:
@@ -158,11 +160,25 @@ class _Countdown:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _await(pid: int, kill_after_s: float) -> Ending:
+    """Wait for a worker, and kill it when its time is up."""
+    end = time.monotonic() + kill_after_s
+    while kill_after_s and time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return Ending(os.waitstatus_to_exitcode(status), timed_out=False)
+        time.sleep(min(_POLL_S, max(0.0, end - time.monotonic())))
+    if kill_after_s:
+        os.kill(pid, signal.SIGKILL)  # nobody waited for it yet, so the number is still its own
+    _, status = os.waitpid(pid, 0)
+    return Ending(os.waitstatus_to_exitcode(status), timed_out=bool(kill_after_s))
+
+
 def _main(target: str) -> None:
     """Fork a worker for each line of standard input, and say how it ended."""
     load_target(target)
     names = sorted(failpoints.NAMES)
-    print(json.dumps([names, 0]), flush=True)  # noqa: T201 - the protocol
+    print(json.dumps([names, 0, False]), flush=True)  # noqa: T201 - the protocol
     for line in sys.stdin:
         fields = json.loads(line)
         job = Job(**fields | {"load": Load(**fields["load"])})
@@ -171,11 +187,7 @@ def _main(target: str) -> None:
             _work(job)
             sys.stderr.flush()
             os._exit(0)
-        if job.kill_after_s:
-            time.sleep(job.kill_after_s)
-            os.kill(pid, signal.SIGKILL)  # nobody waited for it yet, so the number is still its own
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps([names, os.waitstatus_to_exitcode(status)]), flush=True)  # noqa: T201 - the protocol
+        print(json.dumps([names, *_await(pid, job.kill_after_s)]), flush=True)  # noqa: T201 - the protocol
 
 
 if __name__ == "__main__":

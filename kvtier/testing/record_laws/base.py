@@ -25,8 +25,10 @@ __all__ = ["LAW", "Fault", "FreshStore", "LawsBase", "file_damage", "put_all", "
 FreshStore: TypeAlias = Callable[[], AbstractContextManager[RecordStore]]
 """Opens an empty store in a directory of its own, for a ``with``."""
 
-# The factory fixture opens another store at each call, so sharing it between examples is safe.
+# The factory fixture opens another store at each call, so sharing it between examples is safe. Every example opens
+# stores, and a durable one waits for its disk: half as many of them as elsewhere.
 LAW = settings(
+    max_examples=max(10, settings().max_examples // 2),
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from hypothesis import given
@@ -47,27 +48,28 @@ class ReopeningLaws(LawsBase):
     @given(data=st.data())
     def test_what_was_deleted_stays_deleted(self, persistent: OpenStore, tmp_path: Path, data: st.DataObject) -> None:
         """Deleted, cleared and replaced records do not come back, however often the store is opened."""
-        numbers = st.integers(0, 7)
         alive: dict[int, int] = {}
         generation = 0
-        for _ in range(3):
-            with persistent(tmp_path, self.capacity_bytes) as store:
-                store.clear(data.draw(st.sampled_from(["default", "nobody"]), label="clear"))
-                alive = {n: g for n, g in alive.items() if store.contains([sample_key(n)])[0]}
-                for number in data.draw(st.lists(numbers, max_size=10), label="put or delete"):
-                    generation += 1
-                    if number in alive:
-                        assert store.delete([sample_key(number)]) == 1
-                        del alive[number]
-                    else:
-                        put_all(store, [sample_record(number, 5000, generation=generation)])
-                        alive[number] = generation
-            with persistent(tmp_path, self.capacity_bytes) as store:
-                for number in range(8):
-                    expected = sample_bytes(number, alive[number], 5000) if number in alive else None
-                    assert fetch(store, number, 5000) == expected
-        with persistent(tmp_path, self.capacity_bytes) as store:
-            store.clear()
+        with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+            for _ in range(3):
+                clear = data.draw(st.booleans(), label="clear")
+                turns = data.draw(st.lists(st.integers(0, 7), max_size=10), label="put or delete")
+                with persistent(Path(name), self.capacity_bytes) as store:
+                    if clear:
+                        assert store.clear("default") == len(alive)
+                        alive = {}
+                    for number in turns:
+                        generation += 1
+                        if number in alive:
+                            assert store.delete([sample_key(number)]) == 1
+                            del alive[number]
+                        else:
+                            put_all(store, [sample_record(number, 5000, generation=generation)])
+                            alive[number] = generation
+                with persistent(Path(name), self.capacity_bytes) as store:
+                    for number in range(8):
+                        expected = sample_bytes(number, alive[number], 5000) if number in alive else None
+                        assert fetch(store, number, 5000) == expected
 
     def test_a_full_store_opens_again_within_its_capacity(self, persistent: OpenStore, tmp_path: Path) -> None:
         """What survived eviction survives closing, and the bound still holds when puts go on."""

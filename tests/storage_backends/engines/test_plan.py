@@ -86,3 +86,17 @@ def test_shares_are_fair_but_worth_a_call() -> None:
         (1 << 21) + BLOCK,
         1 << 23,
     ]
+
+
+def test_small_aligned_transfers_are_bounced_with_their_neighbours() -> None:
+    """Headers between payloads that are not aligned: one job, not one each."""
+    sizes = [(0, BLOCK), (1, 16 * BLOCK), (0, BLOCK), (1, 16 * BLOCK)]
+    transfers, offset = [], 0
+    for shift, size in sizes:
+        transfers.append(Transfer(FILES[0], offset, WHOLE[shift : shift + size]))
+        offset += size
+
+    (job,) = plan(transfers, SizeLimits(100 * BLOCK, 100 * BLOCK))
+
+    assert not job.straight
+    assert [part.transfer for part in job.parts] == [0, 1, 2, 3]

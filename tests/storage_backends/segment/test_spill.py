@@ -77,7 +77,7 @@ def test_a_reservation_that_cannot_be_had_takes_nothing(tmp_path: Path) -> None:
             records.lease([sample_key(1)], owner="test", seconds=60),
             SegmentSpill(1 * MIB - 4096, 100, records) as spill,
         ):
-            with pytest.raises(CapacityError, match="required a segment of 1.0 MiB, got none"):
+            with pytest.raises(CapacityError, match=r"required a segment of 1\.0 MiB, got none"):
                 spill.reserve(50)
             assert spill.used_slots == 0
             assert spill.allocated_bytes == 0
@@ -114,18 +114,22 @@ def test_what_a_dead_process_spilled_is_free_again(tmp_path: Path) -> None:
 
 
 def test_slots_larger_than_a_segment_are_refused(tmp_path: Path) -> None:
-    with SegmentRecords(tmp_path, SegmentOptions(capacity=8 * MIB)) as records:
-        with pytest.raises(ConfigError, match="raise segment_bytes"):
-            SegmentSpill(2 * MIB, 1, records)
+    with (
+        SegmentRecords(tmp_path, SegmentOptions(capacity=8 * MIB)) as records,
+        pytest.raises(ConfigError, match="raise segment_bytes"),
+    ):
+        SegmentSpill(2 * MIB, 1, records)
 
 
 def test_a_run_may_cross_segments(tmp_path: Path) -> None:
-    with SegmentRecords(tmp_path, SegmentOptions(capacity=8 * MIB, segment_bytes=SEGMENT)) as records:
-        with SegmentSpill(8192, 100, records) as spill:
-            slots = spill.reserve(40)
-            rows = random_rows(2, 40, 8192)
-            spill.write(slots, rows)
-            into = torch.zeros_like(rows)
-            spill.read(slots, into)
-            assert torch.equal(into, rows)
-            assert np.unique(slots // spill._per_segment).size == 4
+    with (
+        SegmentRecords(tmp_path, SegmentOptions(capacity=8 * MIB, segment_bytes=SEGMENT)) as records,
+        SegmentSpill(8192, 100, records) as spill,
+    ):
+        slots = spill.reserve(40)
+        rows = random_rows(2, 40, 8192)
+        spill.write(slots, rows)
+        into = torch.zeros_like(rows)
+        spill.read(slots, into)
+        assert torch.equal(into, rows)
+        assert np.unique(slots // spill._per_segment).size == 4

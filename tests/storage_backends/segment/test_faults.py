@@ -1,0 +1,134 @@
+"""A medium that fails under a segment store: refused, counted, never wrong, and well again afterwards."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvtier.storage_backends.engines import PosixEngine
+from kvtier.storage_backends.records import ByteRange, PutState
+from kvtier.storage_backends.segment import SegmentRecords
+from kvtier.testing.faults import FaultyEngine, ReadFault, WriteFault
+from kvtier.testing.record_samples import fetch, sample_key, sample_record
+from kvtier.testing.small_segments import open_store, put, served
+
+
+@pytest.fixture
+def engine() -> Iterator[FaultyEngine]:
+    with FaultyEngine(PosixEngine(threads=2)) as faulty:
+        yield faulty
+
+
+@pytest.fixture
+def store(tmp_path: Path, engine: FaultyEngine) -> Iterator[SegmentRecords]:
+    with open_store(tmp_path, engine=engine) as opened:
+        yield opened
+        engine.repair()
+
+
+def test_a_full_disk_refuses_and_recovers(store: SegmentRecords, engine: FaultyEngine) -> None:
+    put(store, *range(5))
+    engine.fill_disk()
+    outcomes = [store.put([sample_record(number, 50_000)])[0] for number in range(10, 60)]
+    refused = [outcome for outcome in outcomes if outcome.state is PutState.REFUSED]
+    assert refused
+    assert "No space left" in refused[0].reason
+    assert "No space left" in store.stats().degraded
+    assert store.stats().refused == len(refused)
+    assert all(served(store, number) for number in range(5)), "a full disk made room out of what was there"
+
+    engine.repair()
+    put(store, *range(100, 150))
+    assert store.stats().degraded == ""
+
+
+@pytest.mark.parametrize("fault", [WriteFault.ERROR])
+def test_a_failed_write_is_refused_and_not_visible(
+    store: SegmentRecords, engine: FaultyEngine, fault: WriteFault
+) -> None:
+    put(store, 1)
+    engine.on_write(fault)
+    (outcome,) = store.put([sample_record(2, 50_000)])
+    assert outcome.state is PutState.REFUSED
+    assert "Input/output error" in outcome.reason
+    assert "Input/output error" in store.stats().degraded
+    assert not store.contains([sample_key(2)])[0]
+    put(store, 2, 3)
+    assert store.stats().degraded == ""
+    assert all(served(store, number) for number in (1, 2, 3))
+
+
+def test_a_sync_that_fails_is_a_refusal(store: SegmentRecords, engine: FaultyEngine) -> None:
+    put(store, 1)
+    engine.fail_syncs()
+    (outcome,) = store.put([sample_record(2, 50_000)])
+    assert outcome.state is PutState.REFUSED
+    assert not store.contains([sample_key(2)])[0]
+    put(store, 2)
+    assert served(store, 2)
+
+
+@pytest.mark.parametrize("fault", [WriteFault.LOST, WriteFault.TORN, WriteFault.MISPLACED])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_lie_of_the_disk_is_a_miss(store: SegmentRecords, engine: FaultyEngine, fault: WriteFault, nth: int) -> None:
+    """The first transfer of a put is its header, the second the payload."""
+    put(store, 1)
+    engine.on_write(fault, nth)
+    put(store, 2)
+    store._journal.headers.forget((1, store._pool.segments[1].epoch, 4096 + 57_344))
+    assert not served(store, 2)
+    assert not store.contains([sample_key(2)])[0], "a damaged record is still claimed"
+    assert store.stats().damaged == 1
+    put(store, 2)
+    assert served(store, 2)
+
+
+@pytest.mark.parametrize("fault", [ReadFault.FLIP, ReadFault.SHORT, ReadFault.STALE, ReadFault.ERROR])
+@pytest.mark.parametrize("ranges", [None, [ByteRange(1000, 30_000)]])
+def test_a_read_that_goes_wrong_is_a_miss(
+    store: SegmentRecords, engine: FaultyEngine, fault: ReadFault, ranges: list[ByteRange] | None
+) -> None:
+    put(store, 1, 2)
+    engine.on_read(fault)
+    assert fetch(store, 1, 50_000, ranges) is None
+    assert not store.contains([sample_key(1)])[0]
+    stats = store.stats()
+    assert (stats.damaged, stats.failed) == ((0, 1) if fault is ReadFault.ERROR else (1, 0))
+    assert served(store, 2)
+
+
+def test_a_broken_disk_ends_nothing_but_itself(store: SegmentRecords, engine: FaultyEngine) -> None:
+    put(store, *range(10))
+    engine.break_disk()
+    assert not served(store, 0)
+    assert store.put([sample_record(100, 1000)])[0].state is PutState.REFUSED
+    assert store.delete([sample_key(5)]) == 1
+    store.flush()
+    assert store.stats().degraded
+    engine.repair()
+    assert served(store, 9)
+    put(store, 100)
+    assert not store.contains([sample_key(5)])[0]
+
+
+def test_damage_is_found_by_verify_and_stays_out(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        put(store, *range(10))
+    with (tmp_path / "segment-00000001.kvt").open("r+b") as file:
+        file.seek(4096 + 57_344 + 4096 + 20_000)  # in the payload of the second record
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+    with open_store(tmp_path) as store:
+        report = store.verify()
+        assert report.damaged == (sample_key(1),)
+        assert report.records == 10
+        assert not report.clean
+        assert store.verify().clean, "what is damaged was to be put aside"
+    with open_store(tmp_path) as store:
+        assert not store.contains([sample_key(1)])[0]
+        assert store.verify().records == 9
+    (tmp_path / "index.sqlite").unlink()
+    with open_store(tmp_path) as store:
+        assert store.recovery.torn == 1
+        assert not store.contains([sample_key(1)])[0]
