@@ -45,7 +45,7 @@ __all__ = [
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 BLOCK_BYTES = 4096
-"""Headers, payloads and extents start and end at multiples of it."""
+"""Headers, payloads and extents start and end at multiples of it; no current device asks direct transfers for more."""
 
 SUPERBLOCK_BYTES = BLOCK_BYTES
 KEY_BYTES = 32

@@ -11,7 +11,7 @@ from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 from kvtier.storage_backends.segment.options import Durability
 from kvtier.testing.record_samples import fetch, sample_bytes, sample_record
 
-__all__ = ["CAPACITY", "MIB", "SIZE", "open_store", "put", "served"]
+__all__ = ["CAPACITY", "MIB", "SIZE", "open_durable", "open_relaxed", "open_store", "put", "served"]
 
 MIB = 1 << 20
 CAPACITY = 8 * MIB
@@ -29,6 +29,17 @@ def open_store(
     """A store of eight segments of 1 MiB at most."""
     options = SegmentOptions(capacity=capacity, durability=durability)
     return SegmentRecords(directory, options, engine=engine, read_only=read_only)
+
+
+def open_durable(directory: Path, capacity_bytes: int) -> SegmentRecords:
+    """A durable store."""
+    return SegmentRecords(directory, SegmentOptions(capacity=capacity_bytes))
+
+
+def open_relaxed(directory: Path, capacity_bytes: int) -> SegmentRecords:
+    """A store that may lose what it was given last: a mebibyte, or what came within a fifth of a second."""
+    options = SegmentOptions(capacity=capacity_bytes, durability="relaxed", sync_bytes=MIB, sync_seconds=0.2)
+    return SegmentRecords(directory, options)
 
 
 def put(store: SegmentRecords, *numbers: int, size: int = SIZE, generation: int = 0) -> None:

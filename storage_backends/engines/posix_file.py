@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from kvtier.errors import ConfigError, StorageError
+from kvtier.record import BLOCK_BYTES
 from kvtier.storage_backends.engines.base import EngineFile
 from kvtier.storage_backends.memory import PAGE_BYTES
 from kvtier.types import format_bytes
 
 __all__ = ["BLOCK_BYTES", "MAX_VECTORS", "DirectVerdict", "PosixFile", "open_named", "open_nameless", "short_transfer"]
-
-BLOCK_BYTES = 4096
-"""Address, offset and length of direct transfers are multiples of it; no current device asks for more."""
 
 MAX_VECTORS = 1024
 """Most buffers of one system call (IOV_MAX of Linux)."""

@@ -6,15 +6,16 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvtier.errors import StorageError
-from kvtier.record import SegmentKind
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.changes import Changes
 from kvtier.storage_backends.segment.index import SegmentIndex, remove_index
 from kvtier.storage_backends.segment.options import Geometry, SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
+from kvtier.storage_backends.segment.writer import Draft
 
 __all__ = ["Flusher"]
 
@@ -47,6 +48,7 @@ class Flusher:
         self._unsynced: dict[int, Segment] = {}
         self._unsynced_bytes = 0
         self._turn = threading.Lock()
+        self._syncing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-flush", daemon=True)
 
@@ -60,11 +62,13 @@ class Flusher:
         """Why data or index could not be written the last time; empty when they could."""
         return "; ".join(filter(None, (self._unsynced_problem, self._unindexed)))
 
-    def wrote(self, segments: set[Segment], count: int) -> None:
-        """Note bytes that were not synced; syncs them when they have become too many."""
+    def wrote(self, drafts: Sequence[Draft]) -> None:
+        """Note records that were written and not synced, before they are shown; syncs them when they are many."""
         with self._catalog.lock:
-            self._unsynced |= {segment.number: segment for segment in segments}
-            self._unsynced_bytes += count
+            for draft in drafts:
+                if draft.segment is not None:
+                    self._unsynced[draft.segment.number] = draft.segment
+                    self._unsynced_bytes += draft.record_bytes
             due = self._unsynced_bytes >= self._options.sync_bytes
         if due:
             self._sync()
@@ -118,19 +122,19 @@ class Flusher:
             self.flush()
 
     def _sync(self) -> None:
-        with self._catalog.lock:
-            segments, self._unsynced = list(self._unsynced.values()), {}
-            self._unsynced_bytes = 0
-        problem = ""
-        for segment in segments:
-            if segment.kind is not SegmentKind.CACHE:
-                continue
-            try:
-                segment.sync.wait()
-            except OSError as error:
-                self._catalog.counters.failed += 1
-                problem = f"the medium does not sync: {error.strerror or error}"
-        self._unsynced_problem = problem
+        """Wait until all that was written before is on the medium, also what another thread is syncing already."""
+        with self._syncing:
+            with self._catalog.lock:
+                segments, self._unsynced = list(self._unsynced.values()), {}
+                self._unsynced_bytes = 0
+            problem = ""
+            for segment in segments:
+                try:
+                    segment.sync.wait()
+                except OSError as error:
+                    self._catalog.counters.failed += 1
+                    problem = f"the medium does not sync: {error.strerror or error}"
+            self._unsynced_problem = problem
 
     def _commit(self, changes: Changes) -> None:
         """Write to the index; one that refuses is written anew, or else done without for a while."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from kvtier.errors import RecordFormatError
 from kvtier.record import (
@@ -21,7 +22,7 @@ from kvtier.record import (
 )
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import IOEngine, Transfer
-from kvtier.storage_backends.memory import empty_aligned
+from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.allocator import SegmentAllocator
 from kvtier.storage_backends.segment.catalog import Catalog
@@ -92,22 +93,27 @@ class Journal:
         """Carry out fetches of segments that are pinned or cannot go."""
         read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes)
 
-    def fetch_whole(self, segment: Segment, row: Rows) -> Fetch:
-        """A fetch of a whole record, from its `ROW`."""
-        at = row["at"]
-        size = int(at["payload"])
-        return Fetch(
-            key=np.asarray(row["key"]).tobytes(),
-            sequence=int(at["sequence"]),
-            segment=segment,
-            epoch=segment.epoch,
-            offset=int(at["block"]) * BLOCK_BYTES,
-            header_bytes=int(at["header"]) * BLOCK_BYTES,
-            payload_bytes=size,
-            extent_bytes=1 << int(at["extent"]),
-            ranges=(ByteRange(0, size),),
-            into=empty_aligned(size),
-        )
+    def fetches_of(self, rows: Rows, memory: torch.Tensor) -> list[Fetch]:
+        """Fetches of whole records `ROW` [n], one after the other into a part of ``memory``, which must suffice."""
+        fetches, start = [], 0
+        for key, at in zip(rows["key"], rows["at"].tolist(), strict=True):
+            sequence, number, block, size, _, _, _, _, header_blocks, extent, _ = at
+            segment = self.pool.segments[number]
+            fetch = Fetch(
+                key=key.tobytes(),
+                sequence=sequence,
+                segment=segment,
+                epoch=segment.epoch,
+                offset=block * BLOCK_BYTES,
+                header_bytes=header_blocks * BLOCK_BYTES,
+                payload_bytes=size,
+                extent_bytes=1 << extent,
+                ranges=(ByteRange(0, size),),
+                into=memory[start : start + size],
+            )
+            fetches.append(fetch)
+            start += round_up(size, BLOCK_BYTES)
+        return fetches
 
     def header_at(self, segment: Segment, offset: int) -> RecordHeader | None:
         """The header at a place, if one of the present life of the segment is there and the medium gives it."""

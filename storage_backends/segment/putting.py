@@ -66,24 +66,28 @@ def _put_new(journal: Journal, flusher: Flusher, records: Sequence[Record]) -> d
         return outcomes
     durable = journal.options.durability == "durable"
     reason = journal.allocator.place(drafts)
-    journal.write(drafts, sync=durable)
-    _publish(journal.catalog, drafts)
-    _remember(journal.headers, drafts)
-    for draft in drafts:
-        if draft.segment is None:
-            outcomes[draft.key] = PutOutcome(PutState.REFUSED, reason)
-        elif draft.error is not None:
-            why = f"the medium does not take it: {draft.error.strerror or draft.error}"
-            outcomes[draft.key] = PutOutcome(PutState.REFUSED, why)
-        else:
-            outcomes[draft.key] = _STORED
     placed = [draft for draft in drafts if draft.segment is not None]
-    journal.allocator.written(placed)
+    try:
+        journal.write(placed, sync=durable)
+        if not durable:
+            flusher.wrote(placed)
+        _publish(journal.catalog, placed)
+        _remember(journal.headers, placed)
+    finally:
+        journal.allocator.written(placed)
+    for draft in drafts:
+        outcomes[draft.key] = _outcome(draft, reason)
     _count(journal, drafts, len(outcomes))
-    if not durable:
-        segments = {draft.segment for draft in placed if draft.segment is not None}
-        flusher.wrote(segments, sum(draft.record_bytes for draft in placed))
     return outcomes
+
+
+def _outcome(draft: Draft, reason: str) -> PutOutcome:
+    """What became of a draft; ``reason`` says why the last ones got no place."""
+    if draft.segment is None:
+        return PutOutcome(PutState.REFUSED, reason)
+    if draft.error is not None:
+        return PutOutcome(PutState.REFUSED, f"the medium does not take it: {draft.error.strerror or draft.error}")
+    return _STORED
 
 
 def _publish(catalog: Catalog, drafts: Sequence[Draft]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvtier.errors import RecordFormatError
 from kvtier.record import BLOCK_BYTES, DIGEST_BYTES, RecordHeader, digest_extents, header_seed, parse_header
 from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
+from kvtier.storage_backends.engines.base import host_bytes
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
@@ -222,10 +224,14 @@ def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -
 
 def _arrived(piece: _Piece, store: bytes) -> None:
     """Take the digests of what was read, and copy what is wanted of it."""
-    view = piece.buffer.numpy().data
+    view = host_bytes(piece.buffer).numpy().data
     if piece.extent is None:
         piece.fetch.take_header(view, store)
         return
     piece.fetch.digests[piece.extent] = digest_extents(view, piece.fetch.extent_bytes)
     for source, target, length in piece.copies:
-        piece.fetch.into[target : target + length].numpy()[:] = piece.buffer[source : source + length].numpy()
+        wanted, got = piece.fetch.into[target : target + length], piece.buffer[source : source + length]
+        if wanted.is_cuda:
+            wanted.copy_(got)
+        else:
+            np.copyto(wanted.numpy(), got.numpy())

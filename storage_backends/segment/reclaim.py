@@ -126,10 +126,10 @@ class Reclaimer:
         sizes = record_bytes(chosen["at"])
         batches = np.cumsum(sizes) // _CARRY_BATCH_BYTES
         for batch in np.unique(batches):
-            self._carry_batch(victim, chosen[batches == batch])
+            self._carry_batch(chosen[batches == batch])
 
-    def _carry_batch(self, victim: Segment, rows: Rows) -> None:
-        fetches = [self._journal.fetch_whole(victim, row) for row in rows]
+    def _carry_batch(self, rows: Rows) -> None:
+        fetches = self._journal.fetches_of(rows, empty_aligned(int(record_bytes(rows["at"]).sum())))
         self._journal.read(fetches)
         moved: list[tuple[Draft, Rows]] = []
         for fetch, row in zip(fetches, rows, strict=True):

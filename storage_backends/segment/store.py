@@ -38,6 +38,7 @@ from kvtier.storage_backends.segment.putting import put_records
 from kvtier.storage_backends.segment.reading import read_infos, read_requests
 from kvtier.storage_backends.segment.reclaim import Reclaimer
 from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport
+from kvtier.storage_backends.segment.statistics import collect_stats
 from kvtier.storage_backends.segment.table import IndexArray
 from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport, summarise, verify_records
 from kvtier.types import format_bytes
@@ -121,7 +122,7 @@ class SegmentRecords(RecordStore):
                 if self._flusher is None:
                     return self._refuse(records, "the store is open for reading only")
                 return put_records(self._journal, self._flusher, self._reclaimer, records)
-        except StorageError as error:
+        except (StorageError, CapacityError) as error:
             return self._refuse(records, str(error))
 
     def contains(self, keys: Sequence[bytes]) -> BoolArray:
@@ -139,8 +140,9 @@ class SegmentRecords(RecordStore):
         try:
             with self._gate:
                 return read_requests(self._journal, requests)
-        except StorageError:
-            self._catalog.counters.misses += len(requests)
+        except (StorageError, CapacityError):  # closed, or no memory to read into
+            with self._catalog.lock:
+                self._catalog.counters.misses += len(requests)
             return [False] * len(requests)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> SegmentLease:
@@ -192,37 +194,7 @@ class SegmentRecords(RecordStore):
 
     def stats(self) -> RecordStats:
         """Counters and bytes now."""
-        catalog, held = self._catalog, self.held_bytes
-        with catalog.lock:
-            counters = catalog.counters
-            live = sum(catalog.live_bytes.values())
-            written = sum(
-                segment.cursor - BLOCK_BYTES
-                for segment in list(self._pool.segments.values())
-                if segment.kind is SegmentKind.CACHE
-            )
-            tenants = {
-                catalog.tenants.values[number].decode(): size for number, size in catalog.tenant_bytes.items() if size
-            }
-            return RecordStats(
-                records=catalog.table.count,
-                live_bytes=live,
-                dead_bytes=max(0, written - live),
-                held_bytes=held,
-                capacity_bytes=self._geometry.capacity,
-                leased_bytes=catalog.leased_bytes(),
-                hits=counters.hits,
-                misses=counters.misses,
-                damaged=counters.damaged,
-                failed=counters.failed,
-                evicted=counters.evicted,
-                refused=counters.refused,
-                stored=counters.stored,
-                read_bytes=counters.read_bytes,
-                written_bytes=counters.written_bytes,
-                degraded=self._degraded,
-                tenants=tenants,
-            )
+        return collect_stats(self._catalog, self._pool, self.held_bytes, self._geometry.capacity, self._degraded)
 
     @property
     def engine(self) -> IOEngine:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from kvtier.storage_backends.memory import empty_aligned
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.reader import Found
 from kvtier.storage_backends.segment.reading import pin_rows, put_aside, unpin
@@ -98,10 +100,12 @@ def verify_records(journal: Journal, progress: Progress | None) -> VerifyReport:
         sizes = record_bytes(catalog.table.at[rows])
     total, done = int(sizes.sum()), 0
     wrong: dict[Found, list[bytes]] = {Found.RIGHT: [], Found.DAMAGED: [], Found.FAILED: []}
-    for batch in _batches(rows, sizes):
-        for key, found in _verify_batch(journal, batch):
+    memory = empty_aligned(0)
+    for batch, size in _batches(rows, sizes):
+        memory = memory if memory.numel() >= size else empty_aligned(size)
+        for key, found in _verify_batch(journal, batch, memory):
             wrong[found].append(key)
-        done += int(record_bytes(catalog.table.at[batch]).sum())
+        done += size
         if progress is not None:
             progress(min(done, total), total)
     return VerifyReport(
@@ -137,23 +141,20 @@ def summarise(journal: Journal, hottest: int) -> StoreSummary:
     )
 
 
-def _batches(rows: IndexArray, sizes: IndexArray) -> Iterator[IndexArray]:
-    """Rows in batches of bounded memory."""
+def _batches(rows: IndexArray, sizes: IndexArray) -> Iterator[tuple[IndexArray, int]]:
+    """Rows in batches of bounded memory, with the bytes of each."""
     numbers = np.cumsum(sizes) // _BATCH_BYTES
     for number in np.unique(numbers):
-        yield rows[numbers == number]
+        yield rows[numbers == number], int(sizes[numbers == number].sum())
 
 
-def _verify_batch(journal: Journal, rows: IndexArray) -> list[tuple[bytes, Found]]:
+def _verify_batch(journal: Journal, rows: IndexArray, memory: torch.Tensor) -> list[tuple[bytes, Found]]:
     """Read records whole, headers from the medium too; those that are not right."""
     catalog = journal.catalog
     with catalog.lock:
         rows = rows[catalog.table.at["segment"][rows] != NOWHERE]
         pinned = pin_rows(catalog, journal.pool, rows)
-        records: Rows = catalog.rows(rows)
-        fetches = [
-            journal.fetch_whole(journal.pool.segments[int(record["at"]["segment"])], record) for record in records
-        ]
+        fetches = journal.fetches_of(catalog.rows(rows), memory)
     try:
         for fetch in fetches:
             journal.headers.forget(fetch.place)

@@ -1,5 +1,7 @@
 """A medium that fails under a segment store: refused, counted, never wrong, and well again afterwards."""
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,10 +9,11 @@ import pytest
 
 from kvtier.storage_backends.engines import PosixEngine
 from kvtier.storage_backends.records import ByteRange, PutState
-from kvtier.storage_backends.segment import SegmentRecords
+from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
+from kvtier.storage_backends.segment.sync import GroupSync
 from kvtier.testing.faults import FaultyEngine, ReadFault, WriteFault
 from kvtier.testing.record_samples import fetch, sample_key, sample_record
-from kvtier.testing.small_segments import open_store, put, served
+from kvtier.testing.small_segments import CAPACITY, open_store, put, served
 
 
 @pytest.fixture
@@ -132,3 +135,63 @@ def test_damage_is_found_by_verify_and_stays_out(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         assert store.recovery.torn == 1
         assert not store.contains([sample_key(1)])[0]
+
+
+def test_relaxed_puts_are_synced_within_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = GroupSync.wait
+
+    def counted(self: GroupSync) -> None:
+        synced.append(1)
+        real(self)
+
+    options = SegmentOptions(
+        capacity=CAPACITY, durability="relaxed", sync_bytes=200_000, sync_seconds=3600, index_seconds=3600
+    )
+    with SegmentRecords(tmp_path, options) as store:
+        monkeypatch.setattr(GroupSync, "wait", counted)
+        put(store, 1, 2, 3)
+        assert synced == []
+        put(store, 4)
+        assert synced == [1], "200 KB are waiting and nobody synced them"
+        put(store, 5, 6, 7)
+        assert synced == [1]
+        put(store, 8)
+        assert synced == [1, 1]
+
+
+def test_puts_that_wait_at_the_same_time_share_a_sync() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    syncs: list[int] = []
+
+    def slow() -> None:
+        syncs.append(1)
+        begun.set()
+        assert go_on.wait(30)
+
+    group = GroupSync(slow)
+    first = threading.Thread(target=group.wait)
+    first.start()
+    assert begun.wait(30)
+    others = [threading.Thread(target=group.wait) for _ in range(8)]
+    for thread in others:
+        thread.start()
+    while len(group._changed._waiters) < 8:  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    go_on.set()
+    for thread in [first, *others]:
+        thread.join(30)
+    assert len(syncs) == 2, "those that came after the first sync had begun need another one, and one is enough"
+
+
+def test_a_sync_that_fails_fails_for_all_who_waited_for_it() -> None:
+    errors = iter([OSError(5, "Input/output error")])
+
+    def fails_once() -> None:
+        for error in errors:
+            raise error
+
+    group = GroupSync(fails_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        group.wait()
+    group.wait()

@@ -1,27 +1,46 @@
-"""The segment store keeps the laws of record stores, durable and relaxed."""
-
-from pathlib import Path
+"""The segment store keeps the laws of record stores, and comes through crashes."""
 
 import pytest
 
-from kvtier.storage_backends.records import RecordStore
-from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
+from kvtier.testing.crash.check import Promise
+from kvtier.testing.crash.kills import Subject
+from kvtier.testing.crash.load import Load
+from kvtier.testing.crash_laws import CrashLaws
 from kvtier.testing.record_laws import OpenStore, RecordStoreLaws
+from kvtier.testing.record_laws.capacity import CapacityLaws
+from kvtier.testing.record_laws.damage import DamageLaws
+from kvtier.testing.record_laws.reopening import ReopeningLaws
+from kvtier.testing.small_segments import MIB, open_durable, open_relaxed
+
+_HERE = "kvtier.testing.small_segments"
 
 
-class TestDurableSegments(RecordStoreLaws):
+class TestSegments(RecordStoreLaws):
     @pytest.fixture
     def store(self) -> OpenStore:
-        def opens(directory: Path, capacity_bytes: int) -> RecordStore:
-            return SegmentRecords(directory, SegmentOptions(capacity=capacity_bytes))
-
-        return opens
+        return open_durable
 
 
-class TestRelaxedSegments(RecordStoreLaws):
+class TestRelaxedSegments(CapacityLaws, DamageLaws, ReopeningLaws):
     @pytest.fixture
     def store(self) -> OpenStore:
-        def opens(directory: Path, capacity_bytes: int) -> RecordStore:
-            return SegmentRecords(directory, SegmentOptions(capacity=capacity_bytes, durability="relaxed"))
+        return open_relaxed
 
-        return opens
+
+class TestCrashes(CrashLaws):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(target=f"{_HERE}:open_durable")
+
+
+class TestCrashesOfAFullStore(CrashLaws):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        return Subject(target=f"{_HERE}:open_durable", promise=Promise(evicts=True), load=Load(filler=200_000))
+
+
+class TestCrashesWhenRelaxed(CrashLaws):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        # What is under way when the machine stops comes on top of the bound: three threads, 70 KB each.
+        return Subject(target=f"{_HERE}:open_relaxed", promise=Promise(lost_bytes=MIB + 300_000, lost_seconds=2.0))
