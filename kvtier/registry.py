@@ -92,9 +92,17 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
+        "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
+        "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),
+        "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
+        "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
+        "arc": Entry("kvtier.policies.placement.arc:ARC"),
+        "s3fifo": Entry("kvtier.policies.placement.s3fifo:S3FIFO"),
+        "lfu": Entry("kvtier.policies.placement.lfu:LFU"),
     },
 )
 

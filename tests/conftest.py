@@ -16,6 +16,11 @@ import pytest  # noqa: E402 - after sys.path is clean
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+# Triton decides when it is imported whether kernels are compiled or interpreted on CPU tensors.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 PROFILES = {"fast": 20, "ci": 60, "nightly": 1000}
 POISON_LIMIT_BYTES = 64 * 2**20
 ALLOCATORS = (

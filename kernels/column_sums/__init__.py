@@ -10,6 +10,7 @@ from kvtier.errors import InputError
 from kvtier.kernels.column_sums import blocked, reference
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.spans import fits
+from kvtier.kernels.tiles import triton_obstacle
 from kvtier.types import Visibility
 
 __all__ = ["column_sums"]
@@ -32,9 +33,16 @@ class ColumnSums(Protocol):
         """Sums over the queries."""
 
 
+def _triton() -> ColumnSums:
+    from kvtier.kernels.column_sums import triton
+
+    return triton
+
+
 OPERATOR: Final = Operator[ColumnSums](
     "column_sums",
     [
+        Candidate("triton", _triton, "weights never leave the chip", triton_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],

@@ -10,6 +10,7 @@ from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.gather_attention import blocked, reference
 from kvtier.kernels.spans import fits
+from kvtier.kernels.tiles import triton_obstacle
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
@@ -46,9 +47,16 @@ class GatherAttention(Protocol):
         """Attention over pages."""
 
 
+def _triton() -> GatherAttention:
+    from kvtier.kernels.gather_attention import triton
+
+    return triton
+
+
 OPERATOR: Final = Operator[GatherAttention](
     "gather_attention",
     [
+        Candidate("triton", _triton, "one pass over the keys, split to fill the GPU", triton_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],

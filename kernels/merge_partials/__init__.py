@@ -11,6 +11,7 @@ from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.heads import accumulation_dtype
 from kvtier.kernels.merge_partials import blocked, reference
+from kvtier.kernels.tiles import triton_obstacle
 from kvtier.types import Partial
 
 __all__ = ["empty_partial", "merge_partials", "sink_partial"]
@@ -23,9 +24,16 @@ class MergePartials(Protocol):
         """The checked arguments of the public function."""
 
 
+def _triton() -> MergePartials:
+    from kvtier.kernels.merge_partials import triton
+
+    return triton
+
+
 OPERATOR: Final = Operator[MergePartials](
     "merge_partials",
     [
+        Candidate("triton", _triton, "one launch for any number of parts", triton_obstacle),
         Candidate("blocked", lambda: blocked, "fewest torch operations"),
         Candidate("reference", lambda: reference, "one dense sum over the parts"),
     ],

@@ -9,6 +9,7 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.page_scores import blocked, reference
+from kvtier.kernels.tiles import triton_obstacle
 from kvtier.types import GroupReduce
 
 __all__ = ["box_scores"]
@@ -25,9 +26,16 @@ class PageScores(Protocol):
         """Scores of pages."""
 
 
+def _triton() -> PageScores:
+    from kvtier.kernels.page_scores import triton
+
+    return triton
+
+
 OPERATOR: Final = Operator[PageScores](
     "page_scores",
     [
+        Candidate("triton", _triton, "bounds are read once", triton_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "channel by channel"),
     ],

@@ -9,6 +9,7 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.page_summaries import blocked, reference
+from kvtier.kernels.tiles import triton_obstacle
 
 __all__ = ["page_bounds"]
 
@@ -20,9 +21,16 @@ class PageSummaries(Protocol):
         """Bounds over the slots."""
 
 
+def _triton() -> PageSummaries:
+    from kvtier.kernels.page_summaries import triton
+
+    return triton
+
+
 OPERATOR: Final = Operator[PageSummaries](
     "page_summaries",
     [
+        Candidate("triton", _triton, "pages are read once", triton_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "slot by slot"),
     ],

@@ -26,8 +26,9 @@ app: Final = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, generate, policies, doctor):
+for verb in (demo, generate, doctor):
     app.command()(verb)
+app.add_typer(policies, name="policies")
 
 
 def _show_version(asked: bool) -> None:

@@ -1,11 +1,12 @@
-"""``kvtier policies``: what can be asked for by name, and the paper it comes from."""
+"""``kvtier policies``: what can be asked for by name, the paper it comes from, and whether it keeps its laws."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from kvtier.cli.output import FINE, FOUND_WRONG, DebugFlag, JsonFlag, Screen
+from kvtier.cli.policies_check import check
 from kvtier.errors import KVTierError
 
 if TYPE_CHECKING:
@@ -13,12 +14,18 @@ if TYPE_CHECKING:
 
 __all__ = ["policies"]
 
+policies: Final = typer.Typer(rich_markup_mode=None)
+policies.command("check")(check)
 
-def policies(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
-    """List the policies and their papers.
+
+@policies.callback(invoke_without_command=True)
+def list_policies(context: typer.Context, as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
+    """List the policies and their papers, or check one.
 
     Exit code 1 if one cannot be loaded.
     """
+    if context.invoked_subcommand is not None:
+        return
     from kvtier import registry
 
     listed: list[dict[str, Any]] = []

@@ -8,20 +8,21 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from kvtier.core.attention import Queries, attend_all, attend_chosen
+from kvtier.core.attention import AnySequence, Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
+from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
-from kvtier.core.policy import IntArray
+from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.ring import WindowSequence
-from kvtier.core.selection import PromptWindow, evict_rows
+from kvtier.core.selection import PromptWindow, evict_rows, evict_step, sums_of
 from kvtier.core.sequence import LayerSequence
+from kvtier.core.step import Row, Step
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial
 
 __all__ = ["Batch", "distinct_rows"]
 
-AnySequence: TypeAlias = LayerSequence | WindowSequence
 Rows: TypeAlias = list[list[AnySequence]]
 
 
@@ -58,34 +59,29 @@ class Batch:
             for layer in range(len(self.memory.layout.layers)):
                 row.append(self.memory.sequence(layer))
 
-    def check_order(self, layer: int, positions: IntArray, spans: Sequence[slice]) -> None:
+    def check_order(self, layer: int, step: Step) -> None:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
-        for row, span in enumerate(spans):
-            last = self.rows[row][layer].last_position if self.rows else None
-            check_ascending(positions[row if positions.shape[0] > 1 else 0, span], last)
+        for row in step.rows:
+            last = self.rows[row.number][layer].last_position if self.rows else None
+            if row.tokens > 1 or (last is not None and row.first <= last):
+                check_ascending(row.host[0], last)
 
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, spans: Sequence[slice]
-    ) -> None:
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: Step) -> None:
         """Append one layer's tokens to every row; a row equal to an earlier one, before and after, becomes its fork.
 
         This is how beams, which start as copies of one prompt, come to store it once.
         """
-        leaders: dict[object, tuple[int, AnySequence]] = {}
-        for row, span in enumerate(spans):
-            if span.start >= span.stop:
-                continue
-            sequence = self.rows[row][layer]
-            origin = sequence.version if sequence.length else None
+        leaders: dict[object, tuple[Row, AnySequence]] = {}
+        for row in step.rows:
+            sequence = self.rows[row.number][layer]
+            origin = sequence.version if len(self.rows) > 1 and sequence.length else None
             leader = leaders.get(origin)
-            if leader is not None and _same(keys, values, positions, (row, leader[0]), (span, spans[leader[0]])):
+            if leader is not None and _same(keys, values, row, leader[0]):
                 sequence.release()
-                self.rows[row][layer] = leader[1].fork()
+                self.rows[row.number][layer] = leader[1].fork()
                 continue
-            where = positions[row if positions.shape[0] > 1 else 0, span][None]
-            sequence.append(keys[row, :, span], values[row, :, span], where)
-            if len(self.rows) > 1:
-                leaders[origin] = (row, sequence)
+            sequence.append(row.of(keys), row.of(values), row.host)
+            leaders[origin] = (row, sequence)
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
         """Attention of one row in one layer, with the logits of a sink [Hq] if there is one."""
@@ -93,18 +89,22 @@ class Batch:
         if sink is not None:
             partial = merge_partials([partial, sink_partial(sink, partial)])
         if not decoding:
-            self.note_window(layer, row, queries, partial)
+            self.note_prompt(layer, row, queries, partial)
+        elif isinstance(sequence := self.rows[row][layer], KeptSequence):
+            self._evict_step(layer, sequence, queries, partial)
         return partial
 
     def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
         sequence, policy = self.rows[row][layer], self.memory.policy
-        if isinstance(sequence, WindowSequence):
+        if not isinstance(sequence, LayerSequence):
             return attend_all(sequence, queries)
         store = sequence.group.store
-        store.tick()
+        if store.bounded:
+            store.tick()
         retrieval = policy.retrieval if decoding else None
         if retrieval is None or policy.read is None or layer < retrieval.dense_layers:
-            store.touch(sequence.pages.view)
+            if store.bounded:
+                store.touch(sequence.pages.view)
             partial, pages = attend_all(sequence, queries), sequence.pages.length
         else:
             partial, pages = attend_chosen(sequence, queries, retrieval, policy.read)
@@ -113,21 +113,46 @@ class Batch:
             self.pages_read += pages
         return partial
 
-    def note_window(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
-        """While a prompt is running, remember its last queries if a policy will ask for their attention."""
-        selection = self.memory.policy.selection
-        if selection is not None and isinstance(self.rows[row][layer], LayerSequence):
+    def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
+        """While a prompt is running, remember what a policy will ask about it."""
+        selection, sequence = self.memory.policy.selection, self.rows[row][layer]
+        if selection is None or isinstance(sequence, WindowSequence):
+            return
+        if Need.WINDOW_ATTENTION in selection.needs:
             width = selection.window_queries
             self.prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
+        if Need.COLUMN_SUMS in selection.needs:
+            self.prompt.add(layer, row, sums_of(sequence, queries, partial.lse))
 
     def evict(self, layer: int, like: Queries) -> None:
-        """Apply the selection policy to one layer, whose prompt has ended; sliding windows are never subject to it."""
+        """Apply the selection policy to a layer whose prompt has ended; sliding windows are never subject to it.
+
+        A policy that plans over the model waits for the last layer, and then has all of them.
+        """
         selection, keep = self.memory.policy.selection, self.memory.policy.keep
-        held = [row[layer] for row in self.rows]
-        sequences = [sequence for sequence in held if isinstance(sequence, LayerSequence)]
-        if selection is None or keep is None or not sequences:
+        if selection is None or keep is None or isinstance(self.rows[0][layer], WindowSequence):
             return
-        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep[layer])
+        if selection.scope is Scope.LAYER:
+            self._evict_layer(layer, like, selection, [keep[layer]] * len(self.rows))
+            return
+        self.prompt.ended[layer] = like
+        layers = [index for index, held in enumerate(self.rows[0]) if not isinstance(held, WindowSequence)]
+        if layer == layers[-1]:
+            budgets = [self._shares(row, layers, selection, keep) for row in range(len(self.rows))]
+            for place, index in enumerate(layers):
+                self._evict_layer(index, self.prompt.ended.pop(index), selection, [row[place] for row in budgets])
+
+    def _shares(self, row: int, layers: list[int], selection: SelectionPolicy, keep: Sequence[int]) -> tuple[int, ...]:
+        """What one row keeps in each of ``layers``, by the attention that was seen in all of them."""
+        budgets = tuple(keep[layer] for layer in layers)
+        sums = [self.prompt.sums.get((layer, row)) for layer in layers]
+        seen = [one for one in sums if one is not None]
+        return selection.share(budgets, seen) if len(seen) == len(layers) else budgets
+
+    def _evict_layer(self, layer: int, like: Queries, selection: SelectionPolicy, keep: Sequence[int]) -> None:
+        held = [row[layer] for row in self.rows]
+        sequences = [sequence for sequence in held if not isinstance(sequence, WindowSequence)]
+        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep)
         for row, sequence in zip(self.rows, evicted, strict=True):
             row[layer] = sequence
         group = sequences[0].group
@@ -135,16 +160,25 @@ class Batch:
             group.planned_frames = 0
             group.store.compact()
 
+    def _evict_step(self, layer: int, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
+        selection, keep = self.memory.policy.selection, self.memory.policy.keep
+        if selection is not None and keep is not None:
+            evict_step(sequence, queries, partial.lse, selection, keep[layer])
+
     def work_ahead(self, layer: int, *, decoding: bool) -> None:
         """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""
         for row in self.rows:
             sequence = row[layer]
             if isinstance(sequence, WindowSequence):
                 sequence.settle()
+        if self.memory.budgets.device is None:
+            return
+        for row in self.rows:
             following = row[layer + 1] if decoding and layer + 1 < len(row) else None
             if isinstance(following, LayerSequence) and following.chosen is not None:
-                group = following.group
-                group.store.prefetch(following.chosen.ravel(), most=group.staging_columns * group.heads)
+                group, columns = following.group, following.chosen[0].cpu().numpy()
+                pages = following.pages.view[group.head_rows, columns]
+                group.store.prefetch(pages.ravel(), most=group.staging_columns * group.heads)
         first = self.rows[0][layer]
         if isinstance(first, LayerSequence):
             first.group.store.write_behind(first.group.low_water())
@@ -213,13 +247,8 @@ def _release(sequences: Sequence[AnySequence]) -> None:
         sequence.release()
 
 
-def _same(
-    keys: torch.Tensor, values: torch.Tensor, positions: IntArray, rows: tuple[int, int], spans: tuple[slice, slice]
-) -> bool:
+def _same(keys: torch.Tensor, values: torch.Tensor, row: Row, leader: Row) -> bool:
     """Whether two rows bring the same tokens."""
-    (row, leader), (span, leader_span) = rows, spans
-    if span != leader_span or (positions.shape[0] > 1 and not np.array_equal(positions[row], positions[leader])):
+    if row.span != leader.span or not np.array_equal(row.host, leader.host):
         return False
-    return torch.equal(keys[row, :, span], keys[leader, :, span]) and torch.equal(
-        values[row, :, span], values[leader, :, span]
-    )
+    return torch.equal(row.of(keys), leader.of(keys)) and torch.equal(row.of(values), leader.of(values))

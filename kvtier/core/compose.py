@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from kvtier.core.policy import (
     Need,
+    Phase,
     PlacementPolicy,
     Policy,
     PositionMode,
@@ -22,7 +23,7 @@ from kvtier.types import Budgets, KVLayout
 
 __all__ = ["BoundPolicy", "Composition", "bind", "policy"]
 
-_PROVIDED = frozenset({Need.WINDOW_ATTENTION})
+_PROVIDED = frozenset({Need.WINDOW_ATTENTION, Need.COLUMN_SUMS, Need.KEYS})
 _SERVED = frozenset({Role.SELECTION, Role.RETRIEVAL, Role.PLACEMENT})
 
 
@@ -71,6 +72,11 @@ class BoundPolicy:
     read: int | None
     lossless: bool
 
+    @property
+    def evicts_steps(self) -> bool:
+        """Whether it also evicts while it decodes."""
+        return self.selection is not None and self.selection.phase is Phase.DECODE
+
 
 def policy(text: str | Policy) -> Policy:
     """A policy by name: ``policy("snapkv(window=32) | quest(read=512)")``.
@@ -108,6 +114,11 @@ def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
         part.check_layout(layout)
     selection = next((part for part in parts if isinstance(part, SelectionPolicy)), None)
     retrieval = next((part for part in parts if isinstance(part, RetrievalPolicy)), None)
+    if selection is not None and retrieval is not None and selection.phase is Phase.DECODE:
+        raise CompositionError(
+            f"{selection.name} evicts by the attention of every step, and {retrieval.name} leaves pages unread; take a "
+            "policy that evicts at the end of a prompt, such as snapkv"
+        )
     placement = next((part for part in parts if isinstance(part, PlacementPolicy)), None) or policies.resolve("lru")()
     keep = _tokens("keep", selection, selection.keep if selection else None, budgets.keep)
     read = _tokens("read", retrieval, retrieval.read if retrieval else None, budgets.read)
@@ -186,8 +197,8 @@ def _check_part(part: Policy) -> None:
         raise CompositionError(
             f"{part.name} needs {', '.join(missing)}; a session provides {', '.join(sorted(n.name for n in _PROVIDED))}"
         )
-    if part.scope is Scope.MODEL:
-        raise CompositionError(f"{part.name} plans over all layers at once; a session plans layer by layer")
+    if part.scope is Scope.MODEL and not isinstance(part, SelectionPolicy):
+        raise CompositionError(f"{part.name} plans over all layers at once; only selection policies may")
     if part.position_mode is PositionMode.COMPACT:
         raise CompositionError(f"{part.name} renumbers positions; a session keeps the positions that RoPE saw")
 

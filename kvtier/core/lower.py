@@ -12,6 +12,7 @@ from kvtier.core.pages import DEVICE, HOST, NVME, PageTable
 from kvtier.core.policy import IntArray, PlacementPolicy
 from kvtier.errors import CapacityError, DamagedSlotsError, PagesLostError, StorageError
 from kvtier.storage_backends.base import SlotBackend
+from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.types import format_bytes
 
 __all__ = ["TIER_NAMES", "LowerTiers", "Traffic"]
@@ -46,6 +47,8 @@ class LowerTiers:
     ----------
     peak : dict of int to int
         The most bytes each tier ever held.
+    orders : dict of int to EvictionOrder
+        Who leaves each tier first.
     """
 
     arena: Arena
@@ -54,7 +57,11 @@ class LowerTiers:
     backends: dict[int, SlotBackend] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     peak: dict[int, int] = field(default_factory=dict)
+    orders: dict[int, EvictionOrder] = field(init=False)
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.orders = {tier: self.placement.order() for tier in (HOST, NVME)}
 
     def read(self, tier: int, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages in these slots, on the device: K [n, P, Dk], V [n, P, Dv].
@@ -98,6 +105,12 @@ class LowerTiers:
         slots = backend.reserve(count)
         self.peak[tier] = max(self.peak.get(tier, 0), backend.used_slots * backend.slot_bytes)
         return slots
+
+    def land(self, tier: int, pages: IntArray, slots: IntArray) -> None:
+        """Take note that these pages [n] now have copies in these slots [n]."""
+        self.table.slot[tier][pages] = slots
+        self.table.copy[tier][pages] = True
+        self.orders[tier].admit(pages)
 
     def store(self, pages: IntArray) -> None:
         """Give resident pages a copy below, in the fastest tier with room; older pages move on to make it.
@@ -145,6 +158,7 @@ class LowerTiers:
             if held.size and not self.closed:
                 backend.release(self.table.slot[tier][held])
             self.table.copy[tier][held] = False
+            self.orders[tier].forget(pages)
 
     def close(self) -> None:
         """Close every backend; idempotent. Pages that are released later have nothing to free here."""
@@ -159,8 +173,7 @@ class LowerTiers:
         except Exception:
             self.backends[tier].release(slots)
             raise
-        self.table.slot[tier][pages] = slots
-        self.table.copy[tier][pages] = True
+        self.land(tier, pages, slots)
         self.traffic.written += pages.size * self.arena.frame_bytes
 
     def _absent(self, pages: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -180,18 +193,18 @@ class LowerTiers:
         self._drop_spare(tier, count)
         short = count - self.backends[tier].free_slots
         if tier == HOST and short > 0 and NVME in self.backends:
-            only = np.flatnonzero(self.table.copy[HOST] & ~self.table.busy)
-            self._drop_spare(NVME, min(short, only.size))
-            room = min(short, only.size, self.backends[NVME].free_slots)
-            self._spill(only[self.placement.victims(self.table.last_use[only], room)])
+            only = self.table.copy[HOST] & ~self.table.busy
+            leaving = min(short, int(np.count_nonzero(only)))
+            self._drop_spare(NVME, leaving)
+            self._spill(self.orders[HOST].victims(min(leaving, self.backends[NVME].free_slots), only))
 
     def _drop_spare(self, tier: int, count: int) -> None:
         """Drop copies of pages that are on the device, too, until ``count`` slots are free or none is left."""
         short = count - self.backends[tier].free_slots
         if short > 0:
             table = self.table
-            spare = np.flatnonzero(table.copy[tier] & table.copy[DEVICE] & ~table.busy)
-            self._leave(tier, spare[self.placement.victims(table.last_use[spare], min(short, spare.size))])
+            spare = table.copy[tier] & table.copy[DEVICE] & ~table.busy
+            self._leave(tier, self.orders[tier].victims(short, spare))
 
     def _spill(self, pages: IntArray) -> None:
         """Host to NVMe, in batches; a page leaves the host only after its batch is written."""
@@ -207,8 +220,7 @@ class LowerTiers:
             except Exception:
                 nvme.release(slots)
                 raise
-            self.table.slot[NVME][part] = slots
-            self.table.copy[NVME][part] = True
+            self.land(NVME, part, slots)
             self._leave(HOST, part)
             self.traffic.spilled += part.size * self.arena.frame_bytes
 
@@ -216,3 +228,4 @@ class LowerTiers:
         if pages.size:
             self.backends[tier].release(self.table.slot[tier][pages])
             self.table.copy[tier][pages] = False
+            self.orders[tier].evict(pages)

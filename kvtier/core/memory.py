@@ -11,6 +11,7 @@ import torch
 from kvtier.config import StoreConfig, load_config
 from kvtier.core.compose import BoundPolicy, bind
 from kvtier.core.group import LayerGroup
+from kvtier.core.kept import kept_bytes
 from kvtier.core.ledger import Ledger
 from kvtier.core.lower import TIER_NAMES
 from kvtier.core.pages import HOST, NVME
@@ -146,6 +147,8 @@ class Memory:
                 kept * group.layer.token_bytes if evicting else 0
             )
             per_row = group.tail_bytes(block) + group.sketch_bytes(group.expected_pages)
+            if self.policy.evicts_steps:
+                per_row += kept_bytes(group, kept)
             shares[group.device] += staging + rows * (count * per_row + chunk * group.layer.token_bytes)
         for layer, device in zip(self.layout.layers, self.devices, strict=True):
             if layer.window is not None:

@@ -7,7 +7,7 @@ nothing: the session and the tiers apply its plans. So every policy is testable 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
@@ -16,6 +16,8 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
+from kvtier.kernels.top_pages import top_pages
+from kvtier.storage_backends.eviction import EvictionOrder
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
@@ -63,6 +65,7 @@ class Need(Enum):
     ATTENTION_VARIANCE = "variance of the column sums, per layer"
     HIDDEN_STATES = "hidden states of the last tokens"
     NEXT_LAYER_QUERY_WEIGHTS = "query projection of the next layer"
+    KEYS = "keys of the slots, as attention sees them"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
 
@@ -98,7 +101,8 @@ class KeepPlan(NamedTuple):
 class MergePlan(NamedTuple):
     """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight``, each [B, Hk, M].
 
-    The weights that go to one ``dst``, and its own, sum to 1.
+    A ``dst`` that takes something states its own weight too, with ``src == dst``; the weights that go to one ``dst``
+    sum to 1. An entry of weight 0 fills a row and means nothing.
     """
 
     src: torch.Tensor
@@ -175,13 +179,21 @@ class PromptFilterPolicy(Policy):
     phase: ClassVar = Phase.PROMPT
     query_aware: ClassVar = True
 
+    def protected(self, tokens: int) -> torch.Tensor:
+        """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""
+        return torch.zeros(tokens, dtype=torch.bool)
+
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
         """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
 
 
 class SelectionPolicy(Policy):
-    """Which tokens stay, and what happens to the rest?"""
+    """Which tokens stay, and what happens to the rest?
+
+    With ``Phase.PREFILL`` it acts at the end of a prompt, with ``Phase.DECODE`` also after every step. Slots are always
+    given in the order of their positions.
+    """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.SELECTION})
@@ -191,7 +203,9 @@ class SelectionPolicy(Policy):
 
     @property
     def window_queries(self) -> int:
-        """Queries whose attention ``Stats.window_attention`` sums; for policies that need it."""
+        """Queries whose attention ``Stats.window_attention`` sums; 0 for policies that do not need it."""
+        if Need.WINDOW_ATTENTION not in self.needs:
+            return 0
         raise PolicyError(f"{self.name} declares no query window; WINDOW_ATTENTION needs one")
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
@@ -218,6 +232,14 @@ class SelectionPolicy(Policy):
         """Tokens kept per KV head in each layer; their mean is ``keep``. Uniform by default."""
         return (keep,) * len(layout.layers)
 
+    def share(self, keep: tuple[int, ...], column_sums: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """What each layer keeps once all were seen, for ``Scope.MODEL``: ``keep`` by default, and the same sum.
+
+        ``column_sums`` [Hq, T] of one sequence, layer by layer, as many as there are budgets.
+        """
+        del column_sums
+        return keep
+
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
         """How dropped slots are folded into kept ones; None drops them."""
         del view, plan
@@ -229,6 +251,11 @@ class CodecPolicy(Policy):
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.CODEC})
+
+    @property
+    def uniform_bits(self) -> int | None:
+        """Bits b of a uniform code, whose 2**b levels span a group from its least to its largest; None for others."""
+        return None
 
     @abstractmethod
     def encode(self, block: torch.Tensor) -> Encoded:
@@ -251,6 +278,19 @@ class RetrievalPolicy(Policy):
     read: int | None
     dense_layers: int
 
+    @property
+    def upper_bound(self) -> bool:
+        """Whether a page's score is at least the logit of every key in it, for every query head and query."""
+        return False
+
+    def pinned(self, sketch: Sketch) -> torch.Tensor:
+        """Pages [B, Hk, N] bool that are read whatever the query and counted in the budget; none by default.
+
+        Sketches are [B, Hk, N, ...]. ``rank`` scores them above all others.
+        """
+        some = next(iter(sketch.values()))
+        return torch.zeros(some.shape[:3], dtype=torch.bool, device=some.device)
+
     @abstractmethod
     def sketch(self, keys: torch.Tensor) -> Sketch:
         """Summaries of sealed pages from their keys [Hk, N, P, Dk]: tensors [Hk, N, ...] by name."""
@@ -268,17 +308,23 @@ class RetrievalPolicy(Policy):
 
     def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
         """The ``pages`` best pages of each KV head; all of them when there are fewer."""
-        best = torch.topk(scores, min(pages, scores.shape[-1]), dim=-1, sorted=False).indices
-        return ZonePlan(torch.sort(best, dim=-1).values)
+        return ZonePlan(top_pages(scores, pages))
 
 
 class PlacementPolicy(Policy):
-    """Where does it live?"""
+    """Where does it live?
+
+    Attributes
+    ----------
+    scan_resistant : bool
+        Whether what was used again and again outlives a long run of what is used once.
+    """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.PLACEMENT})
     lossless: ClassVar = True
+    scan_resistant: ClassVar[bool] = False
 
     @abstractmethod
-    def victims(self, last_use: IntArray, count: int) -> IntArray:
-        """Indices [count] of the pages that leave a tier first, from the clock of their last use [N]."""
+    def order(self) -> EvictionOrder:
+        """A fresh order of who leaves first, for one tier; it holds all state, the policy none."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from kvtier.core.selection import PromptWindow
+import torch
+
+from kvtier.core.attention import Queries
+from kvtier.core.selection import Observed, PromptWindow
 from kvtier.errors import InputError
 
 __all__ = ["PromptTracker"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -23,11 +29,17 @@ class PromptTracker:
         Prompts are announced; otherwise each append of several tokens is one.
     windows : dict
         Last queries of the running prompt, by layer and row.
+    sums : dict
+        Attention [Hq, T] that its tokens received from all its queries so far, by layer and row.
+    ended : dict
+        Queries of the last forward, by layer that has come to the end of the prompt and waits for the others.
     """
 
     end: int | None = None
     announced: bool = False
     windows: dict[tuple[int, int], PromptWindow] = field(default_factory=dict)
+    sums: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    ended: dict[int, Queries] = field(default_factory=dict)
 
     def announce(self, end: int) -> None:
         """A prompt ends at column ``end``."""
@@ -59,26 +71,38 @@ class PromptTracker:
         held = self.windows.get((layer, row))
         self.windows[layer, row] = window if held is None else held.then(window, width)
 
-    def take(self, layer: int, rows: int) -> list[PromptWindow | None]:
-        """Hand out the windows of a layer and forget them."""
-        return [self.windows.pop((layer, row), None) for row in range(rows)]
+    def add(self, layer: int, row: int, sums: torch.Tensor) -> None:
+        """Count attention [Hq, T] that the tokens so far received from the newest queries."""
+        held = self.sums.get((layer, row))
+        if held is not None:
+            sums[:, : held.shape[1]] += held
+        self.sums[layer, row] = sums
+
+    def take(self, layer: int, rows: int) -> list[Observed | None]:
+        """Hand out what was seen of the prompt in a layer, None where nothing was, and forget it."""
+        return [
+            None if window is None and sums is None else Observed(window, sums)
+            for window, sums in (
+                (self.windows.pop((layer, row), None), self.sums.pop((layer, row), None)) for row in range(rows)
+            )
+        ]
 
     def crop(self, columns: int) -> None:
         """Only ``columns`` are left; queries that were remembered may be gone with the others."""
         self.windows.clear()
+        self.sums.clear()
         if self.end is not None:
             self.end = min(self.end, columns)
 
     def reordered(self, rows: Sequence[int]) -> PromptTracker:
         """The tracker after row i became what row ``rows[i]`` was."""
-        moved = {
-            (layer, new): window
-            for (layer, held), window in self.windows.items()
-            for new, row in enumerate(rows)
-            if row == held
-        }
-        return replace(self, windows=moved)
+        return replace(self, windows=_moved(self.windows, rows), sums=_moved(self.sums, rows))
 
     def fork(self) -> PromptTracker:
         """A copy that goes its own way."""
-        return replace(self, windows=dict(self.windows))
+        return replace(self, windows=dict(self.windows), sums=dict(self.sums), ended=dict(self.ended))
+
+
+def _moved(held: dict[tuple[int, int], _T], rows: Sequence[int]) -> dict[tuple[int, int], _T]:
+    """What belongs to the rows after row i became what row ``rows[i]`` was."""
+    return {(layer, new): value for (layer, row), value in held.items() for new, old in enumerate(rows) if old == row}

@@ -1,20 +1,28 @@
-"""Eviction at the end of a prompt: votes from a second pass, a policy's plan, and its application to the pages."""
+"""Eviction: statistics of a prompt or a step, a policy's plan, and the slots that are left, merged if it says so."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from kvtier.core.attention import Queries, key_votes, segments_of
-from kvtier.core.policy import IntArray, SelectionPolicy
+from kvtier.core.kept import KeptSequence
+from kvtier.core.merging import merge_into
+from kvtier.core.policy import IntArray, KeepPlan, Need, Phase, SelectionPolicy
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
 from kvtier.types import GroupReduce
 
-__all__ = ["PromptWindow", "evict_rows", "group_reduce"]
+__all__ = ["Observed", "PromptWindow", "evict_rows", "evict_slots", "evict_step", "group_reduce", "sums_of"]
+
+_PURPOSE = "statistics"
+
+Evictable: TypeAlias = LayerSequence | KeptSequence
 
 
 @dataclass(slots=True)
@@ -44,31 +52,78 @@ class PromptWindow:
         )
 
 
+class Observed(NamedTuple):
+    """What was seen of a prompt in one row and layer: its last queries, and the column sums [Hq, T] of all of them."""
+
+    window: PromptWindow | None
+    sums: torch.Tensor | None
+
+
 def evict_rows(
-    rows: Sequence[LayerSequence],
-    windows: Sequence[PromptWindow | None],
+    rows: Sequence[Evictable],
+    observed: Sequence[Observed | None],
     like: Queries,
     policy: SelectionPolicy,
-    keep: int,
-) -> list[LayerSequence]:
-    """Apply a policy to every row of one layer; rows that were forks of each other and keep the same stay forks."""
-    done: dict[object, tuple[torch.Tensor, LayerSequence]] = {}
-    result = []
-    for sequence, window in zip(rows, windows, strict=True):
-        if window is None or sequence.length <= keep:
+    keep: Sequence[int],
+) -> list[Evictable]:
+    """Apply a policy to every row of one layer, whose prompt has ended; row b keeps ``keep[b]`` tokens a KV head.
+
+    Rows that were forks of each other and keep the same stay forks. Under a policy that also evicts while it decodes
+    every row becomes a `KeptSequence`.
+    """
+    done: dict[object, tuple[torch.Tensor, Evictable]] = {}
+    result: list[Evictable] = []
+    decodes = policy.phase is Phase.DECODE
+    for sequence, seen, budget in zip(rows, observed, keep, strict=True):
+        if (seen is None and policy.needs) or (sequence.length <= budget and not decodes):
             result.append(sequence)
             continue
-        kept = _plan(sequence, window, like, policy, keep)
-        version = sequence.version
+        if isinstance(sequence, KeptSequence):
+            if seen is not None and seen.sums is not None:
+                sequence.vote(seen.sums)
+            window = None if seen is None or seen.window is None else _window_votes(sequence, seen.window, like)[0]
+            evict_slots(sequence, window, policy, budget)
+            result.append(sequence)
+            continue
+        stats, view = _observe(sequence, seen, like, policy)
+        plan = policy.select(policy.score(view, stats), view, budget)
+        kept, version, total = plan.keep[0], sequence.version, sequence.length
         twin = done.get(version)
         if twin is not None and torch.equal(twin[0], kept):
             sequence.release()
             result.append(twin[1].fork())
             continue
-        _apply(sequence, kept)
-        done[version] = (kept, sequence)
-        result.append(sequence)
+        left: Evictable = _apply(sequence, plan, view, policy)
+        if decodes:
+            left = _opened(sequence, kept, seen, total)
+        done[version] = (kept, left)
+        result.append(left)
     return result
+
+
+def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy, keep: int) -> None:
+    """After a decode step: count the attention of its queries, and evict what is beyond the budget."""
+    sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
+    if sums is not None:
+        sequence.vote(sums)
+    if sequence.draft_start is None:
+        evict_slots(sequence, sums, policy, keep)
+
+
+def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy, keep: int) -> None:
+    """Leave ``keep`` slots of each KV head, by all attention so far and that of the latest queries [Hq, n]."""
+    if sequence.length <= keep:
+        return
+    turn, stats = sequence.in_order(), Stats()
+    if policy.needs:
+        running = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
+        window = None if latest is None else _ordered(latest, turn, policy.group_reduce)
+        stats = Stats(window_attention=window, column_sums=running)
+    positions = torch.from_numpy(np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1))
+    positions = positions.to(turn.device)[None]
+    view = SlotView(positions=positions, protected=policy.protected(positions))
+    plan = policy.select(policy.score(view, stats), view, keep)
+    sequence.keep(turn.gather(1, plan.keep[0]))
 
 
 def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Tensor:
@@ -79,36 +134,88 @@ def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Te
     return grouped.amax(2) if how == "max" else grouped.sum(2)
 
 
-def _plan(
-    sequence: LayerSequence, window: PromptWindow, like: Queries, policy: SelectionPolicy, keep: int
-) -> torch.Tensor:
-    """Slots to keep [Hk, K]."""
-    queries = Queries(
-        query=window.query,
-        positions=window.positions,
-        first=int(window.positions.min()),
-        scale=like.scale,
-        window=like.window,
-        softcap=like.softcap,
-    )
+def sums_of(sequence: Evictable, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
+    """Attention [Hq, slots] that every slot received from these queries; counted as device memory while it lives."""
+    ledger, nbytes = sequence.group.ledger, queries.query.shape[1] * sequence.length * lse.element_size()
+    ledger.take(_PURPOSE, nbytes)
+    sums = key_votes(sequence, queries, lse)[0]
+    weakref.finalize(sums, ledger.give, _PURPOSE, nbytes)
+    return sums
+
+
+def _observe(
+    sequence: LayerSequence, seen: Observed | None, like: Queries, policy: SelectionPolicy
+) -> tuple[Stats, SlotView]:
+    """The statistics and the view of slots that the policy declared a need for."""
     heads = sequence.group.heads
-    votes = group_reduce(key_votes(sequence, queries, window.lse), heads, policy.group_reduce)
-    positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, (heads, sequence.length)).copy())
-    positions = positions.to(votes.device)[None]
-    view = SlotView(positions=positions, protected=policy.protected(positions))
-    return policy.select(policy.score(view, Stats(window_attention=votes)), view, keep).keep[0]
+    window = sums = None
+    if seen is not None and seen.window is not None:
+        window = group_reduce(_window_votes(sequence, seen.window, like), heads, policy.group_reduce)
+    if seen is not None and seen.sums is not None:
+        sums = group_reduce(seen.sums[None], heads, policy.group_reduce)
+    keys = _all_keys(sequence) if Need.KEYS in policy.needs else None
+    return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys)
 
 
-def _apply(sequence: LayerSequence, keep: torch.Tensor) -> None:
-    """Leave only the slots ``keep`` [Hk, K], ascending."""
-    group = sequence.group
+def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> torch.Tensor:
+    """Attention of the last queries of a prompt, summed per slot [1, Hq, T]."""
+    queries = like._replace(query=window.query, positions=window.positions, first=int(window.positions.min()))
+    return key_votes(sequence, queries, window.lse)
+
+
+def _view(sequence: LayerSequence, policy: SelectionPolicy, keys: torch.Tensor | None) -> SlotView:
+    shape = (sequence.group.heads, sequence.length)
+    positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, shape).copy()).to(sequence.group.device)[None]
+    return SlotView(positions=positions, protected=policy.protected(positions), keys=keys)
+
+
+def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torch.Tensor:
+    """Values of query heads [Hq, n], reduced to KV heads and in the order of positions: [1, Hk, n]."""
+    return group_reduce(values[None], turn.shape[0], how).gather(2, turn[None])
+
+
+def _apply(sequence: LayerSequence, plan: KeepPlan, view: SlotView, policy: SelectionPolicy) -> LayerSequence:
+    """Leave only the slots of the plan, with others merged into them as the policy says."""
+    group, keep = sequence.group, plan.keep[0]
     slots = keep.cpu().numpy()
-    nbytes = slots.shape[1] * group.layer.token_bytes
-    with group.ledger.lent("staging", nbytes):
-        sequence.replace(*_kept(sequence, slots))
+    merge = policy.merge(view, plan)
+    entries = 0 if merge is None else merge.src.shape[2]
+    with group.ledger.lent("staging", (slots.shape[1] + entries) * group.layer.token_bytes):
+        keys, values, positions = _slots(sequence, slots)
+        if merge is not None and entries:
+            parts = _slots(sequence, merge.src[0].cpu().numpy())
+            keys, values = merge_into(keys, values, keep, merge, parts[0], parts[1])
+        sequence.replace(keys, values, positions)
+    return sequence
 
 
-def _kept(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:
+def _opened(sequence: LayerSequence, kept: torch.Tensor, seen: Observed | None, total: int) -> KeptSequence:
+    """The slots that are left of ``total``, where they can be overwritten one by one; the sequence is released."""
+    with segments_of(sequence) as segments:
+        parts = list(segments)
+        keys = torch.cat([part.keys[0] for part in parts], dim=1)
+        values = torch.cat([part.values[0] for part in parts], dim=1)
+    positions = np.broadcast_to(sequence.positions.view, (sequence.group.heads, sequence.length))
+    opened = KeptSequence.of(sequence.group, keys, values, positions)
+    if seen is not None and seen.sums is not None:
+        opened.vote(_taken(seen.sums, kept))
+    opened.seen, opened.evicted = total, kept.shape[1] < total
+    sequence.release()
+    return opened
+
+
+def _taken(sums: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Column sums [Hq, T] of the kept slots [Hk, K]: [Hq, K]."""
+    return sums.gather(1, keep.repeat_interleave(sums.shape[0] // keep.shape[0], dim=0))
+
+
+def _all_keys(sequence: LayerSequence) -> torch.Tensor:
+    """Copies of all keys [1, Hk, T, Dk], as attention sees them."""
+    with segments_of(sequence) as segments:
+        return torch.cat([segment.keys.clone() for segment in segments], dim=2)
+
+
+def _slots(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:
     """Copies of these slots [Hk, K]: K [Hk, K, Dk], V [Hk, K, Dv] and positions [Hk, K]."""
     group, layer = sequence.group, sequence.group.layer
     count, like = slots.shape[1], sequence.raw.keys

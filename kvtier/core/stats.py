@@ -15,7 +15,7 @@ __all__ = ["SlotView", "Stats"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotView:
-    """Slots of one layer, without their contents.
+    """Slots of one layer; their contents only for a policy that declared the need.
 
     Parameters
     ----------
@@ -23,10 +23,17 @@ class SlotView:
         Logical positions [B, Hk, T] int64.
     protected : Tensor
         Slots that no policy ranks [B, Hk, T] bool.
+    keys : Tensor, optional
+        Keys as attention sees them [B, Hk, T, Dk].
     """
 
     positions: torch.Tensor
     protected: torch.Tensor
+    keys: torch.Tensor | None = None
+
+    def require_keys(self) -> torch.Tensor:
+        """``keys``, or ``SessionStateError`` when the policy forgot to declare the need."""
+        return _present(self.keys, "KEYS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,10 @@ import torch
 from kvtier.core.arena import Arena
 from kvtier.core.lower import LowerTiers
 from kvtier.core.pages import DEVICE, HOST, NVME, PageTable
-from kvtier.core.policy import IntArray, PlacementPolicy
+from kvtier.core.policy import IntArray
 from kvtier.core.transfer import TransferEngine
 from kvtier.errors import CapacityError
+from kvtier.storage_backends.eviction import EvictionOrder
 
 __all__ = ["PageStore"]
 
@@ -40,8 +41,8 @@ class PageStore:
         The device tier.
     lower : LowerTiers
         Host and NVMe.
-    placement : PlacementPolicy
-        Who leaves first.
+    order : EvictionOrder
+        Who leaves the device first.
     bounded : bool
         Whether the device may run out, so that use must be tracked.
     block_pages : int
@@ -58,7 +59,7 @@ class PageStore:
     arena: Arena
     table: PageTable
     lower: LowerTiers
-    placement: PlacementPolicy
+    order: EvictionOrder
     transfer: TransferEngine
     bounded: bool
     block_pages: int
@@ -74,6 +75,7 @@ class PageStore:
         """These pages are part of this step; they do not leave the device before the next."""
         if self.bounded:
             self.table.last_use[pages] = self.clock
+            self.order.hit(pages.ravel())
 
     def resident(self, pages: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Which pages have a copy on the device."""
@@ -99,6 +101,7 @@ class PageStore:
         self.table.slot[DEVICE][pages] = frames
         self.table.copy[DEVICE][pages] = True
         self.table.last_use[pages] = self.clock
+        self.order.admit(pages.ravel())
         return pages
 
     def free_frames(self, count: int) -> None:
@@ -122,17 +125,17 @@ class PageStore:
     def demote(self, count: int, least: int) -> None:
         """Free up to ``count`` frames, at least ``least``, of pages not used in this step."""
         self.settle()
-        candidates = np.flatnonzero(
+        allowed = (
             self.table.copy[DEVICE] & (self.table.last_use < self.clock) & (self.table.refs > 0) & ~self.table.busy
         )
-        if candidates.size < least:
+        may_leave = int(np.count_nonzero(allowed))
+        if may_leave < least:
             raise CapacityError(
                 f"this step needs {least} page frames more on {self.arena.device}: {self.arena.total_frames} are held, "
-                f"{candidates.size} of them may leave, and the budget has no room for others "
+                f"{may_leave} of them may leave, and the budget has no room for others "
                 f"({self.arena.held_by_purpose()}); raise device="
             )
-        chosen = candidates[self.placement.victims(self.table.last_use[candidates], min(count, candidates.size))]
-        self._leave(self.lower.fitting(chosen, least))
+        self._leave(self.lower.fitting(self.order.victims(min(count, may_leave), allowed), least))
 
     def evacuate(self, slab: int) -> None:
         """Move every page out of a slab and give its memory back."""
@@ -174,6 +177,7 @@ class PageStore:
         absent = pages[~self.table.copy[DEVICE][pages]]
         if not absent.size:
             return
+        self.order.miss(absent)
         self.free_frames(absent.size)
         for start in range(0, absent.size, batch):
             part = absent[start : start + batch]
@@ -189,6 +193,7 @@ class PageStore:
             return
         self.tick()
         self.touch(pages)
+        self.order.miss(absent)
         with suppress(CapacityError):
             self.free_frames(absent.size)
         absent = absent[: self.arena.free_frames]
@@ -211,16 +216,14 @@ class PageStore:
         tier = min(self.lower.backends)
         room = min(self.lower.backends[tier].free_slots, low_water)
         leaving = self.table.copy[DEVICE] & ~self.table.copy[HOST] & ~self.table.copy[NVME] & ~self.table.busy
-        candidates = np.flatnonzero(leaving & (self.table.refs > 0) & (self.table.last_use < self.clock))
-        if not room or not candidates.size:
+        pages = self.order.victims(room, leaving & (self.table.refs > 0) & (self.table.last_use < self.clock))
+        if not pages.size:
             return
-        pages = candidates[self.placement.victims(self.table.last_use[candidates], min(room, candidates.size))]
         slots = self.lower.reserve(tier, pages.size)
         frames = self.table.slot[DEVICE][pages]
 
         def land() -> None:
-            self.table.slot[tier][pages] = slots
-            self.table.copy[tier][pages] = True
+            self.lower.land(tier, pages, slots)
             self.lower.traffic.written += pages.size * self.arena.frame_bytes
 
         self._start(
@@ -237,6 +240,7 @@ class PageStore:
             return
         self.settle(gone)
         self._free_frames_of(gone[self.table.copy[DEVICE][gone]])
+        self.order.forget(gone)
         self.lower.release(gone)
         self.table.forget(gone)
 
@@ -289,7 +293,10 @@ class PageStore:
             taken[inside] = True
             if inside.size:
                 found.append((tier, inside, slot[tier][pages[inside]]))
+            if tier == NVME:
+                self.lower.orders[HOST].miss(pages[inside])
             if tier != DEVICE:
+                self.lower.orders[tier].hit(pages[inside])
                 self.lower.traffic.read += inside.size * self.arena.frame_bytes
         return found
 
@@ -320,11 +327,13 @@ class PageStore:
         if pages.size:
             self.arena.release(self.table.slot[DEVICE][pages])
             self.table.copy[DEVICE][pages] = False
+            self.order.evict(pages)
 
     def _land_promotion(self, pages: IntArray, frames: IntArray) -> None:
         self.table.slot[DEVICE][pages] = frames
         self.table.copy[DEVICE][pages] = True
         self.table.last_use[pages] = self.clock
+        self.order.admit(pages)
         self.lower.traffic.promoted += pages.size * self.arena.frame_bytes
 
     def _start(

@@ -59,7 +59,7 @@ class NumberedPages:
             arena=arena,
             table=table,
             lower=LowerTiers(arena, table, placement, backends),
-            placement=placement,
+            order=placement.order(),
             transfer=TransferEngine(),
             bounded=frames is not None,
             block_pages=2,

@@ -1,33 +1,43 @@
 """The laws of selection policies: subclass `SelectionLaws` in a test file and they run on your policy."""
-# ruff: noqa: S101 - laws are made of assert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvtier.core.policy import SelectionPolicy
+from kvtier.core.selection import group_reduce
 from kvtier.core.stats import SlotView, Stats
+from kvtier.errors import PolicyError
+from kvtier.testing.draws import DTYPES, draw_levels, table
+from kvtier.testing.law import PolicyLaws, claimed, law, require
 from kvtier.types import KVLayout
 
-__all__ = ["SelectionCase", "SelectionLaws", "selection_cases"]
+__all__ = ["SelectionCase", "SelectionLaws", "least_budget", "selection_cases"]
 
-_LAW = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
-)
+_MOST_BUDGET = 300
 
 
 @dataclass(frozen=True)
 class SelectionCase:
-    """Votes [B, Hk, T] over slots at positions [B, Hk, T], and a budget."""
+    """Votes of query heads [B, Hq, T] over slots at positions [B, Hk, T], and a budget."""
 
-    votes: torch.Tensor
+    query_votes: torch.Tensor
     positions: torch.Tensor
     keep: int
+
+    @property
+    def slots(self) -> int:
+        """Slots T of each row and KV head."""
+        return self.positions.shape[2]
+
+    def votes(self, policy: SelectionPolicy) -> torch.Tensor:
+        """Votes of KV heads [B, Hk, T] fp32, as the runtime reduces them for this policy."""
+        return group_reduce(self.query_votes.float(), self.positions.shape[1], getattr(policy, "group_reduce", "mean"))
 
     def view(self, policy: SelectionPolicy) -> SlotView:
         """What the policy sees of the slots."""
@@ -35,26 +45,66 @@ class SelectionCase:
 
     def scores(self, policy: SelectionPolicy) -> torch.Tensor:
         """Scores [B, Hk, T]."""
-        stats = Stats(window_attention=self.votes.clone(), column_sums=self.votes.clone())
-        return policy.score(self.view(policy), stats)
+        votes = self.votes(policy)
+        return policy.score(self.view(policy), Stats(window_attention=votes, column_sums=votes.clone()))
 
     def plan(self, policy: SelectionPolicy, keep: int | None = None) -> torch.Tensor:
         """Slots kept [B, Hk, K]."""
         return policy.select(self.scores(policy), self.view(policy), self.keep if keep is None else keep).keep
 
+    def only(self, rows: Sequence[int], heads: Sequence[int]) -> SelectionCase:
+        """These rows and KV heads, with their query heads, in this order."""
+        group = self.query_votes.shape[1] // self.positions.shape[1]
+        votes = self.query_votes[list(rows)].unflatten(1, (-1, group))[:, list(heads)].flatten(1, 2)
+        return SelectionCase(votes, self.positions[list(rows)][:, list(heads)], self.keep)
+
+    def describe(self) -> str:
+        """The case in words."""
+        rows, heads = self.positions.shape[:2]
+        return (
+            f"{rows} rows, {heads} KV heads of {self.query_votes.shape[1] // heads} query heads, {self.slots} slots, "
+            f"keep {self.keep}, {self.query_votes.dtype}; {table('positions', self.positions)}; "
+            f"{table('votes', self.query_votes)}"
+        )
+
 
 @st.composite
-def selection_cases(draw: st.DrawFn, *, least_keep: int) -> SelectionCase:
-    """Cases of up to 3 rows, 3 heads and 70 slots, with many ties, gaps in the positions and budgets beyond them."""
-    rows, heads, slots = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 70))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    levels = draw(st.sampled_from([1, 2, 4, 1000]))
-    votes = torch.randint(levels, (rows, heads, slots), generator=random).float() / levels
-    gaps = torch.randint(1, draw(st.integers(2, 5)), (rows, heads, slots), generator=random)
-    return SelectionCase(votes, gaps.cumsum(-1), draw(st.integers(least_keep, max(slots + 5, least_keep))))
+def selection_cases(draw: st.DrawFn, *, least_keep: int = 1, most_slots: int = 40) -> SelectionCase:
+    """Cases of up to 3 rows, 3 KV heads of 1, 2 or 4 query heads, with many ties, gaps and budgets beyond the slots."""
+    rows, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
+    slots = draw(st.integers(1, most_slots))
+    levels = draw(st.sampled_from([1, 2, 4, 250]))
+    # Query heads of very different strength, so that one cannot speak for another.
+    strength = 4.0 ** -draw_levels(draw, (rows, heads * group, 1), 3)
+    votes = draw_levels(draw, (rows, heads * group, slots), levels) / levels * strength
+    gaps = 1 + draw_levels(draw, (rows, heads, slots), draw(st.integers(1, 4)))
+    votes = votes.to(draw(st.sampled_from(DTYPES)))
+    return SelectionCase(votes, gaps.cumsum(-1) - 1, draw(st.integers(least_keep, max(slots + 5, least_keep))))
 
 
-class SelectionLaws:
+def least_budget(policy: SelectionPolicy) -> int:
+    """The smallest budget that a policy accepts for a layer."""
+    layout = KVLayout.uniform(num_layers=1, num_kv_heads=1, key_dim=4, value_dim=4, dtype="float32")
+    if policy.keep is not None:
+        return policy.keep
+    return next((keep for keep in range(1, _MOST_BUDGET) if _accepts(policy, layout, keep)), 1)
+
+
+def _accepts(policy: SelectionPolicy, layout: KVLayout, keep: int) -> bool:
+    try:
+        policy.allocate(layout, keep)
+    except PolicyError:
+        return False
+    return True
+
+
+def _cases(suite: SelectionLaws, policy: SelectionPolicy) -> st.SearchStrategy[SelectionCase]:
+    del suite
+    least = least_budget(policy)
+    return selection_cases(least_keep=least, most_slots=least + 24)
+
+
+class SelectionLaws(PolicyLaws):
     """What every selection policy keeps; override the fixture ``policy``.
 
     Examples
@@ -67,106 +117,130 @@ class SelectionLaws:
                 return MySelection(window=4)
     """
 
-    least_keep = 1
-    """The smallest budget that the policy accepts."""
+    @law("S1", "every row and KV head keeps exactly its budget, or all it has", case=_cases)
+    def test_the_budget_is_exact(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        kept = case.plan(policy).shape[-1]
+        must = min(case.keep, case.slots)
+        require(kept == must, f"{must} of {case.slots} slots must stay, {kept} do")
 
-    @pytest.fixture
-    def policy(self) -> SelectionPolicy:
-        """Make the policy under test."""
-        pytest.fail("override the fixture 'policy': return a SelectionPolicy")
-
-    @_LAW
-    @given(data=st.data())
-    def test_the_budget_is_exact_and_slots_ascend_in_range(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """S1, S3: min(budget, slots) distinct slots, ascending."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
-        kept = case.plan(policy)
-
-        slots = case.votes.shape[-1]
-        assert kept.shape == (*case.votes.shape[:2], min(case.keep, slots))
-        assert kept.dtype == torch.int64
-        assert (kept.diff(dim=-1) > 0).all()
-        assert 0 <= int(kept.min()) <= int(kept.max()) < slots
-
-    @_LAW
-    @given(data=st.data())
-    def test_protected_slots_stay_the_newest_first(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """S2: all of them if the budget allows, else the newest."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
+    @law("S2", "protected slots stay, the newest first when the budget is smaller", case=_cases)
+    def test_protected_slots_stay(self, policy: SelectionPolicy, case: SelectionCase) -> None:
         protected = policy.protected(case.positions)
-        kept = torch.zeros_like(protected).scatter_(-1, case.plan(policy), True)
-
-        for mine, theirs in zip(kept.flatten(0, 1), protected.flatten(0, 1), strict=True):
+        kept = _mask(case.plan(policy), protected)
+        for place, (mine, theirs) in _each(kept, protected):
             must = theirs.nonzero()[:, 0].tolist()[-case.keep :]
-            assert mine[must].all(), f"slots {must} are protected"
+            lost = [slot for slot in must if not mine[slot]]
+            require(not lost, f"{place} drops slots {lost}, which are protected")
 
-    @_LAW
-    @given(data=st.data(), more=st.integers(1, 20))
-    def test_a_larger_budget_keeps_what_a_smaller_one_keeps(
-        self, policy: SelectionPolicy, data: st.DataObject, more: int
-    ) -> None:
-        """S5."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
-        small, large = case.plan(policy), case.plan(policy, case.keep + more)
-
-        for few, many in zip(small.flatten(0, 1).tolist(), large.flatten(0, 1).tolist(), strict=True):
-            assert set(few) <= set(many)
-
-    @_LAW
-    @given(data=st.data())
-    def test_rows_and_heads_are_planned_alone(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """S6, S13: the plan of a row and head is the same in any company, and whatever was planned before."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
-        together = case.plan(policy)
-
-        for row in range(case.votes.shape[0]):
-            for head in range(case.votes.shape[1]):
-                pick = (slice(row, row + 1), slice(head, head + 1))
-                alone = SelectionCase(case.votes[pick], case.positions[pick], case.keep)
-                assert torch.equal(alone.plan(policy)[0, 0], together[row, head])
-
-    @_LAW
-    @given(data=st.data())
-    def test_of_equal_scores_the_earlier_slot_stays(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """S8, S10: what is dropped scores less, or the same and lies behind."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
-        protected, scores = policy.protected(case.positions), case.scores(policy)
-        kept = torch.zeros_like(protected).scatter_(-1, case.plan(policy), True)
-
-        flat = (part.flatten(0, 1).tolist() for part in (scores, protected, kept))
-        for score, safe, stays in zip(*flat, strict=True):
-            ranked = [slot for slot in range(len(score)) if not safe[slot]]
-            order = sorted(ranked, key=lambda slot: (-score[slot], slot))
-            assert [stays[slot] for slot in order] == sorted((stays[slot] for slot in ranked), reverse=True)
-
-    @_LAW
-    @given(data=st.data())
-    def test_selecting_again_changes_nothing(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """S9: at the same budget, all that was kept is kept."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
+    @law("S3", "kept slots are distinct, in range and ascend", case=_cases)
+    def test_slots_ascend_in_range(self, policy: SelectionPolicy, case: SelectionCase) -> None:
         kept = case.plan(policy)
-        again = SelectionCase(case.votes.gather(-1, kept), case.positions.gather(-1, kept), case.keep)
+        require(kept.dtype == torch.int64, f"slots are int64, got {kept.dtype}")
+        for place, (row,) in _each(kept):
+            slots = row.tolist()
+            require(slots == sorted(set(slots)), f"{place} keeps {slots}")
+            require(all(0 <= slot < case.slots for slot in slots), f"{place} keeps {slots} of {case.slots} slots")
 
-        assert torch.equal(again.plan(policy), torch.arange(kept.shape[-1]).expand_as(kept))
+    @law("S4", "there is one plan for each KV head, none for query heads", case=_cases)
+    def test_heads_are_kv_heads(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        kept, must = tuple(case.plan(policy).shape[:2]), tuple(case.positions.shape[:2])
+        require(kept == must, f"{must[0]} rows of {must[1]} KV heads, and plans for {kept[0]} rows of {kept[1]} heads")
 
-    @_LAW
-    @given(data=st.data())
-    def test_scoring_changes_no_statistic(self, policy: SelectionPolicy, data: st.DataObject) -> None:
-        """The statistics belong to the runtime."""
-        case = data.draw(selection_cases(least_keep=self.least_keep))
-        stats = Stats(window_attention=case.votes.clone(), column_sums=case.votes.clone())
-        view = case.view(policy)
-        policy.select(policy.score(view, stats), view, case.keep)
+    @law("S5", "a larger budget keeps what a smaller one keeps", case=_cases, more=st.integers(1, 20))
+    def test_budgets_are_nested(self, policy: SelectionPolicy, case: SelectionCase, more: int) -> None:
+        for place, (few, many) in _each(case.plan(policy), case.plan(policy, case.keep + more)):
+            lost = sorted(set(few.tolist()) - set(many.tolist()))
+            require(not lost, f"{place} keeps slots {lost} with {case.keep} tokens and not with {case.keep + more}")
 
-        assert torch.equal(stats.require_window_attention(), case.votes)
-        assert torch.equal(stats.require_column_sums(), case.votes)
+    @law("S6", "a row and KV head is planned the same in any company and in any order", case=_cases)
+    def test_rows_and_heads_are_planned_alone(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        together = case.plan(policy)
+        rows, heads = case.positions.shape[:2]
+        for row in range(rows):
+            for head in range(heads):
+                alone = case.only([row], [head]).plan(policy)[0, 0].tolist()
+                mine = together[row, head].tolist()
+                require(alone == mine, f"row {row}, KV head {head} keeps {alone} alone and {mine} in company")
+        turned = case.only(range(rows)[::-1], range(heads)[::-1]).plan(policy).flip(0, 1)
+        require(torch.equal(turned, together), "rows and heads in reverse order keep other slots")
 
-    @pytest.mark.parametrize("layers", [1, 3, 32])
-    def test_layers_share_the_budget_exactly(self, policy: SelectionPolicy, layers: int) -> None:
-        """S11: the mean over the layers is the budget."""
+    @law("S8", "of equal scores the earlier slot stays, and what is dropped never scored more", case=_cases)
+    def test_the_best_stay_and_ties_go_to_the_earlier(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        scores, protected = case.scores(policy), policy.protected(case.positions)
+        for place, (score, safe, stays) in _each(scores, protected, _mask(case.plan(policy), protected)):
+            ranked = [slot for slot in range(case.slots) if not safe[slot]]
+            best = sorted(ranked, key=lambda slot: (-float(score[slot]), slot))
+            must = sorted(best[: int(sum(bool(stays[slot]) for slot in ranked))])
+            mine = [slot for slot in ranked if stays[slot]]
+            require(mine == must, f"{place} keeps {mine} of the ranked slots; the best are {must}")
+
+    @law("S9", "selecting again at the same budget drops nothing", case=_cases)
+    def test_selecting_again_changes_nothing(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        kept = case.plan(policy)
+        group = case.query_votes.shape[1] // case.positions.shape[1]
+        votes = case.query_votes.gather(-1, kept.repeat_interleave(group, 1))
+        again = SelectionCase(votes, case.positions.gather(-1, kept), case.keep).plan(policy)
+        for place, (row,) in _each(again):
+            require(row.numel() == kept.shape[-1], f"{place} kept {kept.shape[-1]} slots, and then {row.numel()}")
+
+    @law(
+        "S11",
+        "the budgets of all layers sum to the budget times the layers",
+        layers=st.integers(1, 40),
+        more=st.integers(0, 4000),
+    )
+    def test_layers_share_the_budget_exactly(self, policy: SelectionPolicy, layers: int, more: int) -> None:
         layout = KVLayout.uniform(num_layers=layers, num_kv_heads=2, key_dim=8, value_dim=8, dtype="float32")
-        for keep in (self.least_keep, self.least_keep + 7, 4096):
-            shares = policy.allocate(layout, keep)
-            assert len(shares) == layers
-            assert sum(shares) == keep * layers
-            assert min(shares) >= 1
+        keep = least_budget(policy) + more
+        shares = policy.allocate(layout, keep)
+        require(all(type(share) is int for share in shares), f"budgets are integers of tokens, got {shares}")
+        require(len(shares) == layers, f"{layers} layers and {len(shares)} budgets")
+        require(sum(shares) == keep * layers, f"{keep} tokens in each of {layers} layers, {sum(shares)} in all")
+        require(min(shares) >= 1, f"a layer keeps {min(shares)} tokens")
+
+    @law("S12", "statistics belong to the runtime: scoring changes none", case=_cases)
+    def test_scoring_changes_no_statistic(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        view, votes = case.view(policy), case.votes(policy)
+        stats = Stats(window_attention=votes.clone(), column_sums=votes.clone())
+        positions, protected = view.positions.clone(), view.protected.clone()
+        policy.select(policy.score(view, stats), view, case.keep)
+        same = torch.equal(stats.require_window_attention(), votes) and torch.equal(stats.require_column_sums(), votes)
+        require(same, "the votes are not what they were")
+        require(torch.equal(view.positions, positions), "the positions are not what they were")
+        require(torch.equal(view.protected, protected), "the protected slots are not what they were")
+
+    @law("S13", "a plan is the same whatever was planned before", case=_cases, other=_cases)
+    def test_no_state_survives(self, policy: SelectionPolicy, case: SelectionCase, other: SelectionCase) -> None:
+        first = case.plan(policy)
+        other.plan(policy)
+        again = case.plan(policy)
+        for place, (before, after) in _each(first, again):
+            require(before.tolist() == after.tolist(), f"{place} kept {before.tolist()}, then {after.tolist()}")
+
+    @law("S14", "with one query head a KV head, mean, max and sum keep the same", case=_cases)
+    def test_reductions_of_one_head_agree(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        claimed(hasattr(policy, "group_reduce"), f"{policy.name} has no group_reduce")
+        group = case.query_votes.shape[1] // case.positions.shape[1]
+        single = SelectionCase(case.query_votes[:, ::group], case.positions, case.keep)
+        plans = {how: single.plan(_reducing(policy, how)) for how in ("mean", "max", "sum")}
+        for how, plan in plans.items():
+            require(torch.equal(plan, plans["mean"]), f"mean and {how} of a single query head keep other slots")
+
+
+def _reducing(policy: SelectionPolicy, how: str) -> SelectionPolicy:
+    changed: SelectionPolicy = replace(cast("Any", policy), group_reduce=how)
+    return changed
+
+
+def _mask(kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like).scatter_(-1, kept, True)
+
+
+def _each(*tensors: torch.Tensor) -> list[tuple[str, tuple[torch.Tensor, ...]]]:
+    """The slots of each row and head of tensors [B, Hk, ...], and their place in words."""
+    rows, heads = tensors[0].shape[:2]
+    return [
+        (f"row {row}, KV head {head}", tuple(tensor[row, head] for tensor in tensors))
+        for row in range(rows)
+        for head in range(heads)
+    ]

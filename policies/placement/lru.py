@@ -1,29 +1,51 @@
-"""LRU: the page unused for longest leaves first."""
+"""LRU: what was unused for longest leaves first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from kvtier.core.policy import IntArray, PlacementPolicy
+from kvtier.core.policy import PlacementPolicy
+from kvtier.policies.placement.id_queue import IdQueue
+from kvtier.storage_backends.eviction import BoolArray, EvictionOrder, IdArray
 
 __all__ = ["LRU"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LRU(PlacementPolicy):
-    """Demote in least-recently-used order; of pages last used at the same step, the earlier one."""
+    """Evict in least-recently-used order; a long scan flushes everything."""
 
     name: ClassVar[str] = "lru"
     paper: ClassVar[str] = "none: least recently used"
 
-    def victims(self, last_use: IntArray, count: int) -> IntArray:
-        """Indices [count] of the pages that leave first, ascending in their last use [N]."""
-        if count >= last_use.size:
-            return np.argsort(last_use, kind="stable")
-        bound = np.partition(last_use, count - 1)[count - 1] if count else 0
-        older = np.flatnonzero(last_use < bound)
-        ties = np.flatnonzero(last_use == bound)[: count - older.size]
-        return np.concatenate([older[np.argsort(last_use[older], kind="stable")], ties])
+    def order(self) -> EvictionOrder:
+        """One queue by last use."""
+        return _LRUOrder()
+
+
+class _LRUOrder(EvictionOrder):
+    def __init__(self) -> None:
+        self._queue = IdQueue()
+
+    @property
+    def residents(self) -> int:
+        return self._queue.size
+
+    def admit(self, ids: IdArray) -> None:
+        self._queue.push(ids)
+
+    def hit(self, ids: IdArray) -> None:
+        self._queue.push(ids[self._queue.holds(ids)])
+
+    def victims(self, count: int, allowed: BoolArray | None = None) -> IdArray:
+        return self._queue.first(count, allowed)
+
+    def evict(self, ids: IdArray) -> None:
+        self._queue.drop(ids)
+
+    def forget(self, ids: IdArray) -> None:
+        self._queue.drop(ids)
+
+    def remembers(self, ids: IdArray) -> BoolArray:
+        return self._queue.holds(ids)

@@ -47,6 +47,11 @@ class Quest(RetrievalPolicy):
         if self.group_reduce not in ("mean", "max", "sum"):
             raise PolicyError(f"quest: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
 
+    @property
+    def upper_bound(self) -> bool:
+        """Of every query head when a group takes its largest score."""
+        return self.group_reduce == "max"
+
     def sketch(self, keys: torch.Tensor) -> Sketch:
         """Channel-wise bounds [Hk, N, Dk] of the keys [Hk, N, P, Dk] of each page."""
         low, high = page_bounds(keys)

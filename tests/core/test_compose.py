@@ -18,6 +18,7 @@ from kvtier.policies.eviction.snapkv import SnapKV
 from kvtier.policies.full import Full
 from kvtier.policies.placement.lru import LRU
 from kvtier.policies.retrieval.quest import Quest
+from kvtier.registry import policies
 from kvtier.testing.session_machine import small_layout
 from kvtier.types import Budgets, KVLayout
 
@@ -67,8 +68,14 @@ def test_a_policy_stays_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("snapk", "unknown policy 'snapk'; known: full, lru, quest, snapkv; did you mean 'snapkv'?"),
-        ("quest | zebra", "unknown policy 'zebra'; known: full, lru, quest, snapkv"),
+        (
+            "snapk",
+            f"unknown policy 'snapk'; known: {', '.join(policies.names())}; did you mean 'snapkv'?",
+        ),
+        (
+            "quest | zebra",
+            f"unknown policy 'zebra'; known: {', '.join(policies.names())}",
+        ),
         ("quest(reed=3)", "quest has no parameter 'reed'; allowed: read, dense_layers, group_reduce"),
         ("full(x=1)", "full has no parameter 'x'; allowed: none"),
         ("quest(read=0)", "quest: read must be an integer of at least 1 token, got 0"),
@@ -186,7 +193,7 @@ class Sums(Newest):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.COLUMN_SUMS, Need.HIDDEN_STATES})
 
 
-class Global(Newest):
+class Global(Quest):
     """Plans over all layers."""
 
     __slots__ = ()
@@ -216,8 +223,8 @@ class Picky(Newest):
     ("chosen", "message"),
     [
         (Rounding(), "rounding is a codec; a session runs selection, retrieval and placement policies"),
-        (Sums(keep=8), "sums needs COLUMN_SUMS, HIDDEN_STATES; a session provides WINDOW_ATTENTION"),
-        (Global(keep=8), "global plans over all layers at once; a session plans layer by layer"),
+        (Sums(keep=8), "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, WINDOW_ATTENTION"),
+        (Global(read=99), "global plans over all layers at once; only selection policies may"),
         (Compact(keep=8), "compact renumbers positions; a session keeps the positions that RoPE saw"),
         (Picky(keep=8), "picky serves 7 layers, got 3"),
         (Quest(read=99) | Compact(keep=8), "compact renumbers positions"),

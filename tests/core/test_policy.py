@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kvtier.core.policy import Policy, SelectionPolicy
+from kvtier.core.policy import Need, Policy, SelectionPolicy
 from kvtier.core.selection import group_reduce
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError, SessionStateError
@@ -43,8 +43,16 @@ def test_a_selection_protects_nothing_merges_nothing_and_shares_evenly_by_defaul
     assert policy.allocate(small_layout(), 9) == (9, 9, 9)
     assert policy.parts == (policy,)
     policy.check_layout(small_layout())
+    assert policy.window_queries == 0
+
+
+class ByAttention(ByPosition):
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.WINDOW_ATTENTION})
+
+
+def test_a_policy_that_needs_attention_says_of_how_many_queries() -> None:
     with pytest.raises(PolicyError, match="by position declares no query window; WINDOW_ATTENTION needs one"):
-        _ = policy.window_queries
+        _ = ByAttention().window_queries
 
 
 def test_scores_that_are_infinite_or_huge_are_still_ranked() -> None:

@@ -22,6 +22,30 @@ def window(first: int, tokens: int) -> PromptWindow:
     )
 
 
+def windows(tracker: PromptTracker, layer: int, rows: int) -> list[PromptWindow | None]:
+    """The windows that a tracker hands out."""
+    return [None if seen is None else seen.window for seen in tracker.take(layer, rows)]
+
+
+def test_sums_of_chunks_add_up_and_belong_to_their_layer_and_row() -> None:
+    tracker = PromptTracker()
+    tracker.add(0, 1, torch.tensor([[1.0, 2.0]]))
+    tracker.add(0, 1, torch.tensor([[10.0, 20.0, 30.0]]))
+    tracker.add(1, 1, torch.tensor([[5.0]]))
+    twin = tracker.fork()
+    twin.add(0, 1, torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+
+    (nothing, seen) = tracker.reordered([0, 1]).take(0, 2)
+    assert nothing is None
+    assert seen is not None
+    assert seen.sums is not None
+    assert seen.sums.tolist() == [[11.0, 22.0, 30.0]]
+    (_, apart) = twin.take(0, 2)
+    assert apart is not None
+    assert apart.sums is not None
+    assert apart.sums.tolist() == [[11.0, 22.0, 30.0, 1.0]]
+
+
 @given(tokens=st.lists(st.integers(1, 9), min_size=1, max_size=6), width=st.integers(1, 12))
 def test_the_last_queries_of_a_prompt_are_gathered_over_its_chunks(tokens: list[int], width: int) -> None:
     tracker, first = PromptTracker(), 0
@@ -29,7 +53,7 @@ def test_the_last_queries_of_a_prompt_are_gathered_over_its_chunks(tokens: list[
         tracker.note(0, 0, window(max(first, first + count - width), min(count, width)), width)
         first += count
 
-    (gathered,) = tracker.take(0, 1)
+    (gathered,) = windows(tracker, 0, 1)
 
     assert gathered is not None
     expected = window(max(0, first - width), min(first, width))
@@ -45,12 +69,12 @@ def test_windows_belong_to_their_layer_and_row() -> None:
     tracker.note(1, 0, window(7, 1), 4)
     moved = tracker.reordered([1, 1, 0])
 
-    assert [None if held is None else held.positions.tolist() for held in moved.take(0, 3)] == [
+    assert [None if held is None else held.positions.tolist() for held in windows(moved, 0, 3)] == [
         [[3, 4]],
         [[3, 4]],
         None,
     ]
-    assert [None if held is None else held.positions.tolist() for held in moved.take(1, 3)] == [None, None, [[7]]]
+    assert [None if held is None else held.positions.tolist() for held in windows(moved, 1, 3)] == [None, None, [[7]]]
     held = tracker.take(0, 2)
     assert held[0] is None
     assert held[1] is not None
@@ -115,5 +139,6 @@ def test_forks_go_their_own_way() -> None:
     assert tracker.end is None
     (held,) = tracker.take(0, 1)
     assert held is not None
-    assert held.positions.tolist() == [[0, 1]]
+    assert held.window is not None
+    assert held.window.positions.tolist() == [[0, 1]]
     assert twin.take(0, 1) != [None]

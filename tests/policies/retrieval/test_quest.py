@@ -14,7 +14,7 @@ from kvtier.testing.dense import box_bound, quest_pages, reduce_heads
 from kvtier.testing.retrieval_laws import RetrievalCase, RetrievalLaws, retrieval_cases
 from kvtier.types import GroupReduce
 
-ROUNDING = 1e-9  # of bounds up to 50 * 8, summed in fp64 in another order
+ROUNDING = 1e-9  # of bounds up to 8 * 8 * 64 * 8, summed in fp64 in another order
 
 
 @pytest.mark.parametrize("how", ["mean", "max", "sum"])
@@ -24,7 +24,7 @@ class TestQuest(RetrievalLaws):
         return Quest(group_reduce=how)
 
 
-@given(retrieval_cases())
+@given(retrieval_cases(dtypes=[torch.float64]))
 def test_the_score_bounds_every_logit_of_every_query_head(case: RetrievalCase) -> None:
     group = case.query.shape[1] // case.keys.shape[1]
     query = case.query.unflatten(1, (-1, group))
@@ -34,7 +34,7 @@ def test_the_score_bounds_every_logit_of_every_query_head(case: RetrievalCase) -
     assert (case.rank(Quest(group_reduce="max")) >= logits.amax((2, 3, 5)) - ROUNDING).all()
 
 
-@given(retrieval_cases())
+@given(retrieval_cases(dtypes=[torch.float64]))
 def test_the_score_of_a_page_of_one_token_is_its_logit(case: RetrievalCase) -> None:
     single = RetrievalCase(case.query[:, :: case.query.shape[1] // case.keys.shape[1], :1], case.keys[:, :, :, :1])
 
@@ -43,7 +43,7 @@ def test_the_score_of_a_page_of_one_token_is_its_logit(case: RetrievalCase) -> N
     torch.testing.assert_close(single.rank(Quest()), logits, rtol=0, atol=ROUNDING)
 
 
-@given(retrieval_cases(), st.sampled_from(["mean", "max", "sum"]))
+@given(retrieval_cases(dtypes=[torch.float64]), st.sampled_from(["mean", "max", "sum"]))
 def test_scores_are_the_better_corners_reduced_over_the_group(case: RetrievalCase, how: GroupReduce) -> None:
     group = case.query.shape[1] // case.keys.shape[1]
     scores = case.rank(Quest(group_reduce=how))
@@ -54,16 +54,20 @@ def test_scores_are_the_better_corners_reduced_over_the_group(case: RetrievalCas
         torch.testing.assert_close(scores[row], bounds, rtol=0, atol=ROUNDING)
 
 
-@given(retrieval_cases(), st.integers(1, 12))
+@given(retrieval_cases(dtypes=[torch.float64]), st.integers(1, 12))
 def test_the_chosen_pages_are_those_of_the_paper_written_out(case: RetrievalCase, count: int) -> None:
     policy = Quest()
-    chosen = policy.choose(case.rank(policy), count).pages
+    scores = case.rank(policy)
+    chosen = policy.choose(scores, count).pages
 
     for row, (query, keys) in enumerate(zip(case.query, case.keys, strict=True)):
-        assert chosen[row].tolist() == quest_pages(query, keys, count=count, how="max")
+        paper = torch.tensor(quest_pages(query, keys, count=count, how="max"))
+        # Pages may tie: their scores are compared.
+        mine, theirs = (scores[row].gather(-1, pages).sort(-1).values for pages in (chosen[row], paper))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=ROUNDING)
 
 
-@given(retrieval_cases())
+@given(retrieval_cases(dtypes=[torch.float64]))
 def test_reductions_of_a_group_of_one_agree(case: RetrievalCase) -> None:
     single = RetrievalCase(case.query[:, : case.keys.shape[1]], case.keys)
     scores = [single.rank(Quest(group_reduce=how)) for how in ("mean", "max", "sum")]

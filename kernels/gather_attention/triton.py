@@ -1,0 +1,205 @@
+"""Attention over runs and pages in Triton: split over the keys, a KV head's whole group in one tile (Flash-Decoding).
+
+A program attends one tile of folded queries (row ``g * Tq + t`` is query t of head g of the group) to one split of the
+keys of their KV head. Splits are merged like any other partials.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kvtier.kernels.device import MOST, logits, seen_pairs, softmax_end, softmax_step
+from kvtier.kernels.gather_attention import blocked
+from kvtier.kernels.gather_attention.plan import plan
+from kvtier.kernels.merge_partials.triton import merge_splits
+from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded, processors
+from kvtier.types import Partial, Visibility
+
+__all__ = ["attend_pages", "attend_run"]
+
+
+MOST_FP32_CHANNELS: Final = 128
+
+
+@triton.jit
+def _addresses(
+    frames_ptr, i_b, i_h, o_n, in_keys, kv_heads, pages,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    P: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Where the keys and values of slots ``o_n`` [N] begin."""
+    if PAGED:
+        b_frame = tl.load(frames_ptr + (i_b * kv_heads + i_h) * pages + o_n // P, mask=in_keys, other=0)
+        o_key = b_frame * stride_kb + (o_n % P) * stride_kn
+        o_value = b_frame * stride_vb + (o_n % P) * stride_vn
+    else:
+        o_key = i_b * stride_kb + i_h * stride_kh + o_n * stride_kn
+        o_value = i_b * stride_vb + i_h * stride_vh + o_n * stride_vn
+    return o_key, o_value
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, out_ptr, lse_ptr, scale, softcap, window,
+    kv_heads, group, queries, keys, split_keys, pages, heads_with_positions,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr, POSITIONS: tl.constexpr, SKIP: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries [BLOCK_M] over keys ``split * split_keys`` on; out [S, B, Hq, Tq, DV], lse [S, B, Hq, Tq]."""
+    i_m, i_s, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
+    row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < group * queries
+    i_q, i_t = (i_h * group + row // queries).to(tl.int64), (row % queries).to(tl.int64)
+    o_k, o_v = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    in_k, in_v = o_k < DK, o_v < DV
+    p_q = q_ptr + i_b * stride_qb + i_q[:, None] * stride_qh + i_t[:, None] * stride_qt + o_k[None, :]
+    b_q = tl.load(p_q, mask=in_rows[:, None] & in_k[None, :], other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    if POSITIONS:
+        b_at = tl.minimum(tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-1), MOST - 1).to(tl.int32)
+        p_place = k_pos_ptr + (i_b * heads_with_positions + i_h * (heads_with_positions > 1)) * keys
+        newest, oldest = tl.max(b_at, 0), tl.min(tl.where(in_rows, b_at, MOST), 0)
+
+    b_m, b_l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    start = i_s.to(tl.int64) * split_keys
+    stop = tl.minimum(start + split_keys, keys)
+    for at in range(start, stop, BLOCK_N):
+        o_n = at + tl.arange(0, BLOCK_N).to(tl.int64)
+        in_keys = o_n < stop
+        wanted = True
+        if POSITIONS:
+            b_place = tl.minimum(tl.load(p_place + o_n, mask=in_keys, other=MOST), MOST).to(tl.int32)
+            if SKIP:
+                wanted = tl.min(b_place, 0) <= newest
+                if WINDOWED:
+                    wanted = wanted & (tl.max(tl.where(in_keys, b_place, -1), 0) > oldest - window)
+        if wanted:
+            o_key, o_value = _addresses(
+                frames_ptr, i_b, i_h, o_n, in_keys, kv_heads, pages,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, P, PAGED,
+            )  # fmt: skip
+            b_k = tl.load(k_ptr + o_key[None, :] + o_k[:, None], mask=in_keys[None, :] & in_k[:, None], other=0.0)
+            b_v = tl.load(v_ptr + o_value[:, None] + o_v[None, :], mask=in_keys[:, None] & in_v[None, :], other=0.0)
+            if UPCAST:
+                b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+            b_s = logits(b_q, b_k, scale, softcap, CAPPED, PRECISION)
+            seen = in_keys[None, :] & in_rows[:, None]
+            if POSITIONS:
+                seen = seen & seen_pairs(b_at, b_place, window, WINDOWED)
+            b_m, b_l, b_o = softmax_step(tl.where(seen, b_s, float("-inf")), b_v, b_m, b_l, b_o, PRECISION)
+
+    b_o, b_lse = softmax_end(b_m, b_l, b_o)
+    o_out = ((i_s.to(tl.int64) * (tl.num_programs(2) // kv_heads) + i_b) * (kv_heads * group) + i_q) * queries + i_t
+    tl.store(out_ptr + o_out[:, None] * DV + o_v[None, :], b_o, mask=in_rows[:, None] & in_v[None, :])
+    tl.store(lse_ptr + o_out, b_lse, mask=in_rows)
+
+
+def attend_run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+) -> Partial:
+    """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv], whose last stride must be 1 or they are copied."""
+    if not _served(q, k, v):
+        return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+    k, v = dense_channels(k), dense_channels(v)
+    keys = _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
+    return _attend(q, keys, scale, softcap, visible)
+
+
+def attend_pages(
+    q: torch.Tensor,
+    k_arena: torch.Tensor,
+    v_arena: torch.Tensor,
+    frames: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+) -> Partial:
+    """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv], read where they lie."""
+    if not _served(q, k_arena, v_arena):
+        return blocked.attend_pages(q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible)
+    check_frames(frames, k_arena.shape[0])
+    k, v = dense_channels(k_arena), dense_channels(v_arena)
+    slots = k.shape[1]
+    k_strides, v_strides = (k.stride(0), 0, k.stride(1)), (v.stride(0), 0, v.stride(1))
+    keys = _Keys(k, v, frames.contiguous(), frames.shape[1], frames.shape[2] * slots, slots, k_strides, v_strides)
+    return _attend(q, keys, scale, softcap, visible)
+
+
+def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the kernel is for these: fp64 has no tensor cores here, and wide fp32 keys do not fit into registers."""
+    types = {q.dtype, k.dtype, v.dtype}
+    if torch.float64 in types:
+        return False
+    return (len(types) == 1 and torch.float32 not in types) or max(k.shape[-1], v.shape[-1]) <= MOST_FP32_CHANNELS
+
+
+class _Keys(NamedTuple):
+    """Keys and values of a run, or of the pages that ``frames`` names; strides of (batch or frame, head, slot)."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    frames: torch.Tensor | None
+    heads: int
+    length: int
+    slots: int
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+
+
+def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None, visible: Visibility | None) -> Partial:
+    batch, query_heads, queries, key_dim = q.shape
+    value_dim = keys.v.shape[-1]
+    if not q.numel() or not keys.length:
+        out = q.new_zeros(*q.shape[:3], value_dim, dtype=torch.float32)
+        return Partial(out, q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32))
+    launch = launch_of(q.device)
+    group = query_heads // keys.heads
+    rows = group * queries
+    cut = plan(
+        heads=batch * keys.heads,
+        rows=rows,
+        keys=keys.length,
+        dim=max(key_dim, value_dim),
+        element_bytes=max(q.element_size(), keys.k.element_size(), keys.v.element_size()),
+        processors=processors(q.device),
+    )
+    q = dense_channels(q)
+    out = q.new_empty(cut.splits, *q.shape[:3], value_dim, dtype=torch.float32)
+    lse = q.new_empty(cut.splits, *q.shape[:3], dtype=torch.float32)
+    # Triton takes no None for a pointer: the queries stand in for what this call does not read.
+    q_pos, k_pos = (q, q) if visible is None else (visible.q_pos.contiguous(), visible.k_pos.contiguous())
+    window = 0 if visible is None or visible.window is None else visible.window
+    grid = (-(-rows // cut.block_rows), cut.splits, batch * keys.heads)
+    attend_kernel[grid](
+        q, keys.k, keys.v, q if keys.frames is None else keys.frames, q_pos, k_pos, out, lse,
+        scale, softcap or 1.0, window,
+        keys.heads, group, queries, keys.length, cut.split_keys, keys.length // keys.slots,
+        1 if visible is None else visible.k_pos.shape[1],
+        *q.stride()[:3], *keys.k_strides, *keys.v_strides,
+        P=keys.slots, DK=key_dim, DV=value_dim, BLOCK_DK=padded(key_dim), BLOCK_DV=padded(value_dim),
+        BLOCK_M=cut.block_rows, BLOCK_N=cut.block_keys,
+        PAGED=keys.frames is not None, POSITIONS=visible is not None, SKIP=cut.skip,
+        WINDOWED=window > 0, CAPPED=softcap is not None,
+        UPCAST=launch.upcast or not q.dtype == keys.k.dtype == keys.v.dtype, PRECISION=launch.precision,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    if cut.splits == 1:
+        return Partial(out[0], lse[0])
+    return merge_splits(out, lse)

@@ -1,0 +1,211 @@
+"""One sequence in one layer under a policy that evicts while it decodes: slots that are overwritten in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kvtier.core.group import LayerGroup
+from kvtier.core.policy import IntArray
+from kvtier.core.sequence import Segment
+from kvtier.errors import SessionStateError
+
+__all__ = ["KeptSequence", "kept_bytes"]
+
+_PURPOSE = "slots"
+_SLACK = 16
+
+
+@dataclass(slots=True)
+class KeptSequence:
+    """Tokens that a policy kept, each KV head its own, always on the device.
+
+    Never sealed, so never in pages, sketched or demoted. A dropped token's slot is taken by the newest one: slots are
+    in no order, and ``positions`` say which token each holds.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        Buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` slots mean something.
+    positions : array
+        Logical positions [Hk, length] int64.
+    votes : Tensor
+        Attention that each slot has received since its token came, summed over queries, per query head
+        [Hq, capacity] fp32; the running column sums.
+    seen : int
+        Tokens ever appended and not cropped.
+    """
+
+    group: LayerGroup
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: IntArray
+    votes: torch.Tensor
+    last_position: int | None = None
+    seen: int = 0
+    evicted: bool = False
+    draft_start: int | None = None
+    version: object = field(default_factory=object)
+
+    @classmethod
+    def of(cls, group: LayerGroup, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> KeptSequence:
+        """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes."""
+        count = keys.shape[1]
+        held_keys, held_values = _buffers(group, count + _SLACK)
+        held_keys[:, :count], held_values[:, :count] = keys, values
+        votes, last = _no_votes(group, count + _SLACK), int(positions.max())
+        return cls(group, held_keys, held_values, positions.copy(), votes, last_position=last, seen=count)
+
+    @property
+    def length(self) -> int:
+        """Slots held by each KV head."""
+        return self.positions.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for."""
+        return self.keys.shape[1]
+
+    @property
+    def croppable(self) -> int:
+        """Tokens that a crop may take: what a step evicted cannot come back."""
+        return 0 if self.evicted else self.seen
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
+        """Add tokens K [1, Hk, n, Dk], V [1, Hk, n, Dv] at ``positions`` [1, n], ascending from ``last_position``."""
+        added, held = keys.shape[2], self.length
+        if held + added > self.capacity:
+            self._resize(held + added + _SLACK)
+        self.keys[:, held : held + added], self.values[:, held : held + added] = keys[0], values[0]
+        self.votes[:, held : held + added] = 0.0
+        fresh = np.broadcast_to(positions, (self.group.heads, added))
+        self.positions = np.concatenate([self.positions, fresh], axis=1)
+        self.last_position = int(positions[0, -1])
+        self.seen += added
+        self.version = object()
+
+    def segments(self) -> Iterator[Segment]:
+        """All slots, as one view."""
+        if self.length:
+            yield Segment(0, self.length, self.keys[None, :, : self.length], self.values[None, :, : self.length])
+
+    def in_order(self) -> torch.Tensor:
+        """The slots of each KV head in the order of their positions [Hk, length]."""
+        return torch.from_numpy(np.argsort(self.positions, axis=1, kind="stable")).to(self.keys.device)
+
+    def vote(self, sums: torch.Tensor) -> None:
+        """Add attention [Hq, length] that the slots received."""
+        self.votes[:, : self.length] += sums
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Leave only these slots [Hk, K], ascending; those at the end move into the places of the dropped."""
+        count, held = slots.shape[1], self.length
+        if count == held:
+            return
+        stays = torch.zeros(self.group.heads, held, dtype=torch.bool, device=slots.device)
+        stays.scatter_(1, slots, value=True)
+        # As many are dropped below `count` as stay above it, in every head.
+        into = (~stays[:, :count]).nonzero()
+        source = stays[:, count:].nonzero()
+        head, target, origin = into[:, 0], into[:, 1], source[:, 1] + count
+        self.keys[head, target] = self.keys[head, origin]
+        self.values[head, target] = self.values[head, origin]
+        votes = self.votes.view(self.group.heads, -1, self.capacity)
+        votes[head, :, target] = votes[head, :, origin]
+        heads, targets, origins = (index.cpu().numpy() for index in (head, target, origin))
+        self.positions[heads, targets] = self.positions[heads, origins]
+        self.positions = self.positions[:, :count].copy()
+        self.evicted, self.version = True, object()
+        if self.capacity > count + 4 * _SLACK:
+            self._resize(count + _SLACK)
+
+    def fork(self) -> KeptSequence:
+        """A second sequence with the same slots, copied."""
+        keys, values = _buffers(self.group, self.capacity)
+        keys.copy_(self.keys)
+        values.copy_(self.values)
+        return KeptSequence(
+            group=self.group,
+            keys=keys,
+            values=values,
+            positions=self.positions.copy(),
+            votes=self.votes.clone(),
+            last_position=self.last_position,
+            seen=self.seen,
+            evicted=self.evicted,
+            draft_start=self.draft_start,
+            version=self.version,
+        )
+
+    def check_crop(self, remove: int) -> None:
+        """Raise ``SessionStateError`` when tokens would be needed that were evicted."""
+        if remove > self.croppable:
+            raise SessionStateError(
+                f"cannot remove {remove} tokens: this policy evicts while it decodes, and what it evicted since cannot "
+                "come back; draft with begin_draft() and accept(), or start a new session"
+            )
+
+    def crop(self, remove: int) -> None:
+        """Forget the newest ``remove`` tokens; nothing was evicted, so they are the last slots."""
+        if remove:
+            self.positions = self.positions[:, : self.length - remove]
+            self.seen -= remove
+            self.last_position = int(self.positions.max()) if self.length else None
+            self.version = object()
+
+    def begin_draft(self) -> None:
+        """What is appended from now on may be dropped by ``accept``; nothing is evicted before."""
+        self.draft_start = self.length
+
+    def accept(self, path: IntArray) -> None:
+        """Keep the drafted tokens at ``path``, counted from the draft's start, forget the others."""
+        if self.draft_start is None:
+            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
+        start = self.draft_start
+        index = torch.from_numpy(start + path).to(self.keys.device)
+        span = slice(start, start + path.size)
+        self.keys[:, span], self.values[:, span] = self.keys[:, index], self.values[:, index]
+        self.votes[:, span] = self.votes[:, index]
+        self.seen -= self.length - start - path.size
+        self.positions = np.concatenate([self.positions[:, :start], self.positions[:, start + path]], axis=1)
+        self.last_position = int(self.positions.max()) if self.length else None
+        self.version, self.draft_start = object(), None
+
+    def release(self) -> None:
+        """Give the buffers back; the sequence must not be used again."""
+        self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * self.capacity)
+        self.keys, self.values, self.votes = self.keys[:, :0], self.values[:, :0], self.votes[:, :0]
+        self.positions = self.positions[:, :0]
+
+    def _resize(self, capacity: int) -> None:
+        held, old = self.length, self.capacity
+        keys, values = _buffers(self.group, capacity)
+        votes = _no_votes(self.group, capacity)
+        for new, now in ((keys, self.keys), (values, self.values), (votes, self.votes)):
+            new[:, :held] = now[:, :held]
+        self.keys, self.values, self.votes = keys, values, votes
+        self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * old)
+
+
+def kept_bytes(group: LayerGroup, tokens: int) -> int:
+    """Device bytes of a sequence that keeps ``tokens`` in one layer."""
+    return _slot_bytes(group) * (tokens + _SLACK)
+
+
+def _slot_bytes(group: LayerGroup) -> int:
+    """Bytes of one slot of every KV head, votes included."""
+    return group.layer.token_bytes + 4 * group.layer.num_query_heads
+
+
+def _buffers(group: LayerGroup, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    group.ledger.take(_PURPOSE, _slot_bytes(group) * tokens)
+    shape = (group.heads, tokens)
+    keys = torch.empty(*shape, group.layer.key_dim, dtype=group.dtype, device=group.device)
+    return keys, torch.empty(*shape, group.layer.value_dim, dtype=group.dtype, device=group.device)
+
+
+def _no_votes(group: LayerGroup, tokens: int) -> torch.Tensor:
+    return torch.zeros(group.layer.num_query_heads, tokens, dtype=torch.float32, device=group.device)

@@ -1,0 +1,122 @@
+"""D2O: layers share a budget by how spread their attention is, and what is dropped is merged (Wan et al. 2024).
+
+arXiv 2406.13035, sections 3.2 (dynamic allocation) and 3.3 (dynamic merging).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvtier.core.policy import KeepPlan, MergePlan, Need, Phase, Scope, SelectionPolicy
+from kvtier.core.stats import SlotView, Stats
+from kvtier.errors import PolicyError
+from kvtier.policies.eviction.budgets import at_least, share_out, whole
+from kvtier.types import GroupReduce, KVLayout
+
+__all__ = ["D2O"]
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class D2O(SelectionPolicy):
+    """At the end of a prompt: budgets by attention density, heavy hitters and recent tokens stay, the rest is merged.
+
+    A layer whose column sums vary much attends to few tokens and gets less. A dropped token is merged into the kept one
+    whose key is nearest by cosine, if it is nearer than the mean of the dropped ones of that KV head; else it is lost.
+    The merged key and value are convex combinations with weights ``exp(similarity)``, the kept token's own among them.
+
+    The published code scales the dropped vectors by their similarity and averages without weights, which shrinks them;
+    it lets one threshold live from sample to sample and decides for all heads at once. Here the threshold is that of
+    the prompt and the KV head. Merging at every decode step is not built.
+
+    Parameters
+    ----------
+    keep : int, optional
+        Tokens kept per KV head on average over the layers; None takes the session's ``keep``.
+    sinks, recent : int
+        First and newest tokens, which are never dropped.
+    group_reduce : "mean" | "max" | "sum"
+        How the G query heads of one KV head cast one vote.
+    """
+
+    name: ClassVar[str] = "d2o"
+    paper: ClassVar[str] = "D2O, Wan et al. 2024, arXiv 2406.13035, sections 3.2 and 3.3"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.COLUMN_SUMS, Need.KEYS})
+    phase: ClassVar[Phase] = Phase.PREFILL
+    scope: ClassVar[Scope] = Scope.MODEL
+    query_aware: ClassVar[bool] = True
+
+    keep: int | None = None
+    sinks: int = 4
+    recent: int = 64
+    group_reduce: GroupReduce = "mean"
+
+    def __post_init__(self) -> None:
+        whole(self.name, "sinks", self.sinks, 0)
+        whole(self.name, "recent", self.recent, 1)
+        if self.group_reduce not in ("mean", "max", "sum"):
+            raise PolicyError(f"d2o: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
+        if self.keep is not None:
+            whole(self.name, "keep", self.keep, self.sinks + self.recent + 1)
+
+    def protected(self, positions: torch.Tensor) -> torch.Tensor:
+        """The sinks and the newest slots [B, Hk, T] bool."""
+        order = torch.arange(positions.shape[-1], device=positions.device)
+        return (positions < self.sinks) | (order >= positions.shape[-1] - self.recent)
+
+    def score(self, view: SlotView, stats: Stats) -> torch.Tensor:
+        """All attention that each slot has received [B, Hk, T]."""
+        del view
+        return stats.require_column_sums()
+
+    def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
+        """``keep`` tokens in every layer until all were seen, more than what is never dropped."""
+        at_least(self.name, keep, self.sinks + self.recent, "sinks + recent")
+        return (keep,) * len(layout.layers)
+
+    def share(self, keep: tuple[int, ...], column_sums: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Budgets in proportion to ``softmax(-density)``, the variance of the column sums [Hq, T] scaled to 0 ... 1."""
+        density = torch.stack([sums.double().var(dim=1, unbiased=False).mean() for sums in column_sums])
+        spread = density.max() - density.min()
+        scaled = (density - density.min()) / spread if float(spread) > 0 else torch.zeros_like(density)
+        weights = torch.softmax(-scaled, dim=0).tolist()
+        return share_out(weights, sum(keep), self.sinks + self.recent + 1)
+
+    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
+        """Each dropped slot near enough goes into its nearest kept one, with the weight ``exp(cosine)``."""
+        keys, keep = view.require_keys(), plan.keep
+        slots = keys.shape[2]
+        if keep.shape[-1] >= slots:
+            return None
+        stays = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device).scatter_(2, keep, value=True)
+        dropped = (~stays).nonzero()[:, 2].view(*keep.shape[:2], slots - keep.shape[-1])
+        unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+        nearness, nearest = _nearest(_taken(unit, dropped), _taken(unit, keep))
+        near = nearness >= nearness.mean(dim=-1, keepdim=True)
+        force = torch.where(near, nearness.exp(), torch.zeros_like(nearness))
+        total = torch.zeros(keep.shape, dtype=force.dtype, device=keys.device).scatter_add_(2, nearest, force)
+        takes = total > 0
+        own = torch.e / (torch.e + total)
+        into = keep.gather(2, nearest)
+        return MergePlan(
+            src=torch.cat([dropped, keep], dim=2),
+            dst=torch.cat([into, keep], dim=2),
+            weight=torch.cat(
+                [force / (torch.e + total.gather(2, nearest)), torch.where(takes, own, torch.zeros_like(own))], dim=2
+            ),
+        )
+
+
+def _nearest(dropped: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greatest cosine of each dropped key [B, Hk, M, D] with the kept ones [B, Hk, K, D], and which: [B, Hk, M]."""
+    best = [(part @ kept.mT).max(dim=-1) for part in dropped.split(_BLOCK, dim=2)]
+    return torch.cat([one.values for one in best], dim=2), torch.cat([one.indices for one in best], dim=2)
+
+
+def _taken(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    return values.gather(2, slots.unsqueeze(-1).expand(*slots.shape, values.shape[-1]))
