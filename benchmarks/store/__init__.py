@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         settings = replace(settings_of(options, folder), direct=_takes_direct_io(folder))
         absent = _install(settings) if options.install else {}
         absent |= {name: start for name, start in starts(settings) if isinstance(start, str) and name not in absent}
-        if fio.missing():
-            absent["fio"] = fio.missing()
+        if (reason := fio.missing()) is not None:
+            absent["fio"] = reason
         results = {part: _MEASURES[part](settings) for part in settings.parts}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,9 @@ KVTIER: Final = "kvtier"
 class Competitor(Protocol):
     """Takes its turn at a visit."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """Name of it, and of nobody else."""
 
     def visit(self, visit: Visit) -> Mapping[str, float]:
         """Bytes a second of ``"write"`` and of each read of the visit.

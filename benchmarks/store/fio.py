@@ -28,7 +28,8 @@ class Setting:
     @property
     def label(self) -> str:
         """Short, for a table."""
-        return f"{self.engine} QD{self.depth}" if self.threads == 1 else f"{self.engine} {self.threads} threads"
+        name = self.engine.removeprefix("io_")
+        return f"{name} QD{self.depth}" if self.threads == 1 else f"{name} x{self.threads}"
 
 
 SETTINGS: Final = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from benchmarks.store.keys import key_of, records_of
 from benchmarks.store.settings import Settings
 from benchmarks.timing import Competitor, Limits, contest
 from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ReadRequest
 
 __all__ = ["measure"]
@@ -43,7 +44,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         def copy(turn: int) -> Callable[[], object]:
             first = _first(turn, count)
             pairs = [(target[i].numpy(), source[first + i].numpy()) for i in range(_PER_CALL)]
-            return lambda: [np.copyto(into, of) for into, of in pairs]
+            return lambda: _copied(pairs)
 
         limits = Limits(seconds=0.2 if settings.repeats < 3 else 4.0, least=5, most=400, warm_up=2)
         timings = contest([Competitor(_KVTIER, load), Competitor(_COPY, copy)], limits=limits, between=lambda: None)
@@ -62,6 +63,11 @@ def measure(settings: Settings) -> dict[str, Any]:
 def _first(turn: int, count: int) -> int:
     """Other records each turn, so that they come from memory and not from a cache."""
     return turn * _PER_CALL % count // _PER_CALL * _PER_CALL
+
+
+def _copied(pairs: Sequence[tuple[ByteRows, ByteRows]]) -> None:
+    for into, of in pairs:
+        np.copyto(into, of)
 
 
 def _checked(read: list[bool]) -> None:

@@ -24,7 +24,7 @@ def compared(result: Mapping[str, Any]) -> Table | None:
     peers = [name for name in result["settings"]["peers"] if name not in _absent(result)]
     stores = [KVTIER, *peers]
     way = "direct I/O" if result["settings"]["direct"] else "through the page cache"
-    table = Table(title=f"GB/s, {way}: median, and least..most", title_justify="left")
+    table = Table(title=f"GB/s, {way}: median, and half the way from the least to the most round", title_justify="left")
     for name in ("", "fio, best of its settings", *(_label(name) for name in stores), "vs fio", "vs best peer"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     for row in speed["rows"] if speed else ():
@@ -109,7 +109,8 @@ def _scale_lines(scale: Mapping[str, Any] | None) -> Iterator[tuple[str, str, st
 
 
 def _rates(summary: Mapping[str, Any]) -> str:
-    return f"{summary['median'] / 1e9:.2f}\n{summary['least'] / 1e9:.2f}..{summary['most'] / 1e9:.2f}"
+    half = (summary["most"] - summary["least"]) / 2 / summary["median"]
+    return f"{summary['median'] / 1e9:.2f}\n±{half:.0%}"
 
 
 def _ratio(value: float | None) -> str:

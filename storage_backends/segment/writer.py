@@ -19,6 +19,9 @@ from kvtier.storage_backends.segment.pool import Segment
 __all__ = ["Draft", "write_drafts"]
 
 
+_NO_SPARE = torch.empty(0, dtype=torch.uint8)
+
+
 @dataclass(slots=True, kw_only=True)
 class Draft:
     """A record on its way to the medium.
@@ -98,7 +101,7 @@ def _write(engine: IOEngine, drafts: Sequence[Draft], store: bytes) -> None:
         if segment is None:
             continue
         head = memory[at : at + draft.header_bytes]
-        spare = memory[at + draft.header_bytes : at + draft.header_bytes + BLOCK_BYTES]
+        spare = memory[at + draft.header_bytes :][:BLOCK_BYTES] if draft.payload_bytes % BLOCK_BYTES else _NO_SPARE
         at += draft.header_bytes + BLOCK_BYTES
         headers[len(transfers)] = (draft, segment, head)
         offset = draft.offset
@@ -107,10 +110,12 @@ def _write(engine: IOEngine, drafts: Sequence[Draft], store: bytes) -> None:
             owners.append(draft)
             offset += part.numel()
 
+    seeds = {segment.number: header_seed(store, segment.epoch) for _, segment, _ in headers.values()}
+
     def seal(index: int) -> None:
         if index in headers:
             draft, segment, head = headers[index]
-            packed = draft.seal(segment.epoch).pack(header_seed(store, segment.epoch))
+            packed = draft.seal(segment.epoch).pack(seeds[segment.number])
             head.numpy()[:] = np.frombuffer(packed, dtype=np.uint8)
 
     for draft, error in zip(owners, engine.write(transfers, before=seal), strict=True):

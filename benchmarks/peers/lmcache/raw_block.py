@@ -45,15 +45,20 @@ class Store:
         self._file = os.open(path, os.O_RDWR) if durable else None
 
     def batch(self, names: Sequence[str], buffers: Sequence[Any]) -> Any:
-        """A part for each worker: keys as its adapter encodes them, and memory objects."""
-        keys = [encode_object_key(ObjectKey(sha256(name.encode()).digest(), "model", 0)) for name in names]
+        """A part for each worker: keys, which are encoded inside the timing as by its adapter, and memory objects."""
+        keys = [ObjectKey(sha256(name.encode()).digest(), "model", 0) for name in names]
         objects = [_memory(buffer) for buffer in buffers]
         share = -(-len(keys) // self._workers)
         return [(keys[at : at + share], objects[at : at + share]) for at in range(0, len(keys), share)]
 
     def put(self, batch: Any) -> None:
         """Store every part."""
-        for result in self._pool.map(lambda part: self._core.put_many(*part), batch):
+
+        def store(part: Any) -> Any:
+            keys, objects = part
+            return self._core.put_many([encode_object_key(key) for key in keys], objects)
+
+        for result in self._pool.map(store, batch):
             if not all(result.results):
                 raise RuntimeError("raw_block refused a piece")
         if self._file is not None:
@@ -65,7 +70,7 @@ class Store:
 
         def load(part: Any) -> list[bool]:
             keys, objects = part
-            return self._core.load_many_into([key.encoded for key in keys], objects)
+            return self._core.load_many_into([encode_object_key(key).encoded for key in keys], objects)
 
         return [ok for part in self._pool.map(load, batch) for ok in part]
 

@@ -34,11 +34,11 @@ class Store:
         ]
 
     def batch(self, names: Sequence[str], buffers: Sequence[Any]) -> Any:
-        """Descriptors of memory, registered, and of the file."""
+        """Places in memory, registered, and in the file."""
         memory = [(buffer.ctypes.data, self._size, 0) for buffer in buffers]
         places = [(int(name.rpartition("-")[2]) * self._size, self._size, self._file) for name in names]
         self._registered.append(self._agent.register_memory([(*one, "") for one in memory], "DRAM", backends=["POSIX"]))
-        return self._agent.get_xfer_descs(memory, "DRAM"), self._agent.get_xfer_descs(places, "FILE"), len(names)
+        return memory, places
 
     def put(self, batch: Any) -> None:
         """Write them all."""
@@ -49,7 +49,7 @@ class Store:
 
     def get(self, batch: Any) -> list[bool]:
         """Read them all."""
-        return [self._moved("READ", batch)] * batch[2]
+        return [self._moved("READ", batch)] * len(batch[0])
 
     def close(self) -> None:
         """Deregister and close."""
@@ -58,7 +58,7 @@ class Store:
         os.close(self._file)
 
     def _moved(self, way: str, batch: Any) -> bool:
-        memory, places, _ = batch
+        memory, places = self._agent.get_xfer_descs(batch[0], "DRAM"), self._agent.get_xfer_descs(batch[1], "FILE")
         handle = self._agent.initialize_xfer(way, memory, places, "store", backends=["POSIX"])
         try:
             state = self._agent.transfer(handle)
