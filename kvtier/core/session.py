@@ -20,7 +20,9 @@ from kvtier.core.checks import check_keys, check_positions, check_queries, layer
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
+from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport
+from kvtier.core.restore import Restoration
 from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
@@ -279,6 +281,40 @@ class Session:
         """Whether sliding-window layers keep all tokens until the next ``crop``, which may go back past the window."""
         self._recording = recording
         self._batch.record(recording)
+
+    @_guarded
+    def read(self, layer: int, row: int, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Copy ``tokens`` of a row, whole pages, into ``keys`` [Hk, n, Dk] and ``values``; whether all are still here.
+
+        Raises
+        ------
+        CapacityError, PagesLostError
+            When they must be fetched, and there is no room for that or they are gone.
+        """
+        return read_tokens(self._batch.rows[row][layer], tokens.start, tokens.stop, keys, values)
+
+    @_guarded
+    def restoring(self, rows: int, *, coming: int) -> Restoration:
+        """Begin to put tokens of another session back into this one, which is empty; ``coming`` a row, with new ones.
+
+        Nothing else may be called before ``restored``, but ``expect`` and ``close``.
+        """
+        if self.rows:
+            raise SessionStateError(f"only an empty session can be restored, and this one holds {self.rows} rows")
+        with self._or_unusable("a restoration"):
+            self._open(rows)
+            self.memory.plan(self._name, rows, held=0, coming=coming, chunk=self.memory.layout.chunk_tokens)
+        return Restoration(self._batch)
+
+    @_guarded
+    def restored(self, columns: int, spans: Sequence[slice]) -> None:
+        """The restoration is complete: ``columns`` are seen, with the tokens of each row where ``spans`` says."""
+        with self._or_unusable("a restoration"):
+            real = spans_of(spans, self.rows, columns)
+            Restoration(self._batch).check([span.stop - span.start for span in real])
+        padded = any(span.stop - span.start < columns for span in real)
+        self._history.note(columns, tuple((span.start, span.stop) for span in real) if padded else None)
+        self._columns = [columns] * len(self._columns)
 
     @_guarded
     def report(self) -> SessionReport:
