@@ -41,11 +41,19 @@ class Restoration:
         CapacityError
             When no tier has room.
         """
+        tokens = keys.shape[1]
+        step = self._batch.memory.max_prefill_chunk(1) or max(1, tokens)
+        for start in range(0, tokens, step):
+            part = slice(start, min(start + step, tokens))
+            self._append_part(row, layer, keys[:, part], values[:, part])
+
+    def _append_part(self, row: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The same for no more tokens than the device has room for beside its pages."""
         memory = self._batch.memory
-        with memory.lock, memory.ledgers[memory.devices[layer]].lent("raw", keys.nbytes + values.nbytes):
+        device = memory.devices[layer]
+        with memory.lock, memory.ledgers[device].lent("raw", keys.nbytes + values.nbytes):
             sequence = self._batch.rows[row][layer]
             first = sequence.seen if isinstance(sequence, WindowSequence) else sequence.length
-            device = memory.devices[layer]
             positions = np.arange(first, first + keys.shape[1], dtype=np.int64)[None]
             sequence.append(keys.to(device), values.to(device), positions)
             if isinstance(sequence, WindowSequence):
