@@ -15,33 +15,48 @@ __all__ = [
     "ConfigError",
     "DamagedSlotsError",
     "Full",
+    "Hit",
     "InputError",
+    "KVChunk",
     "KVLayout",
     "KVTierError",
     "LayerLayout",
     "MaskError",
     "Memory",
     "MissingDependencyError",
+    "Namespace",
     "PagesLostError",
     "PolicyError",
+    "PutReport",
     "Quest",
+    "RecomputeRate",
     "Session",
     "SessionStateError",
     "SnapKV",
     "StorageError",
+    "Store",
     "StoreConfig",
+    "StoreStats",
+    "TenantConfig",
     "TierConfig",
     "UnsupportedModelError",
     "__version__",
+    "open_store",
     "patch",
     "policy",
 ]
 
 if TYPE_CHECKING:
-    from kvtier.config import StoreConfig, TierConfig
+    from kvtier.config import StoreConfig, TenantConfig, TierConfig
+    from kvtier.core.chunks import KVChunk
     from kvtier.core.compose import policy
+    from kvtier.core.hit import Hit
+    from kvtier.core.load_worth import RecomputeRate
     from kvtier.core.memory import Memory
+    from kvtier.core.namespace import Namespace
     from kvtier.core.session import Session
+    from kvtier.core.store import Store, open_store
+    from kvtier.core.store_stats import PutReport, StoreStats
     from kvtier.errors import (
         CapacityError,
         CompositionError,
@@ -67,14 +82,23 @@ else:
     _HOMES = {
         "Budgets": "kvtier.types",
         "Full": "kvtier.policies.full",
+        "Hit": "kvtier.core.hit",
+        "KVChunk": "kvtier.core.chunks",
         "KVLayout": "kvtier.types",
         "LayerLayout": "kvtier.types",
         "Memory": "kvtier.core.memory",
+        "Namespace": "kvtier.core.namespace",
+        "PutReport": "kvtier.core.store_stats",
         "Quest": "kvtier.policies.retrieval.quest",
+        "RecomputeRate": "kvtier.core.load_worth",
         "Session": "kvtier.core.session",
         "SnapKV": "kvtier.policies.eviction.snapkv",
+        "Store": "kvtier.core.store",
         "StoreConfig": "kvtier.config",
+        "StoreStats": "kvtier.core.store_stats",
+        "TenantConfig": "kvtier.config",
         "TierConfig": "kvtier.config",
+        "open_store": "kvtier.core.store",
         "patch": "kvtier.integrations.hf.patch",
         "policy": "kvtier.core.compose",
     } | {name: "kvtier.errors" for name in __all__ if name.endswith("Error")}

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtier.errors import ConfigError, MissingDependencyError
 
-__all__ = ["Entry", "Registry", "policies", "storage_backends"]
+__all__ = ["Entry", "Registry", "policies", "record_stores", "storage_backends"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,5 +104,15 @@ storage_backends = Registry(
     entries={
         "host": Entry("kvtier.storage_backends.host:HostSlots"),
         "spill": Entry("kvtier.storage_backends.spill_file:SpillFile"),
+    },
+)
+
+record_stores = Registry(
+    kind="record store",
+    group="kvtier.record_stores",
+    entries={
+        "host": Entry("kvtier.storage_backends.record_tiers:open_host"),
+        "segment": Entry("kvtier.storage_backends.record_tiers:open_segment"),
+        "files": Entry("kvtier.storage_backends.record_tiers:open_files"),
     },
 )

@@ -108,6 +108,17 @@ class HostSlots(SlotBackend):
         for part in self._parts(slots, distinct=False):
             copy_rows(part.slab, part.local, rows, part.rows)
 
+    def views(self, slots: IntArray) -> list[ByteRows]:
+        """The memory of reserved, ascending slots as flat uint8 arrays, one for each run of neighbours in a slab.
+
+        They may be used until the slots are released.
+        """
+        return [
+            part.slab[local].reshape(-1)
+            for part in self._parts(slots, distinct=True)
+            for local in ([part.local] if isinstance(part.local, slice) else _runs(part.local))
+        ]
+
     @property
     def free_slots(self) -> int:
         """Slots that can still be reserved, whether their slab exists or not."""
@@ -166,6 +177,12 @@ class HostSlots(SlotBackend):
         for slab in touched:
             inside = np.flatnonzero(slab_of == slab)
             yield _Part(memory[slab], compact(slots[inside] - self._bounds[slab]), compact(inside))
+
+
+def _runs(ascending: IntArray) -> list[slice]:
+    """Cut ascending indices into slices of neighbours."""
+    breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(ascending, breaks)]
 
 
 def _slab_bounds(slot_bytes: int, capacity_slots: int) -> IntArray:

@@ -92,12 +92,18 @@ def test_a_bad_value_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tier": []}, "tier: unknown key; allowed: block_tokens, page_tokens, tiers"),
+        (
+            {"tier": []},
+            "tier: unknown key; allowed: block_tokens, chunk_tokens, durability, page_tokens, publish_bytes, read_only",
+        ),
         (
             {"tiers": [HOST | {"size": 1}]},
-            "tiers.0.size: unknown key; allowed: backend, capacity, name, path",
+            "tiers.0.size: unknown key; allowed: backend, capacity, name, path, segment_bytes, sessions",
         ),
-        ({"tiers": [HOST, NVME | {"x": 1}]}, "tiers.1.x: unknown key; allowed: backend, capacity, name, path"),
+        (
+            {"tiers": [HOST, NVME | {"x": 1}]},
+            "tiers.1.x: unknown key; allowed: backend, capacity, name, path, segment_bytes, sessions",
+        ),
         ({"tiers": [HOST | {"capacity": "lots"}]}, "tiers.0.capacity: Value error, a size is an integer of bytes"),
         ({"tiers": [HOST | {"capacity": 0}]}, "tiers.0.capacity: Value error, a size must be at least 1 byte"),
         ({"tiers": [HOST | {"capacity": 1.5}]}, "tiers.0.capacity"),

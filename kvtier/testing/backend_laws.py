@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +20,7 @@ from kvtier.storage_backends.base import SlotBackend
 from kvtier.storage_backends.wrappers import VerifiedSlots, WrappedSlots
 from kvtier.testing.backend_machine import SlotMachine, random_rows
 from kvtier.testing.faults import FaultySlots
+from kvtier.testing.leaks import NoLeaks
 
 __all__ = ["BackendFactory", "SlotBackendLaws"]
 
@@ -41,7 +40,7 @@ _LAW = settings(
 _SLACK_BYTES = 64 * 4096  # tables of a file system, whole pages of slabs
 
 
-class SlotBackendLaws:
+class SlotBackendLaws(NoLeaks):
     """What every slot backend keeps; override the fixture ``backend``.
 
     Examples
@@ -58,16 +57,6 @@ class SlotBackendLaws:
     def backend(self) -> BackendFactory:
         """Say how a backend is opened: ``(slot_bytes, capacity_slots) -> SlotBackend``."""
         pytest.fail("override the fixture 'backend': return a function (slot_bytes, capacity_slots) -> SlotBackend")
-
-    @pytest.fixture(autouse=True)
-    def no_leaks(self) -> Iterator[None]:
-        """After each law the process has no descriptor and no thread more than before."""
-        before = _open_files(), set(threading.enumerate())
-        yield
-        gc.collect()
-        left = [thread.name for thread in set(threading.enumerate()) - before[1] if thread.is_alive()]
-        assert not left, f"threads still run: {left}"
-        assert _open_files() == before[0], "a descriptor was left open, or one too many closed"
 
     @_LAW
     @given(slot_bytes=_SLOT_BYTES, data=st.data())
@@ -275,7 +264,3 @@ def _damage(faulty: FaultySlots, slot: int, data: st.DataObject) -> None:
         faulty.flip_bit(slot, data.draw(st.integers(0, 600 * 8 - 1), label="bit"))
     else:
         faulty.truncate_slot(slot, data.draw(st.integers(0, 599), label="keep"))
-
-
-def _open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
