@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -33,6 +34,7 @@ __all__ = [
     "check_version",
     "columns_to_remove",
     "generation_option",
+    "generation_options",
     "implementation",
     "is_causal_pattern",
     "keeps_logits",
@@ -194,6 +196,13 @@ def generation_option(model: PreTrainedModel, name: str, call: dict[str, Any]) -
         if (value := getattr(config, name, None)) is not None:
             return value
     return None
+
+
+def generation_options(model: PreTrainedModel) -> frozenset[str]:
+    """The names of everything that ``generate`` takes for itself, and does not hand on to the model."""
+    generate: Any = getattr(type(model), "generate", None)
+    parameters = () if generate is None else inspect.signature(generate).parameters
+    return frozenset(parameters) | frozenset(vars(model.generation_config))
 
 
 def _version() -> tuple[int, int]:

@@ -106,9 +106,7 @@ def _pieces(layout: KVLayout, tokens: int) -> list[_Piece]:
     return pieces
 
 
-def _load(
-    restoration: Restoration, layout: KVLayout, row: int, hit: Hit, tokens: int, piece: _Piece
-) -> float | None:
+def _load(restoration: Restoration, layout: KVLayout, row: int, hit: Hit, tokens: int, piece: _Piece) -> float | None:
     """Read a piece and append it; the seconds of reading, or None when not all of it is right."""
     chunk, first = layout.chunk_tokens, piece.first_chunk
     count = -(-tokens // chunk) - first
