@@ -1,4 +1,4 @@
-"""Copies between memory and vectors, with a digest for every extent of 64 KiB: what is verified is what was copied."""
+"""Copies between vectors of bytes, with a digest for every extent of 64 KiB: what is verified is what was copied."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from kvtier.errors import InputError
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ByteRange, ReadRequest
 
-__all__ = ["DIGEST_BYTES", "EXTENT_BYTES", "copy_verified", "copy_with_digests", "digest_bytes", "ranges_within"]
+__all__ = [
+    "DIGEST_BYTES",
+    "EXTENT_BYTES",
+    "copy_vectors",
+    "copy_verified",
+    "copy_with_digests",
+    "digest_bytes",
+    "ranges_within",
+]
 
 EXTENT_BYTES = 64 << 10
 """Bytes under one digest; the last extent of a payload may be shorter."""
 
 DIGEST_BYTES = 16
 """Bytes of a digest, xxh3-128."""
+
+_BLOCK_BYTES = 4 * EXTENT_BYTES  # copied, then digested while it is in the cache
 
 
 def digest_bytes(payload_bytes: int) -> int:
@@ -47,72 +57,8 @@ def ranges_within(request: ReadRequest, payload_bytes: int) -> tuple[ByteRange, 
     return ranges if sum(length for _, length in ranges) == into.numel() else None
 
 
-def copy_with_digests(sources: Sequence[ByteRows], targets: Sequence[ByteRows], nbytes: int) -> bytes:
-    """Copy ``nbytes`` from vectors to vectors, each list in its order; the digests of the extents, joined.
-
-    Each extent is digested where it was copied to, while it is in the cache.
-    """
-    digests = []
-    for offset in range(0, nbytes, EXTENT_BYTES):
-        length = min(EXTENT_BYTES, nbytes - offset)
-        written = _slices(targets, offset, length)
-        _copy(_slices(sources, offset, length), written)
-        digests.append(_digest(written))
-    return b"".join(digests)
-
-
-def copy_verified(
-    sources: Sequence[ByteRows], digests: bytes, nbytes: int, ranges: Iterable[ByteRange], into: ByteRows
-) -> bool:
-    """Lay ranges of a payload of ``nbytes`` into ``into``, one after the other; False when a byte is not what it was.
-
-    An extent that is wanted whole is verified where it was copied to, another one where it lies.
-    """
-    at = 0
-    for offset, length in ranges:
-        for start in range(offset // EXTENT_BYTES * EXTENT_BYTES, offset + length, EXTENT_BYTES):
-            end = min(start + EXTENT_BYTES, nbytes)
-            first, last = max(start, offset), min(end, offset + length)
-            target = into[at : at + last - first]
-            _copy(_slices(sources, first, last - first), [target])
-            whole = (first, last) == (start, end)
-            found = _digest([target] if whole else _slices(sources, start, end - start))
-            place = start // EXTENT_BYTES * DIGEST_BYTES
-            if found != digests[place : place + DIGEST_BYTES]:
-                return False
-            at += last - first
-    return True
-
-
-def _digest(parts: Sequence[ByteRows]) -> bytes:
-    if len(parts) == 1:
-        return xxhash.xxh3_128_digest(parts[0].data)
-    state = xxhash.xxh3_128()
-    for part in parts:
-        state.update(part.data)
-    return state.digest()
-
-
-def _slices(vectors: Sequence[ByteRows], offset: int, length: int) -> list[ByteRows]:
-    """The bytes from ``offset`` on of vectors laid end to end."""
-    if len(vectors) == 1:
-        return [vectors[0][offset : offset + length]]
-    return list(_walk(vectors, offset, length))
-
-
-def _walk(vectors: Sequence[ByteRows], offset: int, length: int) -> Iterator[ByteRows]:
-    for vector in vectors:
-        if length == 0:
-            return
-        part = vector[offset : offset + length] if offset < vector.size else vector[:0]
-        offset = max(0, offset - vector.size)
-        length -= part.size
-        if part.size:
-            yield part
-
-
-def _copy(sources: Sequence[ByteRows], targets: Sequence[ByteRows]) -> None:
-    """Copy between lists of vectors of the same total length."""
+def copy_vectors(sources: Sequence[ByteRows], targets: Sequence[ByteRows]) -> None:
+    """Copy between vectors of the same total length, each list in its order."""
     if len(sources) == len(targets) == 1:
         targets[0][:] = sources[0]
         return
@@ -125,3 +71,80 @@ def _copy(sources: Sequence[ByteRows], targets: Sequence[ByteRows]) -> None:
             source, target = source[count:], target[count:]
             if not target.size:
                 target = next(waiting, None)
+
+
+def copy_with_digests(sources: Sequence[ByteRows], targets: Sequence[ByteRows], nbytes: int) -> bytes:
+    """Copy ``nbytes`` from vectors to vectors; the digests of the extents as they were written, joined."""
+    digests = []
+    for start in range(0, nbytes, _BLOCK_BYTES):
+        stop = min(start + _BLOCK_BYTES, nbytes)
+        copy_vectors(_slices(sources, start, stop), _slices(targets, start, stop))
+        digests.append(_digests(targets, start, stop))
+    return b"".join(digests)
+
+
+def copy_verified(
+    sources: Sequence[ByteRows], digests: bytes, nbytes: int, ranges: Iterable[ByteRange], into: ByteRows
+) -> bool:
+    """Lay ranges of a payload of ``nbytes`` into ``into``, one after the other; False when a byte is not what it was.
+
+    Extents that are wanted whole are verified where they were copied to, others where they lie.
+    """
+    at = 0
+    for offset, length in ranges:
+        for start, stop in _blocks(offset, offset + length):
+            target = [into[at : at + stop - start]]
+            copy_vectors(_slices(sources, start, stop), target)
+            first = -(-start // EXTENT_BYTES) * EXTENT_BYTES
+            last = stop if stop == nbytes else stop // EXTENT_BYTES * EXTENT_BYTES
+            if first < last and _digests(target, first - start, last - start) != _part(digests, first, last):
+                return False
+            edges = {edge // EXTENT_BYTES * EXTENT_BYTES for edge in (start, stop) if edge % EXTENT_BYTES}
+            for edge in edges:
+                end = min(edge + EXTENT_BYTES, nbytes)
+                whole = first <= edge and end <= last
+                if not whole and _digests(sources, edge, end) != _part(digests, edge, end):
+                    return False
+            at += stop - start
+    return True
+
+
+def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range at the multiples of a block."""
+    while start < stop:
+        end = min(stop, (start // _BLOCK_BYTES + 1) * _BLOCK_BYTES)
+        yield start, end
+        start = end
+
+
+def _digests(vectors: Sequence[ByteRows], start: int, stop: int) -> bytes:
+    """Digests of the extents from ``start`` to ``stop`` of vectors laid end to end, joined."""
+    if len(vectors) == 1:
+        flat = vectors[0].data
+        return b"".join(
+            [xxhash.xxh3_128_digest(flat[at : min(at + EXTENT_BYTES, stop)]) for at in range(start, stop, EXTENT_BYTES)]
+        )
+    joined = []
+    for at in range(start, stop, EXTENT_BYTES):
+        state = xxhash.xxh3_128()
+        for part in _slices(vectors, at, min(at + EXTENT_BYTES, stop)):
+            state.update(part.data)
+        joined.append(state.digest())
+    return b"".join(joined)
+
+
+def _part(digests: bytes, start: int, stop: int) -> bytes:
+    """The digests of the extents from byte ``start`` to byte ``stop`` of a payload."""
+    return digests[start // EXTENT_BYTES * DIGEST_BYTES : -(-stop // EXTENT_BYTES) * DIGEST_BYTES]
+
+
+def _slices(vectors: Sequence[ByteRows], start: int, stop: int) -> list[ByteRows]:
+    """The bytes from ``start`` to ``stop`` of vectors laid end to end."""
+    if len(vectors) == 1:
+        return [vectors[0][start:stop]]
+    parts = []
+    for vector in vectors:
+        if start < vector.size and stop > 0:
+            parts.append(vector[max(0, start) : stop])
+        start, stop = start - vector.size, stop - vector.size
+    return parts

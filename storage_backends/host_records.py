@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from kvtier.errors import CapacityError, ConfigError
+from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.extents import copy_verified, copy_with_digests, digest_bytes, ranges_within
-from kvtier.storage_backends.host import HostSlots
+from kvtier.storage_backends.host_arena import HostArena, Place
 from kvtier.storage_backends.leases import LeaseBook
-from kvtier.storage_backends.memory import PAGE_BYTES, ByteRows, round_up
+from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.order import LeastRecentlyUsed, RecordOrder
 from kvtier.storage_backends.records import (
     BoolArray,
@@ -29,51 +29,47 @@ from kvtier.storage_backends.records import (
     RecordStats,
     RecordStore,
 )
-from kvtier.storage_backends.slots import IntArray
 from kvtier.storage_backends.workers import Workers
 from kvtier.types import format_bytes
 
 __all__ = ["HostRecords"]
 
-_MAX_UNITS = 1 << 20  # finding room scans the units: a millisecond for this many
 _INDEX_SHARE = 32  # of the capacity, one part is for the index
 _ENTRY_BYTES = 1024  # what the index takes for a record, rounded up
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A record in memory. Its units outlive its removal for as long as somebody reads them."""
+    """A record in memory. Its place outlives its removal for as long as somebody reads it."""
 
     info: RecordInfo
-    slots: HostSlots
-    units: IntArray
-    views: list[ByteRows]
+    place: Place
     digests: bytes = b""
     hits: int = 0
     readers: int = 0
     removed: bool = False
 
-    @property
-    def index_bytes(self) -> int:
-        """What the index takes for it."""
-        return _ENTRY_BYTES + digest_bytes(self.info.payload_bytes) + len(self.info.meta)
-
-    @property
-    def held_bytes(self) -> int:
-        """What its payload takes, padding included."""
-        return self.units.size * self.slots.slot_bytes
-
     def fill(self, record: Record) -> None:
         """Copy the payload in and digest it."""
         sources = [buffer.numpy() for buffer in record.buffers]
-        self.digests = copy_with_digests(sources, self.views, self.info.payload_bytes)
+        self.digests = copy_with_digests(sources, self.place.views, self.info.payload_bytes)
 
-    def read(self, request: ReadRequest) -> bool | None:
+    def read(self, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
         """Copy bytes out: True when they are right, False when they are not, None when they were never there."""
         ranges = ranges_within(request, self.info.payload_bytes)
         if ranges is None:
             return None
-        return copy_verified(self.views, self.digests, self.info.payload_bytes, ranges, request.into.numpy())
+        return copy_verified(views, self.digests, self.info.payload_bytes, ranges, request.into.numpy())
+
+    @property
+    def index_bytes(self) -> int:
+        """What the index takes for it."""
+        return _index_bytes(self.info)
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes in all, padding included."""
+        return self.place.nbytes + self.index_bytes
 
 
 @dataclass(slots=True)
@@ -92,13 +88,14 @@ class _Counts:
 class HostRecords(RecordStore):
     """Records in host memory, page-locked where CUDA allows it.
 
-    A record lies in units of 4 KiB, or larger ones where the capacity is more than 4 GiB, side by side where such a
-    place is free. Of the records of one `put`, the last is the first to leave: what is left of a prefix is a prefix.
+    Of the records of one `put`, `lease` or `read` the last leaves first: what is left of a prefix is a prefix.
 
     Parameters
     ----------
     capacity_bytes : int
         The hard bound, of which one part in 32 is for the index.
+    lendable_bytes : int
+        Of these, what `lend` gives up.
     order : RecordOrder, optional
         Which record leaves first; least recently used by default. Reads and leases are uses.
     workers : Workers, optional
@@ -116,10 +113,17 @@ class HostRecords(RecordStore):
     """
 
     def __init__(
-        self, capacity_bytes: int, *, order: RecordOrder | None = None, workers: Workers | None = None
+        self,
+        capacity_bytes: int,
+        *,
+        lendable_bytes: int = 0,
+        order: RecordOrder | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        self._slots = _slots_within(capacity_bytes)
         self._capacity_bytes = capacity_bytes
+        self._lendable_bytes = lendable_bytes
+        self._lent_bytes = 0
+        self._arena = HostArena(_payload_share(capacity_bytes - lendable_bytes), _payload_share(lendable_bytes))
         self._order = order or LeastRecentlyUsed()
         self._workers = workers or Workers()
         self._lock = threading.Lock()
@@ -151,8 +155,11 @@ class HostRecords(RecordStore):
         jobs = [partial(entry.fill, records[index]) for index, entry in placed.items()]
         self._workers.run(jobs, sum(entry.info.payload_bytes for entry in placed.values()))
         with self._lock:
-            for index, entry in reversed(placed.items()):
+            for index, entry in placed.items():
                 outcomes[index] = self._publish(entry)
+            for entry in reversed(placed.values()):
+                if not entry.removed:
+                    self._order.added(entry.info.key, entry.held_bytes)
         return [outcomes[index] for index in range(len(records))]
 
     def contains(self, keys: Sequence[bytes]) -> BoolArray:
@@ -164,10 +171,13 @@ class HostRecords(RecordStore):
         """Copy bytes out, each extent verified; a record with a wrong one is dropped."""
         with self._lock:
             found = [self._entries.get(request.key) for request in requests]
+            views = [entry.place.views if entry is not None else [] for entry in found]
             for entry in found:
                 if entry is not None:
                     entry.readers += 1
-        jobs = [partial(_read, entry, request) for entry, request in zip(found, requests, strict=True)]
+        jobs = [
+            partial(_read, entry, views, request) for entry, views, request in zip(found, views, requests, strict=True)
+        ]
         results: list[bool | None] = [None] * len(requests)
         try:
             results = self._workers.run(jobs, sum(request.into.numel() for request in requests))
@@ -217,8 +227,8 @@ class HostRecords(RecordStore):
             return RecordStats(
                 records=len(self._entries),
                 live_bytes=sum(self._tenants.values()),
-                held_bytes=self._slots.allocated_bytes + self._index_bytes,
-                capacity_bytes=self._capacity_bytes,
+                held_bytes=self._arena.held_bytes + self._index_bytes,
+                capacity_bytes=self._room_bytes,
                 leased_bytes=sum(entry.held_bytes for entry in leased),
                 degraded="closed" if self._closed else "",
                 tenants=dict(self._tenants),
@@ -227,7 +237,7 @@ class HostRecords(RecordStore):
 
     def capabilities(self) -> Capabilities:
         """Pinned, as long as CUDA locked all of it."""
-        return replace(self._slots.capabilities(), name="host records")
+        return replace(self._arena.capabilities(), name="host records")
 
     def flush(self) -> None:
         """Nothing in memory survives a power loss."""
@@ -238,74 +248,98 @@ class HostRecords(RecordStore):
             self._closed = True
             for key in list(self._entries):
                 self._remove(key, evicted=False)
-            self._slots.close()
+            self._arena.close()
         self._workers.close()
 
-    def resize(self, capacity_bytes: int) -> None:
-        """Forget everything and go on with another capacity; leases are of no avail.
+    def lend(self) -> int:
+        """Give up the lendable bytes until `take_back`; how many. The records used last stay, in what is left.
 
         Raises
         ------
-        ConfigError
-            A capacity that holds no record; nothing changed.
+        CapacityError
+            Leases hold more than what is left; nothing changed.
         """
-        slots = _slots_within(capacity_bytes)
         with self._lock:
-            for key in list(self._entries):
-                self._remove(key, evicted=True)
-            self._slots.close()
-            self._slots = slots
-            self._capacity_bytes = capacity_bytes
+            moving = [entry for entry in self._entries.values() if self._arena.is_lendable(entry.place)]
+            missing = sum(entry.place.units.size for entry in moving) - self._arena.kept.free_slots
+            excess = self._index_bytes - (self._capacity_bytes - self._lendable_bytes) // _INDEX_SHARE
+            evictable, victims = self._evictable(), []
+            while missing > 0 or excess > 0:
+                if (entry := next(evictable, None)) is None:
+                    raise CapacityError("records under lease fill the host tier; release the hits that hold them")
+                victims.append(entry)
+                missing -= entry.place.units.size
+                excess -= entry.index_bytes
+            self._evict(victims)
+            for entry in moving:
+                if not entry.removed:
+                    entry.place = self._arena.moved(entry.place)
+            self._arena.lend()
+            self._lent_bytes = self._lendable_bytes
+            return self._lent_bytes
+
+    def take_back(self) -> None:
+        """Have the lendable bytes again."""
+        with self._lock:
+            if not self._closed:
+                self._arena.take_back()
+                self._lent_bytes = 0
+
+    @property
+    def _room_bytes(self) -> int:
+        return self._capacity_bytes - self._lent_bytes
 
     def _place(self, record: Record) -> _Entry | str:
-        """Units for a record, or why there are none; called with the lock held."""
-        slots = self._slots
-        entry = _Entry(_info_of(record, next(self._sequence)), slots, np.empty(0, np.int64), [])
-        units = -(-record.payload_bytes // slots.slot_bytes)
-        if reason := "the host tier is closed" if self._closed else self._make_room(units, entry.index_bytes):
+        """A place for a record, or why there is none; called with the lock held."""
+        info = _info_of(record)
+        if reason := "the host tier is closed" if self._closed else self._make_room(info):
             return reason
         try:
-            entry.units = slots.reserve(units)
-            entry.views = slots.views(entry.units)
+            place = self._arena.reserve(info.payload_bytes)
         except CapacityError as error:
             self._counts.failed += 1
             return str(error)
+        entry = _Entry(info, place)
         self._index_bytes += entry.index_bytes
         return entry
 
-    def _make_room(self, units: int, index_bytes: int) -> str:
-        """Evict until ``units`` are free and the index has room; or say why that cannot be, with nothing evicted."""
-        units -= self._slots.free_slots
-        index_bytes += self._index_bytes - self._capacity_bytes // _INDEX_SHARE
-        victims = []
-        candidates = self._order.candidates()
-        while units > 0 or index_bytes > 0:
-            key = next(candidates, None)
-            if key is None:
-                return (
-                    f"the host tier has no room: {format_bytes(self._capacity_bytes)}, the rest of it leased or in use"
-                )
+    def _make_room(self, info: RecordInfo) -> str:
+        """Evict until a record finds room; or say why not, with nothing evicted. Called with the lock held."""
+        units, free = self._arena.units_for(info.payload_bytes), self._arena.free_units()
+        excess = self._index_bytes + _index_bytes(info) - self._room_bytes // _INDEX_SHARE
+        evictable, victims = self._evictable(), []
+        while max(free.values()) < units or excess > 0:
+            if (entry := next(evictable, None)) is None:
+                return f"no room in {format_bytes(self._room_bytes)} of host memory beside what is leased or in use"
+            victims.append(entry)
+            free[entry.place.part] += entry.place.units.size
+            excess -= entry.index_bytes
+        self._evict(victims)
+        return ""
+
+    def _evictable(self) -> Iterator[_Entry]:
+        """Records that may leave, the first to leave first; nothing may be removed while this is read."""
+        for key in self._order.candidates():
             entry = self._entries[key]
             if not entry.readers and not self._leases.holds(key):
-                victims.append(key)
-                units -= entry.units.size
-                index_bytes -= entry.index_bytes
-        for key in victims:
-            self._remove(key, evicted=True)
-        return ""
+                yield entry
+
+    def _evict(self, victims: Sequence[_Entry]) -> None:
+        for entry in victims:
+            self._remove(entry.info.key, evicted=True)
 
     def _publish(self, entry: _Entry) -> PutOutcome:
         """Let a filled entry be seen; called with the lock held."""
         key, counts = entry.info.key, self._counts
-        if self._closed or entry.slots is not self._slots or key in self._entries:
+        if self._closed or self._arena.is_gone(entry.place) or key in self._entries:
             entry.removed = True
             self._free(entry)
             if key in self._entries:
                 return PutOutcome(PutState.EXISTS)
             counts.refused += 1
-            return PutOutcome(PutState.REFUSED, "the host tier was closed or resized meanwhile")
+            return PutOutcome(PutState.REFUSED, "the host tier was closed or lent meanwhile")
+        entry.info = replace(entry.info, sequence=next(self._sequence))
         self._entries[key] = entry
-        self._order.added(key, entry.held_bytes)
         self._tenants[entry.info.tenant] = self._tenants.get(entry.info.tenant, 0) + entry.held_bytes
         counts.stored += 1
         counts.written_bytes += entry.info.payload_bytes
@@ -348,34 +382,28 @@ class HostRecords(RecordStore):
         """Give a removed entry's memory back, unless somebody reads it; called with the lock held."""
         if entry.readers == 0:
             self._index_bytes -= entry.index_bytes
-            entry.views = []
-            if entry.slots is self._slots and not self._closed:
-                entry.slots.release(entry.units)
+            self._arena.release(entry.place)
 
 
-def _slots_within(capacity_bytes: int) -> HostSlots:
-    """Units for payloads within a capacity, less the part of the index."""
-    unit_bytes = max(PAGE_BYTES, round_up(-(-capacity_bytes // _MAX_UNITS), PAGE_BYTES))
-    units = HostSlots.slots_within(unit_bytes, capacity_bytes - capacity_bytes // _INDEX_SHARE)
-    if units < 1:
-        raise ConfigError(
-            f"host memory for records must be at least {format_bytes(2 * PAGE_BYTES)}, "
-            f"got {format_bytes(capacity_bytes)}"
-        )
-    return HostSlots(unit_bytes, units)
+def _index_bytes(info: RecordInfo) -> int:
+    return _ENTRY_BYTES + digest_bytes(info.payload_bytes) + len(info.meta)
 
 
-def _info_of(record: Record, sequence: int) -> RecordInfo:
+def _payload_share(capacity_bytes: int) -> int:
+    return capacity_bytes - capacity_bytes // _INDEX_SHARE
+
+
+def _info_of(record: Record) -> RecordInfo:
     return RecordInfo(
         key=record.key,
         namespace=record.namespace,
         tenant=record.tenant,
         payload_bytes=record.payload_bytes,
         meta=record.meta,
-        sequence=sequence,
+        sequence=0,
         created=time.time(),
     )
 
 
-def _read(entry: _Entry | None, request: ReadRequest) -> bool | None:
-    return None if entry is None else entry.read(request)
+def _read(entry: _Entry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
+    return None if entry is None else entry.read(views, request)
