@@ -193,6 +193,8 @@ class PatchedCalls:
             self.model(**call)
         finally:
             cache.state.split = None
+            if self.prefix is not None:
+                self.prefix.end(cache.state)
 
     def _chunk(self, prompt: Prompt, call: dict[str, Any]) -> int | None:
         """The widest forward allowed, in columns: the caller's wish or what fits the device, whichever is smaller."""

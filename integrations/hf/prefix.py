@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["PrefixCache"]
 
 _LENGTH_DEPENDENT: Final = ("dynamic", "longrope")
+_LOSSY: Final = "the policy is lossy: what follows the prompt is not what the model alone would have made"
+_SEVERAL: Final = "of several continuations of a prompt none is published"
+_DRAFTS: Final = "assisted decoding of transformers begins with an empty cache: nothing was loaded"
 _ATTEMPTS: Final = 3
 _LEAST_MEASURED: Final = 256  # tokens that a prefill must have to tell how fast the model is
 
@@ -100,10 +103,10 @@ class PrefixCache:
         prompt = StoredPrompt(fed.ids, fed.real)
         if not torch.equal(fed.positions.masked_fill(~fed.real, 0), prompt.positions):
             return 0
-        restored = self._restore(state, space, prompt, leave=self._leave(drafts=False))
-        exact = None if self.memory.policy.lossless else fed.length
-        state.prefix = PrefixUse(Trail(space, restored.stored_chunks, exact_until=exact))
+        restored = self._restore(state, space, prompt, leave=self._leave())
+        state.prefix = PrefixUse(self._trail(space, restored, end=fed.length, spread=1))
         state.prefix.restored = restored
+        state.prefix.resume_publishing()
         return restored.columns
 
     def widest(self, prompt: Prompt) -> int | None:
@@ -125,13 +128,24 @@ class PrefixCache:
         if reason or isinstance(stored, str) or isinstance(space, str):
             return PrefixUse(reason=reason or str(stored))
         spread = prompt.rows // stored.ids.shape[0]
-        restored = self._restore(state, space, stored.repeated(spread), leave=self._leave(drafts=drafts), spread=spread)
-        exact = None if self.memory.policy.lossless else prompt.columns - int(drafts)
-        use = PrefixUse(Trail(space, restored.stored_chunks, exact_until=exact))
-        if self.store.config.read_only and use.trail is not None:
-            use.trail.stop("the store is open read-only")
+        leave = prompt.columns if drafts else self._leave()
+        restored = self._restore(state, space, stored.repeated(spread), leave=leave, spread=spread)
+        trail = self._trail(space, restored, end=prompt.columns - int(drafts), spread=spread)
+        use = PrefixUse(trail, _DRAFTS if drafts and restored.tokens_matched else "")
         use.restored = restored
         return use
+
+    def _trail(self, space: Namespace, restored: Restored, *, end: int, spread: int) -> Trail:
+        """What publishes a cache whose prompt ends at column ``end``, and runs ``spread`` times."""
+        if not self.memory.policy.lossless:
+            trail = Trail(space, restored.stored_chunks, until=end, why=_LOSSY)
+        elif spread > 1:
+            trail = Trail(space, restored.stored_chunks, until=end, why=_SEVERAL)
+        else:
+            trail = Trail(space, restored.stored_chunks)
+        if self.store.config.read_only:
+            trail.stop("the store is open read-only")
+        return trail
 
     def _go_on(self, state: CacheState, call: dict[str, Any]) -> None:
         """Another turn on a cache: what it publishes must still be of one model, and of token ids alone."""
@@ -160,11 +174,11 @@ class PrefixCache:
             return str(error)
         return self.store.namespace(model=name, layout=self.memory.layout, tenant=self.tenant)
 
-    def _leave(self, *, drafts: bool) -> int:
+    def _leave(self) -> int:
         """Columns at the end of a prompt that must run: one for its logits, or those a policy asks about."""
         selection = self.memory.policy.selection
         asked = selection.window_queries if selection is not None and self.memory.policy.keep is not None else 1
-        return max(1, asked) + int(drafts)
+        return max(1, asked)
 
     def _restore(
         self, state: CacheState, space: Namespace, prompt: StoredPrompt, *, leave: int, spread: int = 1

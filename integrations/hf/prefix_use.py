@@ -65,6 +65,10 @@ class PrefixUse:
         self._started, self._tokens, self._prompt_end = started, tokens, prompt_end
         self._restore_seconds = time.perf_counter() - started
         self._first_token_s = None
+        self.resume_publishing()
+
+    def resume_publishing(self) -> None:
+        """From now until ``end`` what the cache is fed is known to be of the model that its trail names."""
         if self.trail is not None:
             self.trail.running = True
 

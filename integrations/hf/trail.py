@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Trail"]
 
 _PER_DECODE_STEP = 2
-"""Most chunks that one decode step reads out: it must not wait for a backlog."""
+"""Most chunks of a row that one decode step reads out: it must not wait for a backlog."""
 
 
 @dataclass(slots=True)
@@ -48,8 +48,10 @@ class Trail:
         Where they go.
     stored : sequence of int
         Leading chunks of each row that the store has.
-    exact_until : int, optional
-        Columns after which keys and values are not what full attention would have made; None when they always are.
+    until : int, optional
+        Columns after which nothing is published any more; None when all is.
+    why : str
+        The reason for that.
 
     Attributes
     ----------
@@ -65,14 +67,14 @@ class Trail:
     Used by the thread that runs the model; the counts change in the store's thread. Nothing in here raises.
     """
 
-    def __init__(self, space: Namespace, stored: Sequence[int], *, exact_until: int | None) -> None:
+    def __init__(self, space: Namespace, stored: Sequence[int], *, until: int | None = None, why: str = "") -> None:
         self.space = space
         self.stopped = ""
         self.running = False
         self.published = self.refused = self.waiting = self.backlog = 0
         self._lock = threading.Lock()
         self._done = list(stored)
-        self._exact_until = exact_until
+        self._until, self._why = until, why
         self._due: list[_Due] = []
         self._quiet = 0
 
@@ -94,8 +96,8 @@ class Trail:
             return
         if not self.running:
             self.stop("the cache was fed outside of generate()")
-        elif self._exact_until is not None and history.length >= self._exact_until:
-            self.stop("the policy is lossy: what follows the prompt is not what the model alone would have made")
+        elif self._until is not None and history.length >= self._until:
+            self.stop(self._why)
         elif width <= self._quiet:
             self._quiet -= width
         elif columns.positions.shape[0] != len(self._done):
@@ -151,7 +153,7 @@ class Trail:
 
     def fork(self) -> Trail:
         """The trail of a cache that grows apart."""
-        twin = Trail(self.space, self._done, exact_until=self._exact_until)
+        twin = Trail(self.space, self._done, until=self._until, why=self._why)
         twin.stopped, twin.running = self.stopped, self.running
         return twin
 
@@ -170,11 +172,10 @@ class Trail:
             # What follows could not be found without the chunk that is missing.
             self.stop(f"the store refused a chunk: {report.reason}")
 
-    def _allowed(self, width: int) -> int:
-        """Chunks that a forward of this width may read out: as many as the store's queue has room for."""
+    def _room(self) -> int:
+        """Chunks that the store's queue has room for."""
         publisher = self.space.store.publisher
-        room = max(0, publisher.capacity_bytes - publisher.queued_bytes) // self.space.codec.payload_bytes
-        return room if width > 1 else min(room, _PER_DECODE_STEP)
+        return max(0, publisher.capacity_bytes - publisher.queued_bytes) // self.space.codec.payload_bytes
 
     def _find_due(self, history: History, columns: Columns, ids: torch.Tensor) -> None:
         real = torch.ones_like(columns.positions, dtype=torch.bool) if columns.real is None else columns.real
@@ -186,7 +187,8 @@ class Trail:
         first_forward = not history.rows
         all_ids = ids if first_forward else torch.cat([before, ids], dim=1)
         positions = columns.positions if first_forward else torch.cat([history.positions, columns.positions], dim=1)
-        allowed, self.backlog = self._allowed(columns.positions.shape[1]), 0
+        room, self.backlog = self._room(), 0
+        most = _PER_DECODE_STEP if columns.positions.shape[1] == 1 else room
         found: list[_Due] = []
         for row, count in enumerate(counts):
             first, last = self._done[row], count // self.chunk_tokens
@@ -200,8 +202,8 @@ class Trail:
             if twin is not None:
                 twin.rows.append(row)
                 continue
-            taken = min(last - first, allowed)
-            allowed -= taken
+            taken = min(last - first, room, most)
+            room -= taken
             self.backlog += last - first - taken
             if taken:
                 empty = [self.space.codec.empty(range(len(self.space.layout.layers))) for _ in range(taken)]
