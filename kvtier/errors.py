@@ -12,7 +12,9 @@
     ├── SessionStateError (RuntimeError)    a call that does not fit the state of the session
     ├── CapacityError (MemoryError)         no tier has room for what must be kept
     ├── StorageError (OSError)              a tier could not be opened, read or written
-    │   └── DamagedSlotsError               stored bytes do not match their digest
+    │   ├── DamagedSlotsError               stored bytes do not match their digest
+    │   ├── RecordFormatError               bytes that are no record, or not one of this place
+    │   └── StoreInUseError                 another process has the directory open
     ├── PagesLostError (RuntimeError)       pages of a live session are gone; ``handle.recover()`` re-prefills
     └── MissingDependencyError (ImportError)  an optional package is not installed
 
@@ -32,8 +34,10 @@ __all__ = [
     "MissingDependencyError",
     "PagesLostError",
     "PolicyError",
+    "RecordFormatError",
     "SessionStateError",
     "StorageError",
+    "StoreInUseError",
     "UnsupportedModelError",
 ]
 
@@ -90,6 +94,14 @@ class DamagedSlotsError(StorageError):
     def __init__(self, message: str, slots: Sequence[int]) -> None:
         super().__init__(message)
         self.slots = tuple(slots)
+
+
+class RecordFormatError(StorageError):
+    """Bytes that are no record or segment, are damaged, or belong to another place."""
+
+
+class StoreInUseError(StorageError):
+    """Another process, or another store of this one, has the directory open."""
 
 
 class PagesLostError(KVTierError, RuntimeError):

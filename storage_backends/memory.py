@@ -44,7 +44,7 @@ def empty_aligned(size: int) -> torch.Tensor:
         The system has no such memory to give.
     """
     try:
-        mapping = mmap.mmap(-1, round_up(size, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, round_up(max(1, size), PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise CapacityError(
             f"required {format_bytes(size)} of host memory, which the system refused ({error}); lower the capacity of "

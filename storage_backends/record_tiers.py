@@ -1,29 +1,24 @@
-"""Record stores by the name of their backend, opened from the settings of a tier."""
+"""Record stores by the name of their backend, opened from the settings of a tier; what `kvtier.registry` leads to."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from kvtier.config import StoreConfig, TierConfig
+from kvtier.errors import ConfigError
 from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 
-if TYPE_CHECKING:
-    from kvtier.config import StoreConfig, TierConfig
-    from kvtier.storage_backends.records import RecordStore
-
-__all__ = ["open_files", "open_host", "open_segment"]
+__all__ = ["open_host", "open_segment"]
 
 
-def open_host(tier: TierConfig, store: StoreConfig) -> RecordStore:
-    """Records in memory."""
+def open_host(tier: TierConfig, store: StoreConfig) -> HostRecords:
+    """Records in memory, a part of which live sessions may borrow."""
     del store
-    return HostRecords(tier.capacity)
+    return HostRecords(tier.capacity, lendable_bytes=tier.capacity // 2 if tier.sessions is None else tier.sessions)
 
 
-def open_segment(tier: TierConfig, store: StoreConfig) -> RecordStore:
+def open_segment(tier: TierConfig, store: StoreConfig) -> SegmentRecords:
     """Records in segment files."""
-    raise NotImplementedError
-
-
-def open_files(tier: TierConfig, store: StoreConfig) -> RecordStore:
-    """Records in files of their own."""
-    raise NotImplementedError
+    if tier.path is None:
+        raise ConfigError("a segment tier needs path, the directory of its segments")
+    options = SegmentOptions(capacity=tier.capacity, segment_bytes=tier.segment_bytes, durability=store.durability)
+    return SegmentRecords(tier.path, options, read_only=store.read_only)

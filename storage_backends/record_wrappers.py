@@ -1,12 +1,10 @@
-"""Record stores around another one: timed, read-only."""
+"""Record stores around another one: what to build wrappers on, and one that refuses every change."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 from kvtier.storage_backends.base import Capabilities
-from kvtier.storage_backends.rates import TransferRate
 from kvtier.storage_backends.records import (
     BoolArray,
     Lease,
@@ -19,7 +17,7 @@ from kvtier.storage_backends.records import (
     RecordStore,
 )
 
-__all__ = ["ReadOnlyRecords", "TimedRecords", "WrappedRecords"]
+__all__ = ["ReadOnlyRecords", "WrappedRecords"]
 
 
 class WrappedRecords(RecordStore):
@@ -75,22 +73,6 @@ class WrappedRecords(RecordStore):
     def close(self) -> None:
         """Close the inner store."""
         self.inner.close()
-
-
-class TimedRecords(WrappedRecords):
-    """Learns how fast the inner store serves from the reads that succeed; see ``rate``."""
-
-    def __init__(self, inner: RecordStore, rate: TransferRate) -> None:
-        super().__init__(inner)
-        self.rate = rate
-
-    def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
-        """Read, timed."""
-        start = time.perf_counter()
-        served = super().read(requests)
-        if all(served):
-            self.rate.learn(sum(request.into.numel() for request in requests), time.perf_counter() - start)
-        return served
 
 
 class ReadOnlyRecords(WrappedRecords):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from kvtier.errors import InputError
+from kvtier.record import KEY_BYTES, MAX_META_BYTES, MAX_TENANT_BYTES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,15 +40,6 @@ __all__ = [
     "RecordStats",
     "RecordStore",
 ]
-
-KEY_BYTES = 32
-"""Bytes of a key and of a namespace digest."""
-
-MAX_META_BYTES = 1024
-"""Most bytes of opaque metadata that travel in a record's header."""
-
-MAX_TENANT_BYTES = 64
-"""Most bytes of a tenant's name in UTF-8."""
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 

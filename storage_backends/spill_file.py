@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +13,10 @@ import torch
 
 from kvtier.errors import ConfigError, StorageError
 from kvtier.storage_backends.base import Capabilities, SlotBackend, check_rows, check_sizes
-from kvtier.storage_backends.direct_file import BLOCK_BYTES, MAX_VECTORS, DirectFile
-from kvtier.storage_backends.memory import ByteRows, copy_rows, empty_aligned, round_up
+from kvtier.storage_backends.engines.bounce import BouncePool
+from kvtier.storage_backends.engines.gate import Gate
+from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, MAX_VECTORS, open_nameless
+from kvtier.storage_backends.memory import ByteRows, copy_rows, round_up
 from kvtier.storage_backends.slots import IntArray, SlotAllocator, compact
 
 __all__ = ["SpillFile"]
@@ -68,11 +69,11 @@ class SpillFile(SlotBackend):
         self.stride = round_up(slot_bytes, BLOCK_BYTES)
         self._slots = SlotAllocator(capacity_slots)
         self._lock = threading.Lock()
-        self._file = DirectFile(Path(directory), capacity_slots * self.stride)
-        self._bounce = _BouncePool(max(_BOUNCE_RUN_BYTES, self.stride), io_threads)
+        self._file = open_nameless(Path(directory), capacity_slots * self.stride)
+        self._bounce = BouncePool(max(_BOUNCE_RUN_BYTES, self.stride), io_threads)
         self._io_threads = io_threads
         self._helpers = ThreadPoolExecutor(max(1, io_threads - 1), thread_name_prefix="kvtier-spill")
-        self._gate = _Gate()
+        self._gate = Gate("the spill file")
 
     @classmethod
     def slots_within(cls, slot_bytes: int, capacity_bytes: int) -> int:
@@ -175,71 +176,20 @@ class SpillFile(SlotBackend):
         self._file.read_at(_views(run, rows), run.first * self.stride)
 
     def _put_bounced(self, run: _Run, rows: ByteRows) -> None:
-        with self._bounce.buffer(run.rows.size, self.stride) as buffer:
+        with self._bounce.buffer() as whole:
+            buffer = self._as_slots(whole, run)
             copy_rows(rows, compact(run.rows), buffer[:, : self.slot_bytes], slice(None))
             self._file.write_at([buffer.reshape(-1).data], run.first * self.stride)
 
     def _get_bounced(self, run: _Run, rows: ByteRows) -> None:
-        with self._bounce.buffer(run.rows.size, self.stride) as buffer:
+        with self._bounce.buffer() as whole:
+            buffer = self._as_slots(whole, run)
             self._file.read_at([buffer.reshape(-1).data], run.first * self.stride)
             copy_rows(buffer[:, : self.slot_bytes], slice(None), rows, compact(run.rows))
 
-
-class _BouncePool:
-    """Page-aligned buffers for rows that are not; as many are kept as transfers run at once."""
-
-    def __init__(self, size: int, keep: int) -> None:
-        self._size = size
-        self._keep = keep
-        self._idle: list[ByteRows] = []
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def buffer(self, count: int, stride: int) -> Iterator[ByteRows]:
-        """Lend a buffer, uint8 [count, stride]."""
-        with self._lock:
-            whole = self._idle.pop() if self._idle else None
-        if whole is None:
-            whole = empty_aligned(self._size).numpy()
-        try:
-            yield whole[: count * stride].reshape(count, stride)
-        finally:
-            with self._lock:
-                if len(self._idle) < self._keep:
-                    self._idle.append(whole)
-
-    def clear(self) -> None:
-        """Give the idle buffers back to the system."""
-        with self._lock:
-            self._idle.clear()
-
-
-class _Gate:
-    """Counts calls under way, so that close can wait for them: a descriptor closed too early may be another file's."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._shut = False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._shut:
-                raise StorageError("the spill file is closed; open a new one")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
-
-    def shut(self) -> bool:
-        """Let nobody in any more and wait until all are out; False when it was shut before."""
-        with self._changed:
-            first = not self._shut
-            self._shut = True
-            self._changed.wait_for(lambda: not self._inside)
-            return first
+    def _as_slots(self, whole: torch.Tensor, run: _Run) -> ByteRows:
+        """The first bytes of a buffer as [slots of the run, stride]."""
+        return whole[: run.rows.size * self.stride].view(-1, self.stride).numpy()
 
 
 def _cut(slots: IntArray, most: int) -> list[_Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -12,6 +13,7 @@ import numpy as np
 from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.leases import JoinedLease
+from kvtier.storage_backends.rates import TransferRate
 from kvtier.storage_backends.records import (
     BoolArray,
     Lease,
@@ -41,16 +43,19 @@ class TieredRecords(RecordStore):
     ----------
     tiers : sequence of RecordStore
         Fastest first; owned, closed together.
+    rates : sequence of TransferRate, optional
+        One for each tier, taught by its reads; copying upwards is a part of them.
 
     Notes
     -----
     Copies are made upwards under one lock, which `delete` and `clear` take too: what was deleted does not come back.
     """
 
-    def __init__(self, tiers: Sequence[RecordStore]) -> None:
+    def __init__(self, tiers: Sequence[RecordStore], rates: Sequence[TransferRate] | None = None) -> None:
         if not tiers:
             raise ConfigError("tiered records need at least one tier, got none")
         self.tiers = tuple(tiers)
+        self.rates = tuple(rates) if rates else tuple(TransferRate(latency=1e-4, bandwidth=1e9) for _ in tiers)
         self._lock = threading.Lock()  # taken before those of the tiers
         self._counting = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -103,10 +108,14 @@ class TieredRecords(RecordStore):
             waiting = [index for index, done in enumerate(served) if not done]
             there = tier.contains([requests[index].key for index in waiting])
             asked = list(compress(waiting, there))
-            for index, right in zip(asked, tier.read([requests[index] for index in asked]), strict=True):
-                served[index] = right
+            start = time.perf_counter()
+            for index, verified in zip(asked, tier.read([requests[index] for index in asked]), strict=True):
+                served[index] = verified
+            right = [requests[index] for index in asked if served[index]]
             if level:
-                self._promote(level, [requests[index] for index in asked if served[index]])
+                self._promote(level, right)
+            if len(right) == len(asked):
+                self.rates[level].learn(sum(request.into.numel() for request in right), time.perf_counter() - start)
         self._count(
             hits=sum(served),
             misses=len(served) - sum(served),

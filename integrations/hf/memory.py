@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvtier.config import load_config
+from kvtier.core.session_tiers import SessionTiers
 from kvtier.core.store import Store, open_store
 from kvtier.types import Budgets, KVLayout, parse_bytes
 
 if TYPE_CHECKING:
-    from kvtier.config import StoreConfig, TierConfig
+    from kvtier.config import StoreConfig
     from kvtier.core.memory import Memory
     from kvtier.core.policy import Policy
 
@@ -52,44 +53,28 @@ def open_memory(
         block_tokens=config.block_tokens,
         chunk_tokens=config.chunk_tokens or config.block_tokens * max(1, layout.chunk_tokens // config.block_tokens),
     )
-    tiers = _session_tiers(config, beside_store=isinstance(store, Store) or _stores_prefixes(config))
-    return CoreMemory(layout, read_policy(policy), budgets, tiers, devices, tenant=tenant)
+    tiers = _beside(store, budgets) if isinstance(store, Store) else config
+    try:
+        return CoreMemory(layout, read_policy(policy), budgets, tiers, devices, tenant=tenant)
+    except BaseException:
+        if isinstance(tiers, SessionTiers):
+            tiers.close()
+        raise
 
 
 def open_prefix_store(store: Store | StoreConfig | Mapping[str, Any] | str | Path | None) -> Store | None:
-    """The store of prefixes that a configuration names, opened; None when it has no tier that outlives a process."""
+    """The store that a configuration names, opened; None when it has no tier that outlives a process, or is open."""
     if isinstance(store, Store) or store is None:
         return None
     config = load_config(store)
-    if not _stores_prefixes(config):
-        return None
-    return open_store(config.model_copy(update={"tiers": tuple(_shared(tier) for tier in config.tiers)}))
+    lasting = any(tier.backend not in _FOR_SESSIONS for tier in config.tiers)
+    return open_store(config) if lasting else None
 
 
-def _stores_prefixes(config: StoreConfig) -> bool:
-    return any(tier.backend not in _FOR_SESSIONS for tier in config.tiers)
-
-
-def _session_tiers(config: StoreConfig, *, beside_store: bool) -> StoreConfig:
-    """What live sessions take of the tiers: all that is theirs, and a share of host memory beside a store."""
-    if not beside_store:
-        return config
-    mine = tuple(_own(tier) for tier in config.tiers if tier.backend in _FOR_SESSIONS)
-    if not mine:
-        return config.model_copy(update={"tiers": load_config(None).tiers})
-    return config.model_copy(update={"tiers": mine})
-
-
-def _own(tier: TierConfig) -> TierConfig:
-    """A tier as sessions open it beside a store."""
-    if tier.backend != "host":
-        return tier
-    return tier.model_copy(update={"capacity": tier.sessions or max(1, tier.capacity // 2), "sessions": None})
-
-
-def _shared(tier: TierConfig) -> TierConfig:
-    """A tier as the store opens it beside sessions."""
-    if tier.backend != "host":
-        return tier
-    left = tier.capacity - (tier.sessions or tier.capacity // 2)
-    return tier.model_copy(update={"capacity": max(1, left), "sessions": None})
+def _beside(store: Store, budgets: Budgets) -> SessionTiers | StoreConfig:
+    """Where the sessions over a store put what leaves the device; nowhere, when nothing ever does."""
+    if budgets.device is None:
+        return store.config.model_copy(update={"tiers": ()})
+    if any(tier.name == "host" for tier in store.config.tiers):
+        return store.session_tiers()
+    return store.config.model_copy(update={"tiers": load_config(None).tiers})

@@ -79,7 +79,7 @@ def patch(
     with ExitStack() as opened:
         own = open_prefix_store(store)
         if own is not None:
-            opened.enter_context(own)
+            store = opened.enter_context(own)
         memory = open_memory(
             layout_of(inner),
             layer_devices(inner),
@@ -91,8 +91,7 @@ def patch(
             tenant=tenant,
         )
         opened.callback(memory.close)
-        shared = store if isinstance(store, Store) else own
-        prefix = None if shared is None else PrefixCache(inner, memory, shared, tenant)
+        prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
         handle = attach(model, memory, prefix, closing=own)
         opened.pop_all()
     return handle

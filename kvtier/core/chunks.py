@@ -94,6 +94,10 @@ class ChunkCodec:
                 ranges.append(ByteRange(start, end - start))
         return tuple(ranges)
 
+    def bytes_of(self, layers: Sequence[int]) -> int:
+        """Bytes of some layers of a payload."""
+        return sum(self._starts[index + 1] - self._starts[index] for index in layers)
+
     def empty(self, layers: Sequence[int]) -> KVChunk:
         """A chunk on the CPU to decode into: one tensor each for k and v where the layers are alike."""
         shapes = [self.layout.layers[index] for index in layers]

@@ -6,12 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-import torch
-
 from kvtier.core.chunks import KVChunk
 from kvtier.core.load_worth import LoadDecision
-from kvtier.errors import InputError
-from kvtier.storage_backends.memory import PAGE_BYTES, empty_aligned, round_up
+from kvtier.errors import CapacityError, InputError
 from kvtier.storage_backends.records import Lease, ReadRequest
 
 if TYPE_CHECKING:
@@ -19,10 +16,7 @@ if TYPE_CHECKING:
 
     from kvtier.core.namespace import Namespace
 
-__all__ = ["STAGING_BYTES", "Hit"]
-
-STAGING_BYTES = 64 << 20
-"""Payload bytes that are moved at a time."""
+__all__ = ["Hit"]
 
 
 class Hit:
@@ -89,11 +83,13 @@ class Hit:
             for place, chunk in enumerate(targets):
                 codec.check(chunk, chosen, f"into[{place}]")
         start = time.perf_counter()
-        count = self._fill(keys, chosen, targets)
-        size = sum(length for _, length in codec.ranges(chosen))
+        try:
+            count = self._fill(keys, chosen, targets) if keys else 0
+        except CapacityError:  # no memory to read into
+            count = 0
         space.store.counters.add(
             loaded_tokens=count * space.layout.chunk_tokens,
-            loaded_bytes=count * size,
+            loaded_bytes=count * codec.bytes_of(chosen),
             load_seconds=time.perf_counter() - start,
             short_loads=int(count < len(keys)),
         )
@@ -105,23 +101,21 @@ class Hit:
 
     def _fill(self, keys: Sequence[bytes], layers: Sequence[int], targets: Sequence[KVChunk]) -> int:
         """Read and decode; how many leading chunks are right."""
-        codec = self._space.codec
-        ranges = codec.ranges(layers)
-        size = sum(length for _, length in ranges)
-        whole = size == codec.payload_bytes
-        stride = round_up(size, PAGE_BYTES)
-        batch = max(1, STAGING_BYTES // max(1, stride))
-        staging = empty_aligned(stride * min(batch, len(keys))) if keys and size else torch.empty(0, dtype=torch.uint8)
-        for at in range(0, len(keys), batch):
-            payloads = [staging[place * stride : place * stride + size] for place in range(len(keys[at : at + batch]))]
-            requests = [
-                ReadRequest(key, payload, None if whole else ranges)
-                for key, payload in zip(keys[at : at + batch], payloads, strict=True)
-            ]
-            for place, right in enumerate(self._space.store.records.read(requests)):
-                if not right:
-                    return at + place
-                codec.decode(payloads[place], layers, targets[at + place])
+        store, codec = self._space.store, self._space.codec
+        size = codec.bytes_of(layers)
+        ranges = None if size == codec.payload_bytes else codec.ranges(layers)
+        with store.staging.rows(size, len(keys)) as rows:
+            for at in range(0, len(keys), len(rows)):
+                part = keys[at : at + len(rows)]
+                requests = [ReadRequest(key, row, ranges) for key, row in zip(part, rows, strict=False)]
+                served = store.records.read(requests)
+                right = served.index(False) if False in served else len(served)
+                start = time.perf_counter()
+                for row, target in zip(rows[:right], targets[at:], strict=False):
+                    codec.decode(row, layers, target)
+                store.decoding.learn(right * size, time.perf_counter() - start)
+                if right < len(part):
+                    return at + right
         return len(keys)
 
     def _chosen(self, layers: Sequence[int] | None) -> Sequence[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvtier.errors import InputError
 from kvtier.storage_backends.rates import TransferRate
 
-__all__ = ["LoadDecision", "RecomputeRate", "decide"]
+__all__ = ["LoadDecision", "RecomputeRate", "StoredPrefix", "decide"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,31 +59,41 @@ class LoadDecision:
     recompute_seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPrefix:
+    """Where the chunks of a stored prefix lie: the tier of each, and what all of them have in common."""
+
+    tiers: Sequence[int]
+    chunk_bytes: int
+    chunk_tokens: int
+
+
 def decide(
-    tiers: Sequence[int], rates: Sequence[TransferRate], chunk_bytes: int, chunk_tokens: int, recompute: RecomputeRate
+    prefix: StoredPrefix, recompute: RecomputeRate, rates: Sequence[TransferRate], decoding: TransferRate
 ) -> LoadDecision:
     """The leading chunks whose loading saves the most time.
 
     Parameters
     ----------
-    tiers : sequence of int
-        The tier of each stored chunk.
     rates : sequence of TransferRate
         Of each tier.
+    decoding : TransferRate
+        From a payload to tensors.
     """
+    chunk_bytes, chunk_tokens = prefix.chunk_bytes, prefix.chunk_tokens
     nbytes = [0] * len(rates)
-    best, stored = (0.0, 0, 0.0, 0.0), len(tiers) * chunk_tokens
+    best = (0.0, 0, 0.0, 0.0)
     transfer = spent = 0.0
-    for count, tier in enumerate(tiers, start=1):
+    for count, tier in enumerate(prefix.tiers, start=1):
         transfer -= rates[tier].predict(nbytes[tier])
         nbytes[tier] += chunk_bytes
-        transfer += rates[tier].predict(nbytes[tier])
+        transfer += rates[tier].predict(nbytes[tier]) + decoding.predict(chunk_bytes)
         spent = recompute.seconds(count * chunk_tokens)
         best = max(best, (spent - transfer, count, transfer, spent))
     _, count, *predicted = best if best[1] else (0.0, 0, transfer, spent)
     return LoadDecision(
         tokens=count * chunk_tokens,
-        stored_tokens=stored,
+        stored_tokens=len(prefix.tiers) * chunk_tokens,
         transfer_seconds=predicted[0],
         recompute_seconds=predicted[1],
     )

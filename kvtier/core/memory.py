@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvtier.config import StoreConfig, TierConfig, load_config
+from kvtier.config import StoreConfig, load_config
 from kvtier.core.compose import BoundPolicy, bind
 from kvtier.core.group import LayerGroup
 from kvtier.core.ledger import Ledger
@@ -19,11 +18,10 @@ from kvtier.core.policy import Policy
 from kvtier.core.report import TierReport
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
+from kvtier.core.session_tiers import ConfiguredTiers, SessionTiers, check_tenant
 from kvtier.core.transfer import TransferEngine
-from kvtier.errors import ConfigError, SessionStateError, StorageError
-from kvtier.registry import storage_backends
-from kvtier.storage_backends.base import SlotBackend
-from kvtier.types import Budgets, KVLayout, LayerLayout, format_bytes
+from kvtier.errors import ConfigError, SessionStateError
+from kvtier.types import Budgets, KVLayout, LayerLayout
 
 if TYPE_CHECKING:
     from kvtier.core.session import Session
@@ -46,8 +44,9 @@ class Memory:
         What to keep and what to read.
     budgets : Budgets
         Tokens kept and read, bytes of device memory (over all sessions, on each device).
-    tiers : StoreConfig, optional
-        Tiers below the device; by default host memory, half of what is free now.
+    tiers : StoreConfig or SessionTiers, optional
+        Tiers below the device, of its own or lent by `Store.session_tiers`; by default host memory, half of what is
+        free now. They are closed with the memory.
     devices : sequence of torch.device, optional
         Device of each layer; the CPU by default.
     tenant : str
@@ -70,13 +69,13 @@ class Memory:
         layout: KVLayout,
         policy: Policy,
         budgets: Budgets,
-        tiers: StoreConfig | None = None,
+        tiers: StoreConfig | SessionTiers | None = None,
         devices: Sequence[torch.device] | None = None,
         *,
         tenant: str = "default",
     ) -> None:
         self.layout = layout
-        self.tenant = _tenant_name(tenant)
+        self.tenant = check_tenant(tenant)
         self.devices = tuple(devices) if devices is not None else (torch.device("cpu"),) * len(layout.layers)
         if len(self.devices) != len(layout.layers):
             raise ConfigError(f"devices must name one per layer ({len(layout.layers)}), got {len(self.devices)}")
@@ -90,8 +89,11 @@ class Memory:
         self._reserved: dict[int, dict[torch.device, int]] = {}
         self._closed = False
         self._open_chunk = 0
+        if not isinstance(tiers, SessionTiers):
+            tiers = ConfiguredTiers(tiers if tiers is not None else load_config(None), self.tenant)
+        self._tiers = tiers
         try:
-            self._open_groups(tiers if tiers is not None else load_config(None))
+            self._open_groups()
         except BaseException:
             self.close()
             raise
@@ -201,9 +203,10 @@ class Memory:
             for group in self._groups:
                 group.store.settle()
                 group.store.lower.close()
+            self._tiers.close()
             self.transfer.close()
 
-    def _open_groups(self, config: StoreConfig) -> None:
+    def _open_groups(self) -> None:
         shapes: dict[tuple[LayerLayout, torch.device], list[int]] = {}
         for index, (layer, device) in enumerate(zip(self.layout.layers, self.devices, strict=True)):
             if layer.window is None:
@@ -222,26 +225,11 @@ class Memory:
             )
             self._groups.append(group)
             self._group_of.update(dict.fromkeys(indices, group))
-            for tier in config.tiers:
-                capacity = tier.capacity * layer.token_bytes * len(indices) // total
-                group.store.lower.backends[_TIERS[tier.name]] = self._open_tier(tier, group.arena.frame_bytes, capacity)
+            for tier, capacity in self._tiers.capacities.items():
+                share = capacity * layer.token_bytes * len(indices) // total
+                group.store.lower.backends[_TIERS[tier]] = self._tiers.open(tier, group.arena.frame_bytes, share)
         for device, ledger in self.ledgers.items():
             ledger.reclaim = lambda nbytes, device=device: self._reclaim(device, nbytes)
-
-    def _open_tier(self, tier: TierConfig, slot_bytes: int, capacity: int) -> SlotBackend:
-        from kvtier.storage_backends.wrappers import VerifiedSlots
-
-        kind = storage_backends.resolve(tier.backend)
-        slots = kind.slots_within(slot_bytes, capacity)
-        if slots < 1:
-            raise ConfigError(
-                f"the {tier.name} tier must hold at least one page ({format_bytes(slot_bytes)}), "
-                f"got {format_bytes(capacity)} for it"
-            )
-        if tier.path is None:
-            backend: SlotBackend = kind(slot_bytes, slots)
-            return backend
-        return VerifiedSlots(kind(slot_bytes, slots, _tenant_directory(tier.path, self.tenant)))
 
     def _reclaim(self, device: torch.device, nbytes: int) -> None:
         """Evacuate slabs on a device until ``nbytes`` more fit, the smallest that suffices first."""
@@ -268,25 +256,5 @@ class Memory:
             ledger.reserved = sum(held.get(device, 0) for held in self._reserved.values())
 
 
-def _tenant_directory(path: Path, tenant: str) -> Path:
-    """The tenant's own directory under ``path``, which must exist."""
-    if not path.is_dir():
-        raise StorageError(f"the nvme tier needs an existing directory, got {path}; create it or choose another path")
-    directory = path / tenant
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot create {directory} for the nvme tier: {error.strerror}; choose a writable path"
-        ) from error
-    return directory
-
-
 def _size(slab: tuple[int, LayerGroup, int]) -> int:
     return slab[0]
-
-
-def _tenant_name(tenant: str) -> str:
-    if not tenant or not all(part.isalnum() or part in "-_." for part in tenant) or tenant.startswith("."):
-        raise ConfigError(f"tenant must be letters, digits, '-', '_' or '.', got {tenant!r}")
-    return tenant

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from kvtier.core.chunks import ChunkCodec, KVChunk
-from kvtier.core.hit import STAGING_BYTES, Hit
-from kvtier.core.load_worth import RecomputeRate, decide
+from kvtier.core.hit import Hit
+from kvtier.core.load_worth import RecomputeRate, StoredPrefix, decide
 from kvtier.core.prefix import ChunkMeta, TokenIds, chunk_keys, token_bytes
 from kvtier.core.store_stats import PutReport
-from kvtier.errors import InputError
-from kvtier.storage_backends.memory import PAGE_BYTES, empty_aligned, round_up
+from kvtier.errors import CapacityError, InputError
 from kvtier.storage_backends.records import BoolArray, PutOutcome, PutState, Record
 from kvtier.types import KVLayout
 
@@ -76,7 +75,7 @@ class Namespace:
             Tokens that do not reach as far as the chunks, or tensors of other shapes or dtypes; nothing was stored.
         """
         keys = self._checked(token_ids, chunks, first_chunk)
-        return self._put(keys, chunks, first_chunk)
+        return self._put(keys, chunks, first_chunk) if chunks else PutReport()
 
     def publish(self, token_ids: TokenIds, chunks: Sequence[KVChunk], *, first_chunk: int = 0) -> Future[PutReport]:
         """`put` in the background, in the order of the calls.
@@ -127,8 +126,12 @@ class Namespace:
         found = keys[: _leading(np.fromiter((key in held for key in keys), dtype=np.bool_, count=len(keys)))]
         decision = None
         if recompute is not None and found:
-            tiers = self.store.locate(found).tolist()
-            decision = decide(tiers, self.store.rates, self.codec.payload_bytes, chunk_tokens, recompute)
+            prefix = StoredPrefix(
+                tiers=self.store.locate(found).tolist(),
+                chunk_bytes=self.codec.payload_bytes,
+                chunk_tokens=chunk_tokens,
+            )
+            decision = decide(prefix, recompute, self.store.rates, self.store.decoding)
             self.store.counters.add(
                 decisions=1,
                 declined=int(decision.tokens < decision.stored_tokens),
@@ -165,31 +168,31 @@ class Namespace:
 
     def _put(self, keys: Sequence[bytes], chunks: Sequence[KVChunk], first_chunk: int) -> PutReport:
         """Put chunks in batches, up to the first refusal; what was put is leased until the last is."""
-        stride = round_up(self.codec.payload_bytes, PAGE_BYTES)
-        batch = max(1, STAGING_BYTES // stride)
-        staging = empty_aligned(stride * min(batch, len(chunks))).view(-1, stride) if chunks else torch.empty(0, 0)
         outcomes: list[PutOutcome] = []
-        with ExitStack() as leases:
-            for at in range(0, len(chunks), batch):
-                some = chunks[at : at + batch]
-                outcomes += self._put_batch(keys, some, first_chunk + at, staging)
-                if outcomes[-1].state is PutState.REFUSED:
-                    break
-                put = keys[first_chunk + at : first_chunk + at + len(some)]
-                leases.enter_context(self.store.records.lease(put, owner="put", seconds=_PUT_LEASE_SECONDS))
+        records = self.store.records
+        try:
+            with ExitStack() as leases, self.store.staging.rows(self.codec.payload_bytes, len(chunks)) as rows:
+                for at in range(0, len(chunks), len(rows)):
+                    part = slice(first_chunk + at, first_chunk + at + len(rows))
+                    outcomes += self._put_batch(keys, chunks[at : at + len(rows)], part.start, rows)
+                    if outcomes[-1].state is PutState.REFUSED:
+                        break
+                    leases.enter_context(records.lease(keys[part], owner="put", seconds=_PUT_LEASE_SECONDS))
+        except CapacityError as error:  # no memory to encode into
+            outcomes.append(PutOutcome(PutState.REFUSED, str(error)))
         report = _report(outcomes, len(chunks))
         self.store.counters.add_put(report)
         return report
 
     def _put_batch(
-        self, keys: Sequence[bytes], chunks: Sequence[KVChunk], first_chunk: int, staging: torch.Tensor
+        self, keys: Sequence[bytes], chunks: Sequence[KVChunk], first_chunk: int, rows: torch.Tensor
     ) -> list[PutOutcome]:
         """Encode those chunks that are not there yet and put them side by side."""
         there = self.store.records.contains(keys[first_chunk : first_chunk + len(chunks)])
         records = []
         for place in np.flatnonzero(~there).tolist():
             number = first_chunk + place
-            payload = staging[place, : self.codec.payload_bytes]
+            payload = rows[place]
             self.codec.encode(chunks[place], payload)
             parent = keys[number - 1] if number else self.digest
             records.append(

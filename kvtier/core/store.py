@@ -12,12 +12,16 @@ from kvtier.config import StoreConfig, TenantConfig, TierConfig, load_config
 from kvtier.core.namespace import Namespace
 from kvtier.core.prefix import Identity, namespace_digest
 from kvtier.core.publisher import Publisher
+from kvtier.core.session_tiers import SessionTiers
+from kvtier.core.staging import Staging
 from kvtier.core.store_stats import Counters, RateReport, StoreStats
+from kvtier.core.store_tiers import HostShare, StoreTiers
 from kvtier.errors import ConfigError
 from kvtier.registry import record_stores
+from kvtier.storage_backends.host_records import HostRecords
 from kvtier.storage_backends.quota_records import QuotaRecords
 from kvtier.storage_backends.rates import TransferRate
-from kvtier.storage_backends.record_wrappers import ReadOnlyRecords, TimedRecords
+from kvtier.storage_backends.record_wrappers import ReadOnlyRecords
 from kvtier.storage_backends.records import MAX_TENANT_BYTES, RecordStats, RecordStore
 from kvtier.storage_backends.slots import IntArray
 from kvtier.storage_backends.tiered_records import TieredRecords
@@ -30,6 +34,8 @@ __all__ = ["Store", "open_store"]
 
 _FIRST_GUESS = {"host": (20e-6, 4e9), "nvme": (200e-6, 1e9)}
 """Latency in seconds and bytes per second, until reads say better."""
+
+_FIRST_DECODING = 4e9
 
 
 def open_store(
@@ -68,6 +74,10 @@ class Store:
         The bytes beneath: all tiers as one.
     rates : tuple of TransferRate
         How fast each tier was found to serve.
+    decoding : TransferRate
+        How fast payloads become tensors.
+    staging : Staging
+        Buffers that records pass through.
 
     Notes
     -----
@@ -81,14 +91,19 @@ class Store:
         self.config = config
         self.counters = Counters()
         self.rates = tuple(_first_guess(tier) for tier in config.tiers)
+        self.staging = Staging()
+        self.decoding = TransferRate(latency=0.0, bandwidth=_FIRST_DECODING)
         quotas = {name: tenant.quota for name, tenant in config.tenants.items() if tenant.quota is not None}
         with ExitStack() as undo:
             self.tiers: list[RecordStore] = []
-            for tier, rate in zip(config.tiers, self.rates, strict=True):
+            self._host_share: HostShare | None = None
+            for tier in config.tiers:
                 records = undo.enter_context(_open_tier(tier, config))
-                self.tiers.append(TimedRecords(QuotaRecords(records, quotas) if quotas else records, rate))
+                if isinstance(records, HostRecords):
+                    self._host_share = HostShare(records)
+                self.tiers.append(QuotaRecords(records, quotas) if quotas else records)
             undo.pop_all()
-        self._tiered = TieredRecords(self.tiers)
+        self._tiered = TieredRecords(self.tiers, self.rates)
         self.records: RecordStore = ReadOnlyRecords(self._tiered) if config.read_only else self._tiered
         self.publisher = Publisher(config.publish_bytes, self.counters)
 
@@ -127,6 +142,25 @@ class Store:
         )
         return Namespace(self, layout, tenant, digest)
 
+    def session_tiers(self, *, host_bytes: int | None = None) -> SessionTiers:
+        """A share of the tiers for the sessions of one `Memory`, which gives it back when it is closed.
+
+        The host tier lends ``sessions`` bytes, half of it by default, and keeps the stored copies that were used last.
+
+        Parameters
+        ----------
+        host_bytes : int, optional
+            Part of that share; by default all that no other memory took.
+
+        Raises
+        ------
+        ConfigError
+            The share is taken.
+        CapacityError
+            Hits that are not released hold the memory.
+        """
+        return StoreTiers(self._host_share, host_bytes)
+
     def clear(self, tenant: str | None = None) -> int:
         """Forget everything of a tenant, or everything; how many chunks there were."""
         return self.records.clear(tenant)
@@ -163,6 +197,7 @@ class Store:
         """Flush and let go of the tiers; idempotent. Later puts are refused, later matches find nothing."""
         self.publisher.close()
         self.records.close()
+        self.staging.close()
 
     def __enter__(self) -> Self:
         return self

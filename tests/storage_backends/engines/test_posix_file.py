@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.errors import ConfigError, StorageError
-from kvtier.storage_backends.direct_file import DirectFile, _file_system
+from kvtier.storage_backends.engines.posix_file import _file_system, open_nameless
 from kvtier.storage_backends.spill_file import SpillFile
 from kvtier.testing.backend_machine import random_rows
 
@@ -144,4 +144,4 @@ time.sleep(120)
 
 def test_a_size_that_is_not_whole_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of 4096 bytes, got 5000"):
-        DirectFile(tmp_path, 5000)
+        open_nameless(tmp_path, 5000)

@@ -1,0 +1,1 @@
+"""Crashes of record stores: SIGKILL under load, and power losses on a simulated block device."""

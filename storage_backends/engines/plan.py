@@ -1,0 +1,95 @@
+"""How a batch of transfers becomes system calls: neighbours merged, large ones cut, each alignment by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvtier.storage_backends.engines.base import EngineFile, Transfer
+from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, MAX_VECTORS
+from kvtier.storage_backends.memory import round_up
+
+__all__ = ["Job", "Part", "SizeLimits", "plan"]
+
+
+class Part(NamedTuple):
+    """Bytes ``start`` to ``stop`` of the buffer of a transfer, by its place in the batch."""
+
+    transfer: int
+    start: int
+    stop: int
+
+
+class Job(NamedTuple):
+    """Adjacent bytes of a file from ``offset`` on, which one thread transfers.
+
+    ``straight``: between the file and the buffers themselves; if not, by way of a bounce buffer.
+    """
+
+    file: EngineFile
+    offset: int
+    parts: list[Part]
+    straight: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    def single(self) -> list[Job]:
+        """The same bytes, each part by itself."""
+        jobs, offset = [], self.offset
+        for part in self.parts:
+            jobs.append(self._replace(offset=offset, parts=[part]))
+            offset += part.stop - part.start
+        return jobs
+
+
+class SizeLimits(NamedTuple):
+    """Most bytes of a straight and of a bounced job; multiples of 4096."""
+
+    straight: int
+    bounced: int
+
+    @classmethod
+    def share(cls, total: int, threads: int, *, least: int, most: int, bounced: int) -> SizeLimits:
+        """Sizes that give every thread its share of ``total`` bytes, as long as the shares are worth a call."""
+        straight = min(most, max(least, round_up(-(-total // threads), BLOCK_BYTES)))
+        return cls(straight, min(straight, bounced))
+
+
+def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> list[Job]:
+    """Jobs that cover every byte of every transfer once, in the order of the file.
+
+    A cut lies at a multiple of 4096 in the file, so that no block is shared by two pieces of one transfer.
+    """
+    jobs: list[Job] = []
+    room, end = 0, 0  # bytes that the last job still takes, and where it ends
+    for index in sorted(range(len(transfers)), key=lambda i: (id(transfers[i].file), transfers[i].offset)):
+        file, offset, buffer = transfers[index]
+        size = buffer.numel()
+        straight = _goes_straight(transfers[index])
+        limit = limits.straight if straight else limits.bounced
+        start = 0
+        while start < size:
+            stop = min(size, (offset + start + limit) // BLOCK_BYTES * BLOCK_BYTES - offset)
+            part = Part(index, start, stop)
+            last = jobs[-1] if jobs else None
+            joins = last is not None and last.file is file and last.straight == straight and end == offset + start
+            if last is not None and joins and stop - start <= room and len(last.parts) < MAX_VECTORS:
+                last.parts.append(part)
+            else:
+                jobs.append(Job(file, offset + start, [part], straight))
+                room = limit
+            room -= stop - start
+            start = stop
+            end = offset + stop
+    return jobs
+
+
+def _goes_straight(transfer: Transfer) -> bool:
+    """Whether the kernel can transfer the bytes where they lie."""
+    file, offset, buffer = transfer
+    if buffer.is_cuda:
+        return False
+    return not file.direct or not (offset | buffer.numel() | buffer.data_ptr()) % BLOCK_BYTES

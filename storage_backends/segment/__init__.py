@@ -1,0 +1,20 @@
+"""The cache service on a drive: verified records in segments of large, preallocated, log-structured files.
+
+=====================  ==========================================================================================
+`store.SegmentRecords`  the record store; everything else here is a part of it
+`options`               sizes, and how the capacity is divided
+`pool`                  the segment files: taken, begun and given back whole
+`allocator`             where the next record goes
+`reclaim`               which segment goes when there is no room
+`writer`, `reader`      records to and from the medium, verified in the I/O threads
+`catalog`, `table`      what is known of the records, in memory
+`index`, `flusher`      the same on disk, written behind
+`opening`, `recovery`   what a directory holds after whatever happened to it
+=====================  ==========================================================================================
+"""
+
+from kvtier.storage_backends.segment.lock import DirectoryLock
+from kvtier.storage_backends.segment.options import SegmentOptions
+from kvtier.storage_backends.segment.store import SegmentRecords
+
+__all__ = ["DirectoryLock", "SegmentOptions", "SegmentRecords"]

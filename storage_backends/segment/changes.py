@@ -1,0 +1,88 @@
+"""What happened to the catalogue since the index last heard of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvtier.storage_backends.segment.rows import Rows
+
+__all__ = ["Changes", "Names", "SegmentMark"]
+
+
+class SegmentMark(NamedTuple):
+    """How far the index covers one life of a segment."""
+
+    epoch: int
+    upto: int
+    min_sequence: int
+
+
+@dataclass(slots=True)
+class Changes:
+    """Rows to add and graves to dig, in order.
+
+    Attributes
+    ----------
+    rows : list of Rows
+        Arrays of `ROW`.
+    graves : list of (segment, Rows)
+        Arrays of `GRAVE`, under the segment that holds the dead records.
+    tombstones : list of (segment, offset)
+        Where tombstones lie.
+    dropped : list of int
+        Segments whose life ended.
+    tenants, namespaces : list of (int, bytes)
+        New numbers and what they stand for.
+    marks : dict
+        Every cache segment and how far these changes cover it.
+    sequence, epoch : int
+        The next to be given out.
+    """
+
+    rows: list[Rows] = field(default_factory=list)
+    graves: list[tuple[int, Rows]] = field(default_factory=list)
+    tombstones: list[tuple[int, int]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    tenants: list[tuple[int, bytes]] = field(default_factory=list)
+    namespaces: list[tuple[int, bytes]] = field(default_factory=list)
+    marks: dict[int, SegmentMark] = field(default_factory=dict)
+    sequence: int = 1
+    epoch: int = 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to write but marks."""
+        return not (self.rows or self.graves or self.dropped)
+
+
+class Names:
+    """Small numbers for values that repeat: tenants, namespaces."""
+
+    def __init__(self) -> None:
+        self.values: list[bytes] = []
+        self._numbers: dict[bytes, int] = {}
+        self._new: list[tuple[int, bytes]] = []
+
+    def number(self, value: bytes) -> int:
+        """Number of a value; the next free one when it is new."""
+        number = self._numbers.get(value)
+        if number is None:
+            number = self._numbers[value] = len(self.values)
+            self.values.append(value)
+            self._new.append((number, value))
+        return number
+
+    def find(self, value: bytes) -> int | None:
+        """Number of a value that is known."""
+        return self._numbers.get(value)
+
+    def take_new(self) -> list[tuple[int, bytes]]:
+        """Numbers given out since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def load(self, values: list[bytes]) -> None:
+        """Start from numbers that the index knows."""
+        self.values = list(values)
+        self._numbers = {value: number for number, value in enumerate(values)}

@@ -1,0 +1,336 @@
+"""The index on disk: packed rows in SQLite, written behind. Losing it costs time at the next open, never a record."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import xxhash
+
+from kvtier.errors import StorageError
+from kvtier.storage_backends import failpoints
+from kvtier.storage_backends.segment.changes import Changes, SegmentMark
+from kvtier.storage_backends.segment.options import Geometry
+from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows
+
+__all__ = ["INDEX_NAME", "IndexContents", "SegmentIndex", "remove_index"]
+
+failpoints.NAMES |= {"index.before-commit", "index.after-commit", "index.before-clean", "index.after-clean"}
+
+INDEX_NAME = "index.sqlite"
+
+_APPLICATION_ID = 0x4B565469  # "KVTi"
+_VERSION = 1
+_PAGE_BYTES = 4096
+_RECORDS, _GRAVES, _TOMBSTONES = 0, 1, 2
+_TENANT, _NAMESPACE = 0, 1
+_TOMBSTONE = np.dtype("<u8")
+_SCHEMA = """
+CREATE TABLE store(name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
+CREATE TABLE segments(number INTEGER PRIMARY KEY, epoch INTEGER, upto INTEGER, least_sequence BLOB);
+CREATE TABLE names(kind INTEGER, number INTEGER, value BLOB, PRIMARY KEY(kind, number)) WITHOUT ROWID;
+CREATE TABLE packs(id INTEGER PRIMARY KEY, segment INTEGER, epoch INTEGER, kind INTEGER, rows BLOB, digest BLOB);
+CREATE INDEX packs_of_segment ON packs(segment);
+"""
+_logger = logging.getLogger("kvtier.storage_backends.segment")
+
+_Pack: TypeAlias = tuple[int, int, int, bytes, bytes]
+
+
+@dataclass(slots=True)
+class IndexContents:
+    """What an index says.
+
+    Attributes
+    ----------
+    store : bytes
+        The store that it belongs to.
+    clean : bool
+        It was closed after the last write: there is nothing to look for behind the marks.
+    rows, graves : Rows
+        Arrays of `ROW` and `GRAVE`, in the order written.
+    tombstones : list of (segment, offset)
+    """
+
+    store: bytes
+    clean: bool
+    rows: Rows
+    graves: Rows
+    tombstones: list[tuple[int, int]]
+    marks: dict[int, SegmentMark]
+    tenants: list[bytes]
+    namespaces: list[bytes]
+    sequence: int
+    epoch: int
+
+
+class SegmentIndex:
+    """One connection; one thread at a time.
+
+    Parameters
+    ----------
+    directory : Path
+    geometry : Geometry
+        Bounds the database and its log.
+
+    Raises
+    ------
+    StorageError
+        The file is not an index, is damaged, or cannot be opened.
+    """
+
+    def __init__(self, directory: Path, geometry: Geometry) -> None:
+        self._geometry = geometry
+        with _translated("open"):
+            self._db = sqlite3.connect(
+                directory / INDEX_NAME, isolation_level=None, check_same_thread=False, cached_statements=32
+            )
+            try:
+                self._configure()
+            except BaseException:
+                self._db.close()
+                raise
+
+    @property
+    def rows_per_commit(self) -> int:
+        """Most rows of one transaction, so that the log keeps its bound."""
+        return min(8192, max(64, self._geometry.log_bytes // 4 // ROW.itemsize))
+
+    def load(self, epochs: dict[int, int]) -> IndexContents | None:
+        """Everything that the index says of the segments that are in these epochs; None when it is new.
+
+        Raises
+        ------
+        StorageError
+            It is damaged.
+        """
+        with _translated("read"):
+            values = dict(self._db.execute("SELECT name, value FROM store"))
+            if not values:
+                return None
+            marks = {
+                number: SegmentMark(epoch, upto, _number(least))
+                for number, epoch, upto, least in self._db.execute("SELECT * FROM segments")
+            }
+            packs: dict[int, list[bytes]] = {_RECORDS: [], _GRAVES: []}
+            tombstones: list[tuple[int, int]] = []
+            for segment, epoch, kind, packed, digest in self._db.execute(
+                "SELECT segment, epoch, kind, rows, digest FROM packs ORDER BY id"
+            ):
+                if digest != _digest(segment, epoch, kind, packed):
+                    raise StorageError(f"the index has damaged rows of segment {segment}")
+                if epochs.get(segment) != epoch:
+                    continue
+                if kind == _TOMBSTONES:
+                    tombstones += [(segment, at) for at in np.frombuffer(packed, _TOMBSTONE).tolist()]
+                else:
+                    packs[kind].append(packed)
+            return IndexContents(
+                store=bytes(values["store"]),
+                clean=values["clean"] == b"\1",
+                rows=np.frombuffer(b"".join(packs[_RECORDS]), dtype=ROW),
+                graves=np.frombuffer(b"".join(packs[_GRAVES]), dtype=GRAVE),
+                tombstones=tombstones,
+                marks=marks,
+                tenants=self._names(_TENANT),
+                namespaces=self._names(_NAMESPACE),
+                sequence=_number(values["sequence"]),
+                epoch=_number(values["epoch"]),
+            )
+
+    def begin(self, store: bytes) -> None:
+        """Say whose index this is, and that it is not complete any more from here on; durable when it returns.
+
+        Raises
+        ------
+        StorageError
+        """
+        self._mark({"store": store, "clean": b"\0"}, default={"sequence": _blob(1), "epoch": _blob(1)})
+
+    def finish(self) -> None:
+        """Say that nothing was written after the last commit; durable when it returns.
+
+        Raises
+        ------
+        StorageError
+        """
+        failpoints.reach("index.before-clean")
+        self._mark({"clean": b"\1"})
+        failpoints.reach("index.after-clean")
+
+    def commit(self, changes: Changes) -> None:
+        """Write changes, the marks with the last of them.
+
+        Raises
+        ------
+        StorageError
+            Nothing of the last part was written. The index may now lack rows that its marks will claim: it must be
+            written anew or removed.
+        """
+        epochs = {number: mark.epoch for number, mark in changes.marks.items()}
+        packs = list(_packs(changes, epochs, self.rows_per_commit))
+        with _translated("write"):
+            while len(packs) > 1:
+                with self._transaction():
+                    self._drop(changes)
+                    self._write_names(changes)
+                    self._insert([packs.pop(0)])
+            with self._transaction():
+                self._drop(changes)
+                self._insert(packs)
+                self._write_names(changes)
+                self._write_marks(changes)
+                failpoints.reach("index.before-commit")
+            failpoints.reach("index.after-commit")
+
+    def sync(self) -> None:
+        """Make every commit durable.
+
+        Raises
+        ------
+        StorageError
+        """
+        with _translated("sync"):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """Close the connection."""
+        try:
+            self._db.close()
+        except sqlite3.Error as error:
+            _logger.warning("the index did not close well (%s); it will be rebuilt if need be", error)
+
+    def _configure(self) -> None:
+        run = self._db.execute
+        run("PRAGMA locking_mode=EXCLUSIVE")
+        run(f"PRAGMA page_size={_PAGE_BYTES}")
+        mode = run("PRAGMA journal_mode=WAL").fetchone()[0]
+        run("PRAGMA synchronous=NORMAL")
+        run("PRAGMA secure_delete=OFF")
+        run("PRAGMA temp_store=MEMORY")
+        run("PRAGMA cache_size=-2048")
+        run(f"PRAGMA max_page_count={self._geometry.database_bytes // _PAGE_BYTES}")
+        run(f"PRAGMA wal_autocheckpoint={max(4, self._geometry.log_bytes // _PAGE_BYTES // 4)}")
+        run(f"PRAGMA journal_size_limit={self._geometry.log_bytes // 2}")
+        application, version = run("PRAGMA application_id").fetchone()[0], run("PRAGMA user_version").fetchone()[0]
+        if mode != "wal":
+            raise StorageError(f"the index is in {mode} mode, required wal; is the file system read-only?")
+        if (application, version) == (0, 0):
+            with self._transaction():
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    run(statement)
+                run(f"PRAGMA application_id={_APPLICATION_ID}")
+                run(f"PRAGMA user_version={_VERSION}")
+        elif (application, version) != (_APPLICATION_ID, _VERSION):
+            raise StorageError(f"required an index of version {_VERSION}, got application {application:#x} {version}")
+
+    def _mark(self, values: dict[str, bytes], default: dict[str, bytes] | None = None) -> None:
+        with _translated("write"):
+            with self._transaction():
+                self._db.executemany("INSERT OR IGNORE INTO store VALUES(?, ?)", (default or {}).items())
+                self._db.executemany("INSERT OR REPLACE INTO store VALUES(?, ?)", values.items())
+            self.sync()
+
+    def _names(self, kind: int) -> list[bytes]:
+        rows = self._db.execute("SELECT number, value FROM names WHERE kind=? ORDER BY number", (kind,)).fetchall()
+        if [number for number, _ in rows] != list(range(len(rows))):
+            raise StorageError("the index lacks names of tenants or namespaces")
+        return [bytes(value) for _, value in rows]
+
+    def _drop(self, changes: Changes) -> None:
+        if changes.dropped:
+            self._db.executemany("DELETE FROM packs WHERE segment=?", [(number,) for number in changes.dropped])
+            changes.dropped.clear()
+
+    def _insert(self, packs: Iterable[_Pack]) -> None:
+        self._db.executemany("INSERT INTO packs(segment, epoch, kind, rows, digest) VALUES(?, ?, ?, ?, ?)", packs)
+
+    def _write_names(self, changes: Changes) -> None:
+        for kind, names in ((_TENANT, changes.tenants), (_NAMESPACE, changes.namespaces)):
+            self._db.executemany("INSERT OR REPLACE INTO names VALUES(?, ?, ?)", [(kind, *name) for name in names])
+            names.clear()
+
+    def _write_marks(self, changes: Changes) -> None:
+        self._db.execute("DELETE FROM segments")
+        self._db.executemany(
+            "INSERT INTO segments VALUES(?, ?, ?, ?)",
+            [(number, mark.epoch, mark.upto, _blob(mark.min_sequence)) for number, mark in changes.marks.items()],
+        )
+        numbers = [("sequence", _blob(changes.sequence)), ("epoch", _blob(changes.epoch))]
+        self._db.executemany("INSERT OR REPLACE INTO store VALUES(?, ?)", numbers)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+
+def remove_index(directory: Path) -> None:
+    """Remove an index and its log.
+
+    Raises
+    ------
+    OSError
+        The directory does not let go of it.
+    """
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        (directory / f"{INDEX_NAME}{suffix}").unlink(missing_ok=True)
+
+
+def _packs(changes: Changes, epochs: dict[int, int], most: int) -> Iterator[_Pack]:
+    """Blobs of rows, each of one segment and one kind; rows of segments that are gone are left out."""
+    rows = np.concatenate(changes.rows) if changes.rows else np.empty(0, dtype=ROW)
+    by_segment: list[tuple[int, int, np.ndarray[tuple[int, ...], np.dtype[np.void]]]] = []
+    for segment in np.unique(rows["at"]["segment"]).tolist():
+        by_segment.append((segment, _RECORDS, rows[rows["at"]["segment"] == segment]))
+    by_segment += [(segment, _GRAVES, graves) for segment, graves in changes.graves]
+    for segment, kind, packed in by_segment:
+        for at in range(0, len(packed), most):
+            if segment in epochs:
+                yield _pack(segment, epochs[segment], kind, packed[at : at + most].tobytes())
+    for segment, offset in changes.tombstones:
+        if segment in epochs:
+            yield _pack(segment, epochs[segment], _TOMBSTONES, np.asarray([offset], dtype=_TOMBSTONE).tobytes())
+
+
+def _pack(segment: int, epoch: int, kind: int, rows: bytes) -> _Pack:
+    return (segment, epoch, kind, rows, _digest(segment, epoch, kind, rows))
+
+
+def _digest(segment: int, epoch: int, kind: int, rows: bytes) -> bytes:
+    hasher = xxhash.xxh3_64(struct.pack("<QQQ", segment, epoch, kind))
+    hasher.update(rows)
+    return hasher.digest()
+
+
+def _blob(number: int) -> bytes:
+    """Numbers of 64 bits without a sign, which SQLite's integers are not."""
+    return number.to_bytes(8, "little")
+
+
+def _number(blob: bytes) -> int:
+    return int.from_bytes(blob, "little")
+
+
+@contextmanager
+def _translated(verb: str) -> Iterator[None]:
+    """Turn what SQLite raises into one error of ours."""
+    try:
+        yield
+    except (sqlite3.Error, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"cannot {verb} the index: {error}") from error

@@ -1,0 +1,142 @@
+"""Opening a segment directory: lock, index, segments, recovery, in an order that a crash at any point leaves openable."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.errors import StorageError
+from kvtier.record import SegmentKind
+from kvtier.storage_backends.engines import IOEngine
+from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.drive import PROBE_NAME, Drive, measure_drive
+from kvtier.storage_backends.segment.index import INDEX_NAME, IndexContents, SegmentIndex, remove_index
+from kvtier.storage_backends.segment.options import Geometry
+from kvtier.storage_backends.segment.pool import Segment, SegmentPool
+from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport, adopt_segments, choose_store, recover
+
+__all__ = ["Opened", "open_directory"]
+
+_logger = logging.getLogger("kvtier.storage_backends.segment")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What was found in a directory; ``index`` is None when it was opened to read."""
+
+    pool: SegmentPool
+    index: SegmentIndex | None
+    report: RecoveryReport
+    drive: Drive
+
+
+def open_directory(
+    engine: IOEngine,
+    directory: Path,
+    geometry: Geometry,
+    catalog: Catalog,
+    progress: Progress | None,
+    *,
+    writable: bool,
+) -> Opened:
+    """Find out what a directory holds and make it ready; the caller has its lock.
+
+    Raises
+    ------
+    StorageError
+        The directory cannot be read, or no index can be had in it.
+    """
+    pool = SegmentPool(engine, directory, geometry, b"")
+    try:
+        if writable:
+            (directory / PROBE_NAME).unlink(missing_ok=True)
+        found = pool.load(writable=writable)
+        epochs = {segment.number: block.epoch for segment, block in found if block is not None}
+        index, contents = _open_index(directory, geometry, epochs, writable=writable)
+        store = choose_store(found)
+        if contents is not None and store is not None and contents.store != store:
+            _logger.warning("the index in %s belongs to another store; it is rebuilt", directory)
+            index, contents = _fresh_index(index, directory, geometry), None
+        pool.store = store or (contents.store if contents is not None else uuid.uuid4().bytes)
+        adopt_segments(pool, found)
+        if index is not None:
+            index.begin(pool.store)
+        report = recover(catalog, pool, engine, contents, progress)
+        if writable:
+            _keep_capacity(pool, catalog)
+        if index is not None:
+            index.commit(catalog.take_changes(list(pool.segments.values()), pool.next_epoch))
+        return Opened(pool, index, report, measure_drive(engine, directory, pool, writable=writable))
+    except OSError as error:
+        pool.close()
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"cannot open {directory}: {error.strerror or error}; check the disk below it") from error
+
+
+def newest_segment(pool: SegmentPool) -> Segment | None:
+    """The segment that was appended to last."""
+    cache = [segment for segment in pool.segments.values() if segment.kind is SegmentKind.CACHE]
+    return max(cache, key=lambda segment: segment.epoch, default=None)
+
+
+def _open_index(
+    directory: Path, geometry: Geometry, epochs: dict[int, int], *, writable: bool
+) -> tuple[SegmentIndex | None, IndexContents | None]:
+    """The index and what it says; a fresh one and nothing where it cannot be trusted."""
+    if not writable:
+        return None, _read_copy(directory, geometry, epochs)
+    index: SegmentIndex | None = None
+    try:
+        index = SegmentIndex(directory, geometry)
+        return index, index.load(epochs)
+    except StorageError as error:
+        _logger.warning("the index in %s is rebuilt: %s", directory, error)
+        return _fresh_index(index, directory, geometry), None
+
+
+def _fresh_index(index: SegmentIndex | None, directory: Path, geometry: Geometry) -> SegmentIndex | None:
+    if index is not None:
+        index.close()
+    remove_index(directory)
+    return SegmentIndex(directory, geometry)
+
+
+def _read_copy(directory: Path, geometry: Geometry, epochs: dict[int, int]) -> IndexContents | None:
+    """What the index says, read from a copy: SQLite itself would write beside it."""
+    with tempfile.TemporaryDirectory(prefix="kvtier-index-") as name:
+        copy = Path(name)
+        try:
+            for suffix in ("", "-wal"):
+                if (source := directory / f"{INDEX_NAME}{suffix}").exists():
+                    shutil.copyfile(source, copy / source.name)
+            index = SegmentIndex(copy, geometry)
+            try:
+                return index.load(epochs)
+            finally:
+                index.close()
+        except (StorageError, OSError) as error:
+            _logger.warning("the index in %s cannot be read (%s): all segments are looked through", directory, error)
+            return None
+
+
+def _keep_capacity(pool: SegmentPool, catalog: Catalog) -> None:
+    """Let go of segments, the oldest first, that a smaller capacity has no room for."""
+    while pool.over_capacity:
+        if pool.shrink():
+            continue
+        cache = [segment for segment in pool.segments.values() if segment.kind is SegmentKind.CACHE]
+        if not cache:
+            return
+        oldest = min(cache, key=lambda segment: segment.epoch)
+        rows = catalog.table.of_segment(oldest.number)
+        catalog.counters.evicted += rows.size
+        catalog.remove(np.asarray(rows), forever=False)
+        catalog.drop_segment(oldest.number)
+        pool.discard(oldest)

@@ -1,0 +1,136 @@
+"""One put: claim keys, find places, write, wait for the medium if so promised, and only then show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvtier.record import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+from kvtier.storage_backends.records import PutOutcome, PutState, Record
+from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.flusher import Flusher
+from kvtier.storage_backends.segment.journal import Journal
+from kvtier.storage_backends.segment.reclaim import Reclaimer
+from kvtier.storage_backends.segment.rows import ROW, row_of
+from kvtier.storage_backends.segment.writer import Draft
+from kvtier.types import format_bytes
+
+__all__ = ["put_records"]
+
+_EXISTS = PutOutcome(PutState.EXISTS)
+_STORED = PutOutcome(PutState.STORED)
+
+
+def put_records(
+    journal: Journal, flusher: Flusher, reclaimer: Reclaimer, records: Sequence[Record]
+) -> list[PutOutcome]:
+    """Store records; one outcome each."""
+    catalog = journal.catalog
+    first: dict[bytes, Record] = {}
+    for record in records:
+        first.setdefault(record.key, record)
+    there = dict(zip(first, catalog.begin(list(first)).tolist(), strict=True))
+    mine = [key for key, known in there.items() if not known]
+    try:
+        outcomes = _put_new(journal, flusher, [first[key] for key in mine])
+    finally:
+        catalog.end(mine)
+    _make_ready(journal, reclaimer)
+    result = []
+    for record in records:
+        # A second record of the same key in one call finds what became of the first.
+        known = there[record.key]
+        outcome = _EXISTS if known else outcomes[record.key]
+        there[record.key] = known or outcome is _STORED
+        result.append(outcome)
+    return result
+
+
+def _put_new(journal: Journal, flusher: Flusher, records: Sequence[Record]) -> dict[bytes, PutOutcome]:
+    """Store records whose keys are not there and are claimed."""
+    outcomes: dict[bytes, PutOutcome] = {}
+    drafts = []
+    for record in records:
+        draft = _draft(record, journal.options.extent_bytes)
+        most = min(journal.allocator.most_record_bytes, MAX_PAYLOAD_BYTES)
+        if draft.record_bytes > most or draft.header_bytes > MAX_HEADER_BYTES:
+            needed = f"the record needs {format_bytes(draft.record_bytes)} in one segment"
+            reason = f"{needed}, which takes {format_bytes(most)}; raise segment_bytes or split the record"
+            outcomes[record.key] = PutOutcome(PutState.REFUSED, reason)
+        else:
+            drafts.append(draft)
+    if not drafts:
+        return outcomes
+    durable = journal.options.durability == "durable"
+    reason = journal.allocator.place(drafts)
+    journal.write(drafts, sync=durable)
+    _publish(journal.catalog, drafts)
+    for draft in drafts:
+        if draft.segment is None:
+            outcomes[draft.key] = PutOutcome(PutState.REFUSED, reason)
+        elif draft.error is not None:
+            why = f"the medium does not take it: {draft.error.strerror or draft.error}"
+            outcomes[draft.key] = PutOutcome(PutState.REFUSED, why)
+        else:
+            outcomes[draft.key] = _STORED
+    placed = [draft for draft in drafts if draft.segment is not None]
+    journal.allocator.written(placed)
+    _count(journal, drafts, len(outcomes))
+    if not durable:
+        segments = {draft.segment for draft in placed if draft.segment is not None}
+        flusher.wrote(segments, sum(draft.record_bytes for draft in placed))
+    return outcomes
+
+
+def _publish(catalog: Catalog, drafts: Sequence[Draft]) -> None:
+    """Make those that arrived visible."""
+    rows = []
+    with catalog.lock:
+        for draft in drafts:
+            if draft.error is None and draft.header is not None and draft.segment is not None:
+                tenant = catalog.tenants.number(draft.tenant.encode())
+                namespace = catalog.namespaces.number(draft.namespace)
+                rows.append(row_of(draft.header, draft.segment.number, draft.offset, tenant, namespace))
+        if rows:
+            catalog.publish(np.array(rows, dtype=ROW))
+
+
+def _count(journal: Journal, drafts: Sequence[Draft], asked: int) -> None:
+    """Keep the counters, and say whether the medium takes records."""
+    failed = [draft.error for draft in drafts if draft.error is not None]
+    stored = [draft for draft in drafts if draft.error is None and draft.segment is not None]
+    if failed:
+        journal.degraded = f"the medium does not take records: {failed[0].strerror or failed[0]}"
+    elif stored:
+        journal.degraded = ""
+    with journal.catalog.lock:
+        counters = journal.catalog.counters
+        counters.failed += len(failed)
+        counters.stored += len(stored)
+        counters.refused += asked - len(stored)
+        counters.written_bytes += sum(draft.payload_bytes for draft in stored)
+
+
+def _make_ready(journal: Journal, reclaimer: Reclaimer) -> None:
+    """Clear the next segment in time, if no other thread is at it."""
+    turn = journal.allocator.turn
+    if reclaimer.is_due and turn.acquire(blocking=False):
+        try:
+            if reclaimer.is_due:
+                reclaimer.prepare()
+        finally:
+            turn.release()
+
+
+def _draft(record: Record, extent_bytes: int) -> Draft:
+    return Draft(
+        key=record.key,
+        namespace=record.namespace,
+        tenant=record.tenant,
+        meta=record.meta,
+        buffers=record.buffers,
+        extent_bytes=extent_bytes,
+        created_us=time.time_ns() // 1000,
+    )

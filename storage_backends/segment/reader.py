@@ -1,0 +1,213 @@
+"""Payload ranges off the segments: whole extents, neighbours in one sweep, each extent verified where it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from kvtier.errors import RecordFormatError
+from kvtier.record import BLOCK_BYTES, DIGEST_BYTES, RecordHeader, digest_extents, header_seed, parse_header
+from kvtier.storage_backends.engines import IOEngine, Transfer
+from kvtier.storage_backends.memory import empty_aligned, round_up
+from kvtier.storage_backends.records import ByteRange
+from kvtier.storage_backends.segment.headers import HeaderCache
+from kvtier.storage_backends.segment.pool import Segment
+
+__all__ = ["Fetch", "Found", "read_fetches"]
+
+_PIECE_BYTES = 1 << 20
+_ROUND_BYTES = 64 << 20
+
+
+class Found(Enum):
+    """How a fetch ended."""
+
+    RIGHT = "right"
+    DAMAGED = "damaged"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, kw_only=True)
+class Fetch:
+    """Ranges of one record that are wanted, and what came of it.
+
+    Parameters
+    ----------
+    key, sequence, segment, offset, header_bytes, payload_bytes, extent_bytes
+        The record, as the catalogue knows it.
+    ranges : tuple of ByteRange
+        Within the payload, ascending.
+    into : Tensor
+        uint8, as long as the ranges together.
+    """
+
+    key: bytes
+    sequence: int
+    segment: Segment
+    epoch: int
+    offset: int
+    header_bytes: int
+    payload_bytes: int
+    extent_bytes: int
+    ranges: tuple[ByteRange, ...]
+    into: torch.Tensor
+    header: RecordHeader | None = None
+    digests: dict[int, bytes] = field(default_factory=dict)
+    error: OSError | None = None
+    wrong: str = ""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Key of its header in the cache."""
+        return (self.segment.number, self.epoch, self.offset)
+
+    def take_header(self, data: memoryview, store: bytes) -> None:
+        """Parse the header that was read, and compare it with what the catalogue says."""
+        try:
+            header = parse_header(data, header_seed(store, self.epoch))
+        except RecordFormatError as error:
+            self.wrong = str(error)
+            return
+        got = (header.key, header.sequence, header.epoch, header.payload_bytes, header.extent_bytes)
+        if got != (self.key, self.sequence, self.epoch, self.payload_bytes, self.extent_bytes):
+            self.wrong = "the header is another record's"
+            return
+        self.header = header
+
+    def outcome(self) -> Found:
+        """Whether every extent that was read is the one that was written."""
+        if self.error is not None:
+            return Found.FAILED
+        header = self.header
+        if self.wrong or header is None:
+            return Found.DAMAGED
+        for first, digests in self.digests.items():
+            at = first * DIGEST_BYTES
+            if header.digests[at : at + len(digests)] != digests:
+                return Found.DAMAGED
+        return Found.RIGHT
+
+
+class _Piece(NamedTuple):
+    """Adjacent extents of a fetch, or its header (``extent`` None), on the way into ``buffer``.
+
+    ``copies`` are (from, to, length): bytes of the buffer and of ``into``; empty when the buffer is a part of it.
+    """
+
+    fetch: Fetch
+    offset: int
+    buffer: torch.Tensor
+    extent: int | None
+    copies: list[tuple[int, int, int]]
+
+
+def read_fetches(
+    engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int
+) -> None:
+    """Carry out fetches; each says in `Fetch.outcome` what came of it."""
+    pieces: list[_Piece] = []
+    planned = 0
+    for fetch in fetches:
+        fetch.header = headers.get(fetch.place)
+        mine = [] if fetch.header is not None else [_header_piece(fetch)]
+        mine += _payload_pieces(fetch)
+        pieces += mine
+        planned += sum(piece.buffer.numel() for piece in mine)
+        if planned >= _ROUND_BYTES:
+            _run(engine, pieces, store, gap_bytes)
+            pieces, planned = [], 0
+    _run(engine, pieces, store, gap_bytes)
+    for fetch in fetches:
+        if fetch.header is not None:
+            headers.put(fetch.place, fetch.header)
+
+
+def _header_piece(fetch: Fetch) -> _Piece:
+    return _Piece(fetch, fetch.offset, empty_aligned(fetch.header_bytes), None, [])
+
+
+def _payload_pieces(fetch: Fetch) -> list[_Piece]:
+    """Cut the wanted extents into pieces: straight into ``into`` where whole extents are wanted, else by a buffer."""
+    size = fetch.extent_bytes
+    step = max(1, _PIECE_BYTES // size)
+    pieces: list[_Piece] = []
+    for first, stop in _extent_runs(fetch):
+        for extent in range(first, stop, step):
+            pieces.append(_piece(fetch, extent, min(stop, extent + step)))
+    return pieces
+
+
+def _extent_runs(fetch: Fetch) -> list[tuple[int, int]]:
+    """Runs of extents (first, stop) that the ranges touch."""
+    runs: list[tuple[int, int]] = []
+    for offset, length in fetch.ranges:
+        if not length:
+            continue
+        first, stop = offset // fetch.extent_bytes, -(-(offset + length) // fetch.extent_bytes)
+        if runs and first <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((first, stop))
+    return runs
+
+
+def _piece(fetch: Fetch, first: int, stop: int) -> _Piece:
+    start, end = first * fetch.extent_bytes, min(stop * fetch.extent_bytes, fetch.payload_bytes)
+    offset = fetch.offset + fetch.header_bytes + start
+    copies = _copies(fetch.ranges, start, end)
+    if len(copies) == 1 and copies[0][0] == 0 and copies[0][2] == end - start:
+        return _Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, [])
+    buffer = empty_aligned(round_up(end - start, BLOCK_BYTES))[: end - start]
+    return _Piece(fetch, offset, buffer, first, copies)
+
+
+def _copies(ranges: Sequence[ByteRange], start: int, end: int) -> list[tuple[int, int, int]]:
+    """Which bytes of the payload from ``start`` to ``end`` go where."""
+    copies: list[tuple[int, int, int]] = []
+    into = 0
+    for offset, length in ranges:
+        low, high = max(offset, start), min(offset + length, end)
+        if low < high:
+            copies.append((low - start, into + low - offset, high - low))
+        into += length
+    return copies
+
+
+def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -> None:
+    """Read pieces in the order of the medium, small gaps between them too, so that neighbours share a system call."""
+    pieces = sorted(pieces, key=lambda piece: (piece.fetch.segment.number, piece.offset))
+    transfers: list[Transfer] = []
+    owners: list[_Piece | None] = []
+    for piece in pieces:
+        file = piece.fetch.segment.file
+        if transfers and transfers[-1].file is file:
+            end = transfers[-1].offset + transfers[-1].buffer.numel()
+            if 0 < piece.offset - end <= gap_bytes:
+                transfers.append(Transfer(file, end, empty_aligned(piece.offset - end)))
+                owners.append(None)
+        transfers.append(Transfer(file, piece.offset, piece.buffer))
+        owners.append(piece)
+
+    def verify(index: int) -> None:
+        piece = owners[index]
+        if piece is not None:
+            _arrived(piece, store)
+
+    for owner, error in zip(owners, engine.read(transfers, then=verify), strict=True):
+        if owner is not None and error is not None:
+            owner.fetch.error = error
+
+
+def _arrived(piece: _Piece, store: bytes) -> None:
+    """Take the digests of what was read, and copy what is wanted of it."""
+    view = piece.buffer.numpy().data
+    if piece.extent is None:
+        piece.fetch.take_header(view, store)
+        return
+    piece.fetch.digests[piece.extent] = digest_extents(view, piece.fetch.extent_bytes)
+    for source, target, length in piece.copies:
+        piece.fetch.into[target : target + length].numpy()[:] = piece.buffer[source : source + length].numpy()

@@ -1,0 +1,161 @@
+"""One read: look the records up, hold their segments, fetch, and judge what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvtier.errors import InputError
+from kvtier.record import BLOCK_BYTES
+from kvtier.storage_backends.records import ByteRange, ReadRequest, RecordInfo
+from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.journal import Journal
+from kvtier.storage_backends.segment.pool import Segment, SegmentPool
+from kvtier.storage_backends.segment.reader import Fetch, Found
+from kvtier.storage_backends.segment.table import NOWHERE, IndexArray
+
+__all__ = ["read_infos", "read_requests"]
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[bool]:
+    """Fill the requests that can be filled."""
+    for request in requests:
+        _check(request)
+    catalog = journal.catalog
+    with catalog.lock:
+        rows = catalog.find([request.key for request in requests])
+        pinned = _pin(catalog, journal.pool, rows)
+        fetches = [
+            _fetch(journal, int(row), request) if row >= 0 else None
+            for row, request in zip(rows.tolist(), requests, strict=True)
+        ]
+    try:
+        journal.read([fetch for fetch in fetches if fetch is not None])
+    finally:
+        _unpin(catalog, pinned)
+    outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
+    _judge(journal, fetches, outcomes, rows)
+    return [outcome is Found.RIGHT for outcome in outcomes]
+
+
+def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
+    """What the headers of rows say; those that went or are damaged are left out."""
+    catalog = journal.catalog
+    with catalog.lock:
+        rows = rows[catalog.table.at["segment"][rows] != NOWHERE]
+        pinned = _pin(catalog, journal.pool, rows)
+        keys = catalog.table.keys(rows)
+        hits = catalog.table.at["hits"][rows].tolist()
+        fetches: list[Fetch | None] = [
+            _fetch(journal, row, ReadRequest(key.tobytes(), _NOTHING, ()))
+            for row, key in zip(rows.tolist(), keys, strict=True)
+        ]
+    try:
+        journal.read([fetch for fetch in fetches if fetch is not None])
+    finally:
+        _unpin(catalog, pinned)
+    outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
+    infos = []
+    for fetch, outcome, count in zip(fetches, outcomes, hits, strict=True):
+        if fetch is None or fetch.header is None or outcome is not Found.RIGHT:
+            if fetch is not None and outcome is Found.DAMAGED:
+                catalog.quarantine(fetch.key, fetch.sequence)
+            continue
+        header = fetch.header
+        infos.append(
+            RecordInfo(
+                key=header.key,
+                namespace=header.namespace,
+                tenant=header.tenant,
+                payload_bytes=header.payload_bytes,
+                meta=header.meta,
+                sequence=header.sequence,
+                created=header.created_us / 1e6,
+                hits=count,
+            )
+        )
+    return infos
+
+
+def _check(request: ReadRequest) -> None:
+    into = request.into
+    if into.dtype != torch.uint8 or into.ndim != 1 or not into.is_contiguous():
+        raise InputError(f"into must be a contiguous uint8 vector, got {into.dtype} {list(into.shape)}")
+    if request.ranges is None:
+        return
+    end = 0
+    for offset, length in request.ranges:
+        if offset < end or length < 0:
+            raise InputError(f"ranges must ascend and not overlap, got {request.ranges}")
+        end = offset + length
+    if sum(length for _, length in request.ranges) != into.numel():
+        raise InputError(f"into must be as long as the ranges together, got {into.numel()} bytes for {request.ranges}")
+
+
+def _fetch(journal: Journal, row: int, request: ReadRequest) -> Fetch | None:
+    """The fetch of a request; None when the record has not what is asked for."""
+    at = journal.catalog.table.at[row]
+    size = int(at["payload"])
+    ranges = request.ranges if request.ranges is not None else (ByteRange(0, size),)
+    if (request.ranges is None and request.into.numel() != size) or any(sum(part) > size for part in ranges):
+        return None
+    segment = journal.pool.segments[int(at["segment"])]
+    return Fetch(
+        key=request.key,
+        sequence=int(at["sequence"]),
+        segment=segment,
+        epoch=segment.epoch,
+        offset=int(at["block"]) * BLOCK_BYTES,
+        header_bytes=int(at["header"]) * BLOCK_BYTES,
+        payload_bytes=size,
+        extent_bytes=1 << int(at["extent"]),
+        ranges=ranges,
+        into=request.into,
+    )
+
+
+def _pin(catalog: Catalog, pool: SegmentPool, rows: IndexArray) -> list[Segment]:
+    """Keep the segments of rows from being given back."""
+    numbers = np.unique(catalog.table.at["segment"][rows[rows >= 0]]).tolist()
+    pinned = [pool.segments[number] for number in numbers]
+    for segment in pinned:
+        segment.pins += 1
+    return pinned
+
+
+def _unpin(catalog: Catalog, pinned: Sequence[Segment]) -> None:
+    with catalog.lock:
+        for segment in pinned:
+            segment.pins -= 1
+        catalog.drained.notify_all()
+
+
+def _judge(
+    journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None], rows: IndexArray
+) -> None:
+    """Count hits and misses; what is damaged is put aside."""
+    catalog = journal.catalog
+    right = np.asarray([outcome is Found.RIGHT for outcome in outcomes], dtype=np.bool_)
+    with catalog.lock:
+        counters = catalog.counters
+        counters.hits += int(np.count_nonzero(right))
+        counters.misses += int(np.count_nonzero(~right))
+        for fetch, outcome in zip(fetches, outcomes, strict=True):
+            if fetch is None:
+                continue
+            if outcome is Found.RIGHT:
+                counters.read_bytes += fetch.into.numel()
+            elif outcome is Found.FAILED:
+                counters.failed += 1
+            else:
+                journal.headers.forget(fetch.place)
+                catalog.quarantine(fetch.key, fetch.sequence)
+        served = rows[right]
+        if served.size:
+            at = catalog.table.at
+            at["hits"][served] = np.minimum(at["hits"][served], 0xFFFFFFFE) + np.uint32(1)
+            at["touched"][served] = 1

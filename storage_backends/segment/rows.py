@@ -1,0 +1,62 @@
+"""What memory and the index know of a record: one row of fixed size, and the row of one that was removed."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.record import BLOCK_BYTES, RecordHeader
+
+__all__ = ["FIELDS", "GRAVE", "ROW", "Rows", "join_keys", "record_bytes", "row_of"]
+
+FIELDS = np.dtype(
+    [
+        ("sequence", "<u8"),
+        ("segment", "<u4"),
+        ("block", "<u4"),  # where the header starts, in blocks of 4096 bytes
+        ("payload", "<u4"),  # bytes
+        ("created", "<u4"),  # seconds since 1970
+        ("tenant", "<u4"),
+        ("namespace", "<u4"),
+        ("hits", "<u4"),
+        ("header", "<u2"),  # blocks
+        ("extent", "u1"),  # logarithm of its bytes to base 2
+        ("touched", "u1"),  # 1 when it was read since it was written here
+    ]
+)
+ROW = np.dtype([("key", "<u8", (4,)), ("at", FIELDS)])
+GRAVE = np.dtype([("key", "<u8", (4,)), ("before", "<u8")])
+
+Rows: TypeAlias = npt.NDArray[np.void]
+
+
+def row_of(header: RecordHeader, segment: int, offset: int, tenant: int, namespace: int) -> tuple[object, ...]:
+    """One element of an array of `ROW`."""
+    at = (
+        header.sequence,
+        segment,
+        offset // BLOCK_BYTES,
+        header.payload_bytes,
+        header.created_us // 1_000_000,
+        tenant,
+        namespace,
+        0,
+        header.header_bytes // BLOCK_BYTES,
+        header.extent_bytes.bit_length() - 1,
+        0,
+    )
+    return (np.frombuffer(header.key, "<u8"), at)
+
+
+def record_bytes(at: Rows) -> npt.NDArray[np.int64]:
+    """Bytes on the medium of records `FIELDS` [n], header and padding included."""
+    payload = (at["payload"].astype(np.int64) + (BLOCK_BYTES - 1)) // BLOCK_BYTES
+    blocks: npt.NDArray[np.int64] = (payload + at["header"]) * BLOCK_BYTES
+    return blocks
+
+
+def join_keys(keys: list[bytes] | tuple[bytes, ...]) -> npt.NDArray[np.uint64]:
+    """Keys of 32 bytes each as words [n, 4]."""
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 4)
