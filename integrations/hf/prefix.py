@@ -11,7 +11,7 @@ import torch
 
 from kvtier.core.load_worth import RecomputeRate
 from kvtier.core.resume import StoredRow, resume
-from kvtier.errors import CapacityError, UnsupportedModelError
+from kvtier.errors import CapacityError, ConfigError, UnsupportedModelError
 from kvtier.integrations.hf.fingerprint import fingerprint, rope_kinds
 from kvtier.integrations.hf.match import Match
 from kvtier.integrations.hf.prefix_use import PrefixUse, Restored
@@ -53,6 +53,11 @@ class PrefixCache:
     tenant : str
         Whose prefixes these are.
 
+    Raises
+    ------
+    ConfigError
+        For a tenant that the store refuses, or chunks of another size than those of the sessions.
+
     Notes
     -----
     Safe to use from several threads, each with a cache of its own.
@@ -64,6 +69,12 @@ class PrefixCache:
         self.store = store
         self.tenant = tenant
         self._rate: RecomputeRate | None = None
+        space = store.namespace(model=None, layout=memory.layout, tenant=tenant)
+        if space.layout.chunk_tokens != memory.layout.chunk_tokens:
+            raise ConfigError(
+                f"sessions and store must agree on chunk_tokens, got {memory.layout.chunk_tokens} and "
+                f"{space.layout.chunk_tokens}; make the memory from the store's configuration"
+            )
         memory.keep_open_chunks()
 
     def begin(self, state: CacheState, call: dict[str, Any], prompt: Prompt, *, drafts: bool) -> int:

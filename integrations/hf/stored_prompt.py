@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredPrompt", "read_stored_prompt", "unservable"]
 
-# Inputs of a model that carry no contents of their own.
-_PLAIN_INPUTS = frozenset({"attention_mask", "input_ids", "logits_to_keep", "past_key_values", "use_cache"})
+# What carries no contents of its own: inputs of the model that go with the ids, and helpers of `generate`.
+_PLAIN = frozenset(
+    {
+        "assistant_tokenizer",
+        "attention_mask",
+        "input_ids",
+        "logits_to_keep",
+        "past_key_values",
+        "tokenizer",
+        "use_cache",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +82,7 @@ def unservable(model: PreTrainedModel, call: dict[str, Any]) -> str:
         return "the prompt came as embeddings"
     options = compat.generation_options(model)
     foreign = sorted(
-        name for name, value in call.items() if value is not None and name not in options and name not in _PLAIN_INPUTS
+        name for name, value in call.items() if value is not None and name not in options and name not in _PLAIN
     )
     return f"the model was given {', '.join(foreign)} beside token ids" if foreign else ""
 

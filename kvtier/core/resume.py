@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,17 +44,27 @@ class StoredRow:
 
 
 class _Piece(NamedTuple):
-    """Layers that are loaded together, and the first chunk that they need."""
+    """Layers of a row that are loaded together, and the first chunk that they need."""
 
+    row: int
     layers: list[int]
     first_chunk: int
+
+
+class _Loaded(NamedTuple):
+    """K [Hk, T, Dk] and V [Hk, T, Dv] of the layers of a piece; whether all of it is right."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    complete: bool
+    seconds: float
 
 
 def resume(session: Session, rows: Sequence[StoredRow], columns: int, *, coming: int) -> float | None:
     """Fill an empty session with stored tokens, padded on the left to ``columns``.
 
     Layers that see everything get all of a row's tokens, sliding windows only the chunks that their next query may see.
-    Host memory holds 64 MiB at a time, or one layer of one row.
+    One piece is read while the one before is appended: host memory holds two, each 64 MiB or one layer of one row.
 
     Parameters
     ----------
@@ -72,22 +83,26 @@ def resume(session: Session, rows: Sequence[StoredRow], columns: int, *, coming:
     """
     layout = session.memory.layout
     restoration = session.restoring(len(rows), coming=coming)
+    pieces = [
+        piece
+        for row, stored in enumerate(rows)
+        if stored.hit is not None
+        for piece in _pieces(layout, row, stored.tokens)
+    ]
     seconds = 0.0
+    for piece, loaded in _read_ahead(layout, rows, pieces):
+        if not loaded.complete:
+            return None
+        _append(restoration, layout, piece, rows[piece.row].tokens, loaded)
+        seconds += loaded.seconds
     for row, stored in enumerate(rows):
         if stored.source is not None:
             restoration.share(stored.source, row)
-        if stored.hit is None or not stored.tokens:
-            continue
-        for piece in _pieces(layout, stored.tokens):
-            spent = _load(restoration, layout, row, stored.hit, stored.tokens, piece)
-            if spent is None:
-                return None
-            seconds += spent
     session.restored(columns, [slice(columns - stored.tokens, columns) for stored in rows])
     return seconds
 
 
-def _pieces(layout: KVLayout, tokens: int) -> list[_Piece]:
+def _pieces(layout: KVLayout, row: int, tokens: int) -> list[_Piece]:
     """All layers in order, cut where the first chunk changes or the bytes are many."""
     pieces: list[_Piece] = []
     firsts = [
@@ -99,32 +114,49 @@ def _pieces(layout: KVLayout, tokens: int) -> list[_Piece]:
         for layer in run:
             size = (tokens - first * layout.chunk_tokens) * layout.layers[layer].token_bytes
             if nbytes + size > _PIECE_BYTES:
-                pieces.append(_Piece([], first))
+                pieces.append(_Piece(row, [], first))
                 nbytes = 0
             pieces[-1].layers.append(layer)
             nbytes += size
     return pieces
 
 
-def _load(restoration: Restoration, layout: KVLayout, row: int, hit: Hit, tokens: int, piece: _Piece) -> float | None:
-    """Read a piece and append it; the seconds of reading, or None when not all of it is right."""
-    chunk, first = layout.chunk_tokens, piece.first_chunk
-    count = -(-tokens // chunk) - first
+def _read_ahead(
+    layout: KVLayout, rows: Sequence[StoredRow], pieces: Sequence[_Piece]
+) -> Iterator[tuple[_Piece, _Loaded]]:
+    """The pieces in order, each read while the caller works on the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="kvtier-resume") as reader:
+        before: tuple[_Piece, Future[_Loaded]] | None = None
+        for piece in pieces:
+            reading = reader.submit(_load, layout, rows, piece)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = piece, reading
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+def _load(layout: KVLayout, rows: Sequence[StoredRow], piece: _Piece) -> _Loaded:
+    """Read a piece, verified."""
+    started = time.perf_counter()
+    chunk, hit = layout.chunk_tokens, rows[piece.row].hit
+    count = -(-rows[piece.row].tokens // chunk) - piece.first_chunk
     keys, values = _empty(layout, piece.layers, count * chunk)
     into = [
         KVChunk(*([part[:, at : at + chunk] for part in parts] for parts in (keys, values)))
         for at in range(0, count * chunk, chunk)
     ]
-    started = time.perf_counter()
-    if len(hit.load(piece.layers, into, first_chunk=first)) < count:
-        return None
-    seconds = time.perf_counter() - started
-    for place, layer in enumerate(piece.layers):
-        if first:
-            restoration.pass_over(row, layer, first * chunk)
-        due = tokens - first * chunk
-        restoration.append(row, layer, keys[place][:, :due], values[place][:, :due])
-    return seconds
+    loaded = [] if hit is None else hit.load(piece.layers, into, first_chunk=piece.first_chunk)
+    return _Loaded(keys, values, len(loaded) == count, time.perf_counter() - started)
+
+
+def _append(restoration: Restoration, layout: KVLayout, piece: _Piece, tokens: int, loaded: _Loaded) -> None:
+    """Put a piece into the session."""
+    before = piece.first_chunk * layout.chunk_tokens
+    for layer, keys, values in zip(piece.layers, loaded.keys, loaded.values, strict=True):
+        if before:
+            restoration.pass_over(piece.row, layer, before)
+        restoration.append(piece.row, layer, keys[:, : tokens - before], values[:, : tokens - before])
 
 
 def _empty(layout: KVLayout, layers: Sequence[int], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 import kvtier
 from kvtier.core.report import PrefixReport
 from kvtier.core.store import Store
+from kvtier.errors import ConfigError
 from kvtier.testing.tiny_models import left_padded, tiny_model
 
 TIERS: dict[str, Any] = {
@@ -200,3 +201,18 @@ def test_chunks_of_another_size_are_not_mistaken() -> None:
                 assert handle.memory.layout.chunk_tokens == 32
                 store.flush()
         assert handle.report().prefix.tokens_saved == 96  # type: ignore[attr-defined]
+
+
+def test_a_store_that_does_not_fit_is_refused_when_patching(store: Store) -> None:
+    from kvtier.core.memory import Memory
+    from kvtier.integrations.hf.layout import layout_of
+    from kvtier.integrations.hf.prefix import PrefixCache
+
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="tenant must be"):
+        kvtier.patch(model, "full", store=store, tenant="t" * 65)
+    memory = Memory(layout_of(model), kvtier.Full(), kvtier.Budgets(), kvtier.StoreConfig())
+    with pytest.raises(ConfigError, match="must agree on chunk_tokens, got 256 and 16"):
+        PrefixCache(model, memory, store, "default")
+    memory.close()
+    assert run(model, store).reason == "", "the model was left as it was"
