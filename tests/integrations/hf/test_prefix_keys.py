@@ -211,7 +211,8 @@ def test_a_store_that_does_not_fit_is_refused_when_patching(store: Store) -> Non
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="tenant must be"):
         kvtier.patch(model, "full", store=store, tenant="t" * 65)
-    memory = Memory(layout_of(model), kvtier.Full(), kvtier.Budgets(), kvtier.StoreConfig())
+    layout = layout_of(model, page_tokens=4, block_tokens=8)
+    memory = Memory(layout, kvtier.Full(), kvtier.Budgets(), kvtier.StoreConfig())
     with pytest.raises(ConfigError, match="must agree on chunk_tokens, got 256 and 16"):
         PrefixCache(model, memory, store, "default")
     memory.close()
