@@ -10,7 +10,7 @@ import torch
 
 from kvtier.errors import InputError
 from kvtier.storage_backends.records import ByteRange
-from kvtier.types import KVLayout, LayerLayout
+from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
 __all__ = ["ChunkCodec", "KVChunk", "LayerTensors"]
 
@@ -70,8 +70,8 @@ class ChunkCodec:
         """Lay a checked chunk into uint8 [payload_bytes]."""
         for index, layer in enumerate(self.layout.layers):
             keys, values = self._pages(into[self._starts[index] : self._starts[index + 1]], layer)
-            _copy(_by_page(chunk.k[index], keys), keys)
-            _copy(_by_page(chunk.v[index], values), values)
+            _write(chunk.k[index], keys)
+            _write(chunk.v[index], values)
 
     def decode(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> None:
         """Fill a checked chunk of ``layers`` from the bytes that `ranges` asks for."""
@@ -79,8 +79,8 @@ class ChunkCodec:
         for place, index in enumerate(layers):
             size = self._starts[index + 1] - self._starts[index]
             keys, values = self._pages(payload[at : at + size], self.layout.layers[index])
-            _copy(keys, _by_page(into.k[place], keys))
-            _copy(values, _by_page(into.v[place], values))
+            _read(keys, into.k[place])
+            _read(values, into.v[place])
             at += size
 
     def ranges(self, layers: Sequence[int]) -> tuple[ByteRange, ...]:
@@ -112,11 +112,12 @@ class ChunkCodec:
         return [torch.empty(shape, dtype=dtype) for shape, dtype in wanted]
 
     def _pages(self, payload: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one layer's bytes: keys [Hk, N, P, Dk] and values [Hk, N, P, Dv]."""
-        page, dtype = self.layout.page_tokens, getattr(torch, layer.dtype)
-        rows = payload.view(dtype).view(layer.num_kv_heads, -1, page * (layer.key_dim + layer.value_dim))
-        keys, values = rows.split([page * layer.key_dim, page * layer.value_dim], dim=-1)
-        return keys.unflatten(-1, (page, layer.key_dim)), values.unflatten(-1, (page, layer.value_dim))
+        """Views of one layer's bytes, pages of keys [Hk, N, P, bytes of Dk] and values [Hk, N, P, bytes of Dv]."""
+        page, size = self.layout.page_tokens, DTYPE_BYTES[layer.dtype]
+        key_bytes, value_bytes = layer.key_dim * size, layer.value_dim * size
+        rows = payload.view(layer.num_kv_heads, -1, page * (key_bytes + value_bytes))
+        keys, values = rows[..., : page * key_bytes], rows[..., page * key_bytes :]
+        return keys.view(*rows.shape[:2], page, key_bytes), values.view(*rows.shape[:2], page, value_bytes)
 
     def _check_layer(self, tensor: torch.Tensor, index: int, name: str, kind: str) -> None:
         layer = self.layout.layers[index]
@@ -133,17 +134,34 @@ def _dim(layer: LayerLayout, kind: str) -> int:
     return layer.key_dim if kind == "k" else layer.value_dim
 
 
-def _by_page(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[Hk, C, D] as [Hk, N, P, D], a view."""
-    rows: torch.Tensor = tensor.detach()
-    return rows.unflatten(-2, like.shape[1:3])  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+def _write(tensor: torch.Tensor, pages: torch.Tensor) -> None:
+    """Copy [Hk, C, D] to its bytes [Hk, N, P, bytes of D]."""
+    rows = tensor.detach()
+    if rows.stride(-1) != 1:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    _copy(_bytes_by_page(rows, pages), pages)
+
+
+def _read(pages: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy bytes [Hk, N, P, bytes of D] to [Hk, C, D]."""
+    rows = tensor.detach()
+    if rows.stride(-1) == 1:
+        _copy(pages, _bytes_by_page(rows, pages))
+    else:
+        straight = torch.empty(rows.shape, dtype=rows.dtype)
+        _copy(pages, _bytes_by_page(straight, pages))
+        rows.copy_(straight)
+
+
+def _bytes_by_page(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """[Hk, C, D] as bytes [Hk, N, P, bytes of D], a view."""
+    return rows.view(torch.uint8).view(pages.shape)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy between tensors of one shape and dtype, on any devices."""
-    if source.is_cpu and target.is_cpu and source.stride(-1) == target.stride(-1) == 1:
+    if source.is_cpu and target.is_cpu:
         # numpy stays in this thread; torch would start a pool of OpenMP threads in every thread that calls it.
-        target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+        target.numpy()[...] = source.numpy()
     else:
         target.copy_(source)
 

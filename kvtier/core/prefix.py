@@ -85,13 +85,13 @@ def canonical_bytes(value: Identity) -> bytes:
     if isinstance(value, float):
         return _counted(b"f", struct.pack("<d", value))
     if isinstance(value, str):
-        return _counted(b"s", value.encode())
+        return _counted(b"s", value.encode(errors="surrogatepass"))
     if isinstance(value, bytes):
         return _counted(b"b", value)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise InputError(f"keys of an identity must be text, got {sorted(map(repr, value))}")
-        pairs = sorted((key.encode(), item) for key, item in value.items())
+        pairs = sorted((key.encode(errors="surrogatepass"), item) for key, item in value.items())
         items = [_counted(b"s", key) + canonical_bytes(item) for key, item in pairs]
         return b"m" + struct.pack("<Q", len(items)) + b"".join(items)
     if isinstance(value, Sequence):

@@ -149,11 +149,10 @@ class Catalog:
             self.remove(found, forever=forever)
             return int(found.size)
 
-    def quarantine(self, key: bytes, sequence: int) -> None:
-        """Put a damaged record aside: it is never served again."""
+    def put_aside(self, key: bytes, sequence: int) -> None:
+        """Take out a record that is in doubt, if it is still that one: it is never served again."""
         with self.lock:
             rows = self.find([key])
-            self.counters.damaged += 1
             if rows[0] >= 0 and self.table.at["sequence"][rows[0]] == sequence:
                 self.remove(rows, forever=True)
 

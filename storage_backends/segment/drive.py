@@ -15,7 +15,7 @@ from kvtier.storage_backends.segment.pool import SegmentPool
 
 __all__ = ["Drive", "measure_drive"]
 
-PROBE_NAME = "probe"
+PROBE_NAME = "probe.kvt"
 
 _BIG_BYTES = 4 << 20
 _SMALL_READS = 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,7 +39,8 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     finally:
         _unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
-    _judge(journal, fetches, outcomes, rows)
+    _put_aside(journal, fetches, outcomes)
+    _count(journal, fetches, outcomes, rows)
     return [outcome is Found.RIGHT for outcome in outcomes]
 
 
@@ -59,11 +61,10 @@ def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
     finally:
         _unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
+    _put_aside(journal, fetches, outcomes)
     infos = []
     for fetch, outcome, count in zip(fetches, outcomes, hits, strict=True):
         if fetch is None or fetch.header is None or outcome is not Found.RIGHT:
-            if fetch is not None and outcome is Found.DAMAGED:
-                catalog.quarantine(fetch.key, fetch.sequence)
             continue
         header = fetch.header
         infos.append(
@@ -134,26 +135,37 @@ def _unpin(catalog: Catalog, pinned: Sequence[Segment]) -> None:
         catalog.drained.notify_all()
 
 
-def _judge(
+def _put_aside(journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None]) -> None:
+    """Take out records that are damaged or that the medium does not give: they are never served again."""
+    counters = journal.catalog.counters
+    for fetch, outcome in zip(fetches, outcomes, strict=True):
+        if fetch is None or outcome is Found.RIGHT:
+            continue
+        with journal.catalog.lock:
+            if outcome is Found.DAMAGED:
+                counters.damaged += 1
+            else:
+                counters.failed += 1
+            if fetch.error is None or fetch.error.errno != errno.ENOMEM:  # which says nothing about the medium
+                journal.headers.forget(fetch.place)
+                journal.catalog.put_aside(fetch.key, fetch.sequence)
+
+
+def _count(
     journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None], rows: IndexArray
 ) -> None:
-    """Count hits and misses; what is damaged is put aside."""
+    """Count hits and misses."""
     catalog = journal.catalog
     right = np.asarray([outcome is Found.RIGHT for outcome in outcomes], dtype=np.bool_)
     with catalog.lock:
         counters = catalog.counters
         counters.hits += int(np.count_nonzero(right))
         counters.misses += int(np.count_nonzero(~right))
-        for fetch, outcome in zip(fetches, outcomes, strict=True):
-            if fetch is None:
-                continue
-            if outcome is Found.RIGHT:
-                counters.read_bytes += fetch.into.numel()
-            elif outcome is Found.FAILED:
-                counters.failed += 1
-            else:
-                journal.headers.forget(fetch.place)
-                catalog.quarantine(fetch.key, fetch.sequence)
+        counters.read_bytes += sum(
+            fetch.into.numel()
+            for fetch, good in zip(fetches, right.tolist(), strict=True)
+            if fetch is not None and good
+        )
         served = rows[right]
         if served.size:
             at = catalog.table.at

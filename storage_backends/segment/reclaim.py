@@ -134,9 +134,7 @@ class Reclaimer:
         self._journal.read(fetches)
         moved: list[tuple[Draft, Rows]] = []
         for fetch, row in zip(fetches, rows, strict=True):
-            if fetch.outcome() is Found.DAMAGED:
-                self._catalog.quarantine(fetch.key, fetch.sequence)
-            elif fetch.outcome() is Found.RIGHT and fetch.header is not None:
+            if fetch.outcome() is Found.RIGHT and fetch.header is not None:
                 moved.append((_copy(fetch.header, fetch.into), row))
         drafts = [draft for draft, _ in moved]
         self._journal.allocator.place_in_open(drafts)

@@ -143,14 +143,18 @@ class SegmentRecords(RecordStore):
         _check_keys(keys)
         if seconds <= 0:
             raise InputError(f"a lease must hold for more than 0 seconds, got {seconds}")
-        return self._catalog.lease(keys, owner, seconds)
+        try:
+            with self._gate:
+                return self._catalog.lease(keys, owner, seconds)
+        except StorageError:
+            return self._catalog.lease([], owner, seconds)
 
     def info(self, key: bytes) -> RecordInfo | None:
         """What the header of a record says."""
         _check_keys([key])
         with self._catalog.lock:
             rows = self._catalog.find([key])
-        return next(self._infos(rows[rows >= 0]), None)
+        return next((info for info in self._infos(rows[rows >= 0]) if info.key == key), None)
 
     def scan(self) -> Iterator[RecordInfo]:
         """Every record, in the order they were stored."""
@@ -268,7 +272,7 @@ class SegmentRecords(RecordStore):
             self._engine, self.directory, self._geometry, self._catalog, progress, writable=writable
         )
         self._pool, self.recovery, self.drive = opened.pool, opened.report, opened.drive
-        allocator = SegmentAllocator(self._catalog, self._pool, self._geometry, lambda: self._reclaimer.clear())
+        allocator = SegmentAllocator(self._catalog, self._pool, self._geometry, self._clear)
         self._journal = Journal(self.options, self._engine, self._catalog, self._pool, allocator, self.drive.gap_bytes)
         self._reclaimer = Reclaimer(self._journal)
         self._flusher: Flusher | None = None
@@ -280,6 +284,9 @@ class SegmentRecords(RecordStore):
                 self.directory, self.options, self._geometry, self._catalog, self._pool, opened.index
             )
             self._flusher.start()
+
+    def _clear(self) -> str:
+        return self._reclaimer.clear()
 
     @property
     def _degraded(self) -> str:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from kvtier.storage_backends.records import ByteRange, Lease, PutOutcome, ReadRequest, Record, RecordInfo, RecordStats
 from kvtier.testing.reference_records import ReferenceRecords
 
 

@@ -6,7 +6,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvtier.testing.crash.check import Findings, Promise, examine
@@ -37,8 +37,8 @@ class Subject:
 
     target: str
     capacity_bytes: int = 8 << 20
-    promise: Promise = Promise()
-    load: Load = Load()
+    promise: Promise = field(default_factory=Promise)
+    load: Load = field(default_factory=Load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def kill_again_and_again(subject: Subject, scratch: Path, kills: int, seed: int,
     keep : int
         After so many kills a new directory is begun; what survived the others stays in place until then.
     """
-    rng = random.Random(seed)  # noqa: S311 - repeatable on purpose
+    rng = random.Random(seed)
     opens = load_target(subject.target)
     directory, journal = scratch / "store", scratch / "journal"
     known: dict[int, int | None] = {}

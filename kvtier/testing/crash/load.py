@@ -1,4 +1,4 @@
-"""The mixed load that a worker runs until it is killed: puts, reads, deletes, leases and flushes from several threads."""
+"""The mixed load of a worker that will be killed: puts, reads, deletes, leases and flushes from several threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -66,20 +67,22 @@ def load_target(target: str) -> OpenStore:
     """
     place, _, name = target.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            if spec is None or spec.loader is None:
-                raise ImportError(place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         opener: OpenStore = getattr(module, name)
     except (ImportError, AttributeError, ValueError, FileNotFoundError) as missing:
         raise ConfigError(
             f"a store is named 'package.module:function' or 'file.py:function', got {target!r} ({missing})"
         ) from missing
     return opener
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_load(store: RecordStore, load: Load, journal: Journal) -> None:
@@ -94,7 +97,7 @@ class _Thread:
 
     def __init__(self, store: RecordStore, load: Load, journal: Journal, index: int) -> None:
         self._store, self._load, self._journal, self._index = store, load, journal, index
-        self._rng = random.Random(load.seed * 1009 + index)  # noqa: S311 - repeatable on purpose
+        self._rng = random.Random(load.seed * 1009 + index)
         self._numbers = range(index, load.numbers, load.threads)
         self._generation = load.first_generation
 

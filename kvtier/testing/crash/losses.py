@@ -49,8 +49,8 @@ def lose_power_again_and_again(
 ) -> Iterator[PowerLoss]:
     """Record workers, and lose power ``each`` times in every recording.
 
-    Every second worker starts from what a power loss left, so that recoveries are interrupted too. That the recording is
-    complete is proved each time: replayed to its end, it must give the files that are really there.
+    Every second worker starts from what a power loss left, so that recoveries are interrupted too. Each recording is
+    proved complete: replayed to its end, it must give the files that are really there.
 
     Raises
     ------

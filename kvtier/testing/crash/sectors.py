@@ -83,7 +83,7 @@ class SimulatedFile:
             return self.durable
         if rng.random() < 0.3:  # the kindest and the plainest: everything, nothing, or all up to a moment
             image = bytearray(self.durable)
-            for change in self.pending[: int(rng.choice([0, count, rng.integers(count + 1)]))]:
+            for change in self.pending[: rng.choice(np.asarray([0, count, rng.integers(count + 1)]))]:
                 _apply(image, change)
             return image
         return self._torn(rng, sector)

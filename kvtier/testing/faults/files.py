@@ -95,11 +95,13 @@ def _swap(path: Path, rng: random.Random) -> str:
 
 
 def _copy(path: Path, rng: random.Random) -> str:
-    source = _used_page(path, rng)
+    source, target = _used_page(path, rng), _used_page(path, rng)
+    if source == target:
+        return _flip_one(path, rng)
     with path.open("rb") as file:
         file.seek(source * PAGE_BYTES)
         data = file.read(PAGE_BYTES)
-    return _overwrite(path, _used_page(path, rng), data, f"overwritten with page {source}")
+    return _overwrite(path, target, data, f"overwritten with page {source}")
 
 
 def _truncate(path: Path, rng: random.Random) -> str:

@@ -28,7 +28,7 @@ def assign_codes(spec: InductionSpec, needle_flags: Sequence[bool]) -> list[tupl
     ConfigError
         When there are more words than codes.
     """
-    rng = random.Random(spec.seed)  # noqa: S311 - nothing secret
+    rng = random.Random(spec.seed)
     channels = {
         False: _shuffled_codes(range(spec.document_dims), spec.hot, rng),
         True: _shuffled_codes(range(spec.document_dims, spec.code_dims), spec.hot, rng),

@@ -93,7 +93,7 @@ def plant_needles(text: str, *, count: int, context: int, seed: int = 0, values:
         raise InputError(
             f"a document must hold at least one word, got {len(text)} characters without one; pass another text"
         )
-    rng = random.Random(seed)  # noqa: S311 - nothing secret
+    rng = random.Random(seed)
     facts = _choose_facts(rng, {text[start:end] for start, end in spans}, count, values)
     overhead = 1 + len(split_words(question(facts[0]))) + count * len(split_words(facts[0].sentence))
     room = context - overhead

@@ -5,6 +5,7 @@ from kvtier.testing.record_laws.capacity import CapacityLaws
 from kvtier.testing.record_laws.damage import DamageLaws
 from kvtier.testing.record_laws.leases import LeaseLaws
 from kvtier.testing.record_laws.lifetime import LifetimeLaws
+from kvtier.testing.record_laws.machine import MachineLaws
 from kvtier.testing.record_laws.reopening import ReopeningLaws
 from kvtier.testing.record_laws.threads import ThreadLaws
 from kvtier.testing.record_laws.transfers import TransferLaws
@@ -13,7 +14,9 @@ from kvtier.testing.record_samples import OpenStore
 __all__ = ["Fault", "FreshStore", "OpenStore", "RecordStoreLaws"]
 
 
-class RecordStoreLaws(TransferLaws, LifetimeLaws, LeaseLaws, CapacityLaws, DamageLaws, ReopeningLaws, ThreadLaws):
+class RecordStoreLaws(
+    TransferLaws, LifetimeLaws, LeaseLaws, CapacityLaws, DamageLaws, ReopeningLaws, ThreadLaws, MachineLaws
+):
     """What every record store keeps; override the fixture ``store``.
 
     Laws about bytes that outlive the store are skipped, with the reason, where its capabilities say that none do. A

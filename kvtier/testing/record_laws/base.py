@@ -17,12 +17,10 @@ from hypothesis import HealthCheck, note, settings
 from kvtier.storage_backends.records import PutState, Record, RecordStore
 from kvtier.testing.faults.files import damage_files
 from kvtier.testing.leaks import NoLeaks
+from kvtier.testing.record_machine import Fault
 from kvtier.testing.record_samples import OpenStore, fetch, sample_bytes
 
 __all__ = ["LAW", "Fault", "FreshStore", "LawsBase", "file_damage", "put_all", "right_or_missing"]
-
-Fault: TypeAlias = Callable[[RecordStore | None, Path, random.Random], None]
-"""Damages what a store has stored: ``(store, directory, random)``; the store is None while it is closed."""
 
 FreshStore: TypeAlias = Callable[[], AbstractContextManager[RecordStore]]
 """Opens an empty store in a directory of its own, for a ``with``."""

@@ -32,7 +32,7 @@ class DamageLaws(LawsBase):
         self, store: OpenStore, faults: Sequence[Fault], tmp_path: Path, seed: int, hurts: int
     ) -> None:
         """Reads are right or miss; each loss was counted and its record put aside, and the key can be put again."""
-        rng = random.Random(seed)  # noqa: S311 - repeatable on purpose
+        rng = random.Random(seed)
         with _place(tmp_path) as directory, store(directory, self.capacity_bytes) as opened:
             put_all(opened, [sample_record(n, size) for n, size in _SIZES.items()])
             opened.flush()
@@ -52,7 +52,7 @@ class DamageLaws(LawsBase):
         self, persistent: OpenStore, faults: Sequence[Fault], tmp_path: Path, seed: int, hurts: int
     ) -> None:
         """It opens whatever was done to its files; what is left is right; what is lost was counted."""
-        rng = random.Random(seed)  # noqa: S311 - repeatable on purpose
+        rng = random.Random(seed)
         with _place(tmp_path) as directory:
             with persistent(directory, self.capacity_bytes) as opened:
                 put_all(opened, [sample_record(n, size) for n, size in _SIZES.items()])
@@ -73,7 +73,7 @@ class DamageLaws(LawsBase):
     @given(seed=st.integers(0, 2**32 - 1))
     def test_files_that_vanish(self, persistent: OpenStore, tmp_path: Path, seed: int) -> None:
         """Files removed while the store is open, and while it is closed: right or missing, and it goes on."""
-        rng = random.Random(seed)  # noqa: S311 - repeatable on purpose
+        rng = random.Random(seed)
         with _place(tmp_path) as directory:
             with persistent(directory, self.capacity_bytes) as opened:
                 put_all(opened, [sample_record(n, size) for n, size in _SIZES.items()])

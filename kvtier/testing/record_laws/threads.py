@@ -49,7 +49,7 @@ class ThreadLaws(LawsBase):
         with fresh() as store, ThreadPoolExecutor(4) as pool:
 
             def write(worker: int) -> None:
-                rng = random.Random(worker)  # noqa: S311 - repeatable on purpose
+                rng = random.Random(worker)
                 for turn in range(120):
                     number = rng.randrange(6)
                     if turn % 3 == 0:
@@ -60,7 +60,7 @@ class ThreadLaws(LawsBase):
                         store.clear("default")
 
             def read(worker: int) -> int:
-                rng, right = random.Random(worker), 0  # noqa: S311 - repeatable on purpose
+                rng, right = random.Random(worker), 0
                 while not ended.is_set():
                     number = rng.randrange(6)
                     if (served := fetch(store, number, size)) is not None:
