@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-import torch
-
 from benchmarks.registry import BenchmarkError
 from benchmarks.workload import KV, Shape, Token, decode_token, feed_generated, feed_prompt
 from kvtier.config import StoreConfig
@@ -81,13 +79,12 @@ class TieredLayers:
             *(decode_token(self.shape, position)._replace(positions=first.positions) for _ in range(self.layers - 1)),
         ]
 
-    def step(self, tokens: Sequence[Token]) -> torch.Tensor:
-        """Append and attend, layer after layer -> [1, Hq, 1, D] of the last."""
-        out = torch.empty(0)
-        for layer, token in enumerate(tokens):
-            self.session.append(layer, token.key, token.value, token.positions)
-            out = self.session.attend(layer, token.query, token.positions, scale=self.shape.scale)
-        return out
+    def step(self, tokens: Sequence[Token]) -> None:
+        """Append and attend, layer after layer."""
+        append, attend, scale = self.session.append, self.session.attend, self.shape.scale
+        for layer, (query, key, value, positions) in enumerate(tokens):
+            append(layer, key, value, positions)
+            attend(layer, query, positions, scale=scale)
 
     def __enter__(self) -> Self:
         return self

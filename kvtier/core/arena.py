@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,13 +41,15 @@ class Place(NamedTuple):
 
 
 class SlabPart(NamedTuple):
-    """A slab's frames K [F, P, Dk] and V [F, P, Dv], the id of its first, and which frames asked for it holds."""
+    """A slab's frames K [F, P, Dk] and V [F, P, Dv], the id of its first, and which frames asked for it holds.
+
+    ``inside`` is None when it holds all.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     first: int
-    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-    holds_all: bool
+    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] | None
 
 
 @dataclass(slots=True)
@@ -70,7 +72,12 @@ class Arena:
 
     Notes
     -----
-    Not locked. ``version`` changes whenever a frame is freed, so that cached views can be told stale.
+    Not locked. ``version`` changes whenever a frame is freed, so that what was found about frames can be told stale.
+
+    Attributes
+    ----------
+    kept : dict
+        Views that sequences want to use again; emptied whenever a frame is freed, so that none outlives its slab.
     """
 
     def __init__(self, layer: LayerLayout, page_tokens: int, device: torch.device, ledger: Ledger) -> None:
@@ -86,6 +93,7 @@ class Arena:
         self._slabs: list[_Slab] = []
         self._firsts = np.empty(0, dtype=np.int64)
         self._next_first = 0
+        self.kept: dict[object, Any] = {}
 
     @property
     def slabs(self) -> int:
@@ -116,7 +124,7 @@ class Arena:
         self._firsts = np.array([kept.first for kept in self._slabs], dtype=np.int64)
         self.free_frames -= slab.frames
         self.total_frames -= slab.frames
-        self.version += 1
+        self._changed()
         self._ledger.give(_PURPOSE, slab.frames * self.frame_bytes)
 
     def bounds(self, index: int) -> tuple[int, int]:
@@ -160,15 +168,16 @@ class Arena:
         for slab, inside in self._by_slab(flat):
             slab.free[flat[inside] - slab.first] = True
         self.free_frames += flat.size
-        self.version += 1
+        self._changed()
 
     def runs(self, frames: IntArray) -> tuple[list[Run], IntArray]:
         """Views over columns of ``frames`` [heads, columns] that lie in runs, and the columns that do not."""
         found, rest = self.places(frames)
-        return [self.view(place, frames.shape[0]) for place in found], rest
+        views = [(place, *self.view(place, frames.shape[0])) for place in found]
+        return [Run(place.start, place.stop, keys[0], values[0]) for place, keys, values in views], rest
 
     def places(self, frames: IntArray) -> tuple[list[Place], IntArray]:
-        """The same, as places: what may be kept, where a view would keep a dropped slab alive."""
+        """The same, as places: what a sequence may keep, where a view would keep a dropped slab alive."""
         heads, columns = frames.shape
         if not columns:
             return [], np.empty(0, dtype=np.int64)
@@ -185,28 +194,28 @@ class Arena:
         ]
         return found, np.flatnonzero(~regular)
 
-    def view(self, place: Place, heads: int) -> Run:
-        """The run at a place; its frames must not have moved since."""
+    def view(self, place: Place, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The run at a place, K [1, heads, n * P, Dk] and V [1, heads, n * P, Dv]; its frames must not have moved."""
         slab = self._slabs[int(np.searchsorted(self._firsts, place.first, side="right")) - 1]
         offset, tokens = place.first - slab.first, (place.stop - place.start) * self.page_tokens
 
         def over(pool: torch.Tensor) -> torch.Tensor:
             page = pool.stride(0)
-            shape, strides = (heads, tokens, pool.shape[2]), (place.stride * page, pool.shape[2], 1)
+            shape, strides = (1, heads, tokens, pool.shape[2]), (0, place.stride * page, pool.shape[2], 1)
             return pool.as_strided(shape, strides, offset * page)
 
-        return Run(place.start, place.stop, over(slab.keys), over(slab.values))
+        return over(slab.keys), over(slab.values)
 
     def slabs_of(self, frames: IntArray) -> list[SlabPart]:
         """The slabs that hold some of ``frames``, of any shape."""
         if len(self._slabs) == 1:
             slab = self._slabs[0]
-            return [SlabPart(slab.keys, slab.values, slab.first, np.ones(frames.shape, dtype=np.bool_), True)]
+            return [SlabPart(slab.keys, slab.values, slab.first, None)]
         index = self._slab_index(frames)
         parts = []
         for place in np.unique(index).tolist():
             slab, inside = self._slabs[place], index == place
-            parts.append(SlabPart(slab.keys, slab.values, slab.first, inside, bool(inside.all())))
+            parts.append(SlabPart(slab.keys, slab.values, slab.first, None if inside.all() else inside))
         return parts
 
     def read(self, frames: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +261,10 @@ class Arena:
         for index in range(held - 1, -1, -1):
             self.drop(index)
         return moved
+
+    def _changed(self) -> None:
+        self.version += 1
+        self.kept.clear()
 
     def _longest_run(self, heads: int, columns: int) -> tuple[int, int]:
         """First frame and length in columns of the first free run that fits, else of the longest; length 0 if none."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kvtier.core.policy import IntArray, RetrievalPolicy
 from kvtier.core.ring import WindowSequence
-from kvtier.core.sequence import LayerSequence, Segment
+from kvtier.core.sequence import LayerSequence, Segment, SlabFrames
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
 from kvtier.kernels.merge_partials import empty_partial, merge_partials
@@ -19,13 +19,13 @@ from kvtier.types import Partial, Visibility
 
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
 _MERGE_WIDTH = 8
+_EVERYTHING = slice(None)
 _UNSEEN = np.iinfo(np.int64).max
 
 __all__ = ["Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queries:
+class Queries(NamedTuple):
     """Queries of one sequence and how they attend.
 
     Parameters
@@ -33,7 +33,7 @@ class Queries:
     query : Tensor
         [1, Hq, Tq, Dk].
     positions : Tensor
-        [1, Tq] int64, on the device of the queries.
+        [1, Tq] int64.
     first : int
         Position of the earliest query.
     """
@@ -55,17 +55,16 @@ class Queries:
         if self.window is None and int(key_positions[:, -1].max()) <= self.first:
             return None
         keys = torch.from_numpy(np.ascontiguousarray(key_positions)).to(self.query.device)[None]
-        return Visibility(self.positions, keys, self.window)
+        return Visibility(self.positions.to(keys.device), keys, self.window)
 
 
 @contextmanager
 def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[Segment]]:
     """All slots of a sequence as segments; staging is counted only when some must be fetched."""
-    if isinstance(sequence, WindowSequence):
-        yield sequence.segments()
-    elif not sequence.loose_columns:
-        yield sequence.segments(1)
-    else:
+    in_place = _in_place(sequence)
+    if in_place is not None:
+        yield in_place
+    elif isinstance(sequence, LayerSequence):
         with sequence.group.staging(sequence.loose_columns) as columns:
             yield sequence.segments(columns)
 
@@ -73,38 +72,28 @@ def segments_of(sequence: LayerSequence | WindowSequence) -> Iterator[Iterable[S
 def attend_all(sequence: LayerSequence | WindowSequence, queries: Queries) -> Partial:
     """Attention over every slot, in whatever tier it lives."""
     positions = None if queries.see_all(sequence) else _positions(sequence)
-    partials: list[Partial] = []
+    in_place = _in_place(sequence)
+    if in_place is not None:
+        return _over(in_place, queries, positions, sequence)
     with segments_of(sequence) as segments:
-        for segment in segments:
-            partials.append(_over(segment, queries, positions))
-            if len(partials) == _MERGE_WIDTH:
-                partials = [merge_partials(partials)]
-    return _merged(partials, queries, sequence)
+        return _over(segments, queries, positions, sequence)
 
 
 def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPolicy, read: int) -> tuple[Partial, int]:
     """Attention over the tail and the pages that the policy chooses within ``read`` tokens, and how many pages."""
-    group, store = sequence.group, sequence.group.store
-    count = (read - sequence.tail_length) // group.page_tokens
+    count = (read - sequence.tail_length) // sequence.group.page_tokens
     if sequence.sketch is None or count >= sequence.pages.length:
         return attend_all(sequence, queries), sequence.pages.length
-    plan = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count)
-    columns = plan.pages[0].cpu().numpy()
-    chosen = sequence.pages.view[np.arange(group.heads)[:, None], columns]
-    sequence.chosen = chosen
+    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count).pages
     all_seen = queries.see_all(sequence)
-    positions = None if all_seen else _page_positions(sequence, columns)
-    partials = []
-    for part in _fitting(chosen, group.piece_tokens() // group.page_tokens if store.bounded else chosen.shape[1]):
-        held = chosen[:, part]
-        store.tick()
-        store.touch(held)
-        _promote(sequence, held)
-        partials += _over_pages(sequence, held, queries, None if positions is None else positions[:, part])
-    if sequence.tail_length:
-        tail = Segment(sequence.sealed, sequence.length, *sequence.tail())
-        partials.append(_over(tail, queries, None if all_seen else sequence.positions.view))
-    return _merged(partials, queries, sequence), chosen.shape[1]
+    slab = sequence.slab_in_place() if all_seen else None
+    if slab is not None:
+        partials = [_over_slab(slab, queries, chosen)]
+    else:
+        partials = _over_chosen(sequence, queries, chosen, all_seen=all_seen)
+    tail = [sequence.tail()] if sequence.raw.length else []
+    partial = _over(tail, queries, None if all_seen else sequence.positions.view, sequence, partials)
+    return partial, chosen.shape[2]
 
 
 def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
@@ -124,25 +113,66 @@ def key_votes(sequence: LayerSequence, queries: Queries, lse: torch.Tensor) -> t
     return votes
 
 
-def _over(segment: Segment, queries: Queries, positions: IntArray | None) -> Partial:
-    """Attention over a segment, by the positions [1 or Hk, slots] of all slots; None when all see all."""
-    seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
-    return attend_run(
-        queries.query, segment.keys, segment.values, scale=queries.scale, softcap=queries.softcap, visible=seen
+def _in_place(sequence: LayerSequence | WindowSequence) -> Sequence[Segment] | None:
+    """All slots as views where they lie; None when some must be fetched."""
+    return sequence.segments_in_place() if isinstance(sequence, LayerSequence) else list(sequence.segments())
+
+
+def _over(
+    segments: Iterable[Segment],
+    queries: Queries,
+    positions: IntArray | None,
+    sequence: LayerSequence | WindowSequence,
+    partials: Sequence[Partial] = (),
+) -> Partial:
+    """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen; and partials."""
+    found = list(partials)
+    for segment in segments:
+        seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
+        found.append(
+            attend_run(
+                queries.query, segment.keys, segment.values, scale=queries.scale, softcap=queries.softcap, visible=seen
+            )
+        )
+        if len(found) >= _MERGE_WIDTH:
+            found = [merge_partials(found)]
+    if not found:
+        layer = sequence.layer if isinstance(sequence, WindowSequence) else sequence.group.layer
+        return empty_partial(queries.query, layer.value_dim)
+    return found[0] if len(found) == 1 else merge_partials(found)
+
+
+def _over_slab(slab: SlabFrames, queries: Queries, chosen: torch.Tensor) -> Partial:
+    """Attention over page columns [1, Hk, n] of one slab, which every query sees."""
+    return attend_pages(
+        queries.query,
+        slab.keys,
+        slab.values,
+        slab.frames.gather(2, chosen),
+        scale=queries.scale,
+        softcap=queries.softcap,
     )
 
 
-def _over_pages(
-    sequence: LayerSequence, pages: IntArray, queries: Queries, positions: IntArray | None
-) -> list[Partial]:
-    """Attention over resident pages [Hk, n] at positions [Hk, n, P], one partial for each slab that holds some."""
-    arena = sequence.group.arena
-    frames = sequence.group.store.frames(pages)
+def _over_chosen(sequence: LayerSequence, queries: Queries, chosen: torch.Tensor, *, all_seen: bool) -> list[Partial]:
+    """Attention over page columns [1, Hk, n] that may lie in any slab and tier."""
+    columns = chosen[0].cpu().numpy()
+    positions = None if all_seen else _page_positions(sequence, columns)
     partials = []
-    for slab in arena.slabs_of(frames):
+    for part, frames in _brought(sequence, columns):
+        partials += _over_pages(sequence, frames, queries, None if positions is None else positions[:, part])
+    return partials
+
+
+def _over_pages(
+    sequence: LayerSequence, frames: IntArray, queries: Queries, positions: IntArray | None
+) -> list[Partial]:
+    """Attention over frames [Hk, n] at positions [Hk, n, P], one partial for each slab that holds some."""
+    partials = []
+    for slab in sequence.group.arena.slabs_of(frames):
         places = positions
         index = frames - slab.first
-        if not slab.holds_all:
+        if slab.inside is not None:
             if places is None:
                 places = np.zeros((*frames.shape, sequence.group.page_tokens), dtype=np.int64)
             index, places = _gathered_left(index, places, slab.inside)
@@ -173,9 +203,24 @@ def _gathered_left(
     return left, np.where(taken[:, :, None], moved, _UNSEEN)
 
 
+def _brought(sequence: LayerSequence, columns: IntArray) -> Iterator[tuple[slice, IntArray]]:
+    """Parts of the page columns [Hk, n], as many at once as the device holds, and the frames where they are then."""
+    group, store = sequence.group, sequence.group.store
+    chosen = sequence.pages.view[group.head_rows, columns]
+    if not store.bounded:
+        yield slice(columns.shape[1]), store.frames(chosen)
+        return
+    for part in _fitting(chosen, group.piece_tokens() // group.page_tokens):
+        held = chosen[:, part]
+        store.tick()
+        store.touch(held)
+        _promote(sequence, held)
+        yield part, store.frames(held)
+
+
 def _promote(sequence: LayerSequence, pages: IntArray) -> None:
     group = sequence.group
-    absent = int((~group.store.resident(pages)).sum())
+    absent = pages.size - int(np.count_nonzero(group.store.resident(pages)))
     if not absent:
         return
     with group.staging(-(-absent // group.heads)) as columns:
@@ -199,10 +244,3 @@ def _fitting(chosen: IntArray, most: int) -> list[slice]:
 
 def _positions(sequence: LayerSequence | WindowSequence) -> IntArray:
     return sequence.positions[None] if isinstance(sequence, WindowSequence) else sequence.positions.view
-
-
-def _merged(partials: list[Partial], queries: Queries, sequence: LayerSequence | WindowSequence) -> Partial:
-    if not partials:
-        layer = sequence.layer if isinstance(sequence, WindowSequence) else sequence.group.layer
-        return empty_partial(queries.query, layer.value_dim)
-    return partials[0] if len(partials) == 1 else merge_partials(partials)

@@ -11,11 +11,11 @@ import torch
 from kvtier.core.attention import Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
 from kvtier.core.memory import Memory
-from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.ring import WindowSequence
 from kvtier.core.selection import PromptWindow, evict_rows
 from kvtier.core.sequence import LayerSequence
+from kvtier.core.step import Row, Step
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial
 
@@ -58,34 +58,29 @@ class Batch:
             for layer in range(len(self.memory.layout.layers)):
                 row.append(self.memory.sequence(layer))
 
-    def check_order(self, layer: int, positions: IntArray, spans: Sequence[slice]) -> None:
+    def check_order(self, layer: int, step: Step) -> None:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
-        for row, span in enumerate(spans):
-            last = self.rows[row][layer].last_position if self.rows else None
-            check_ascending(positions[row if positions.shape[0] > 1 else 0, span], last)
+        for row in step.rows:
+            last = self.rows[row.number][layer].last_position if self.rows else None
+            if row.tokens > 1 or (last is not None and row.first <= last):
+                check_ascending(row.host[0], last)
 
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, spans: Sequence[slice]
-    ) -> None:
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, step: Step) -> None:
         """Append one layer's tokens to every row; a row equal to an earlier one, before and after, becomes its fork.
 
         This is how beams, which start as copies of one prompt, come to store it once.
         """
-        leaders: dict[object, tuple[int, AnySequence]] = {}
-        for row, span in enumerate(spans):
-            if span.start >= span.stop:
-                continue
-            sequence = self.rows[row][layer]
-            origin = sequence.version if sequence.length else None
+        leaders: dict[object, tuple[Row, AnySequence]] = {}
+        for row in step.rows:
+            sequence = self.rows[row.number][layer]
+            origin = sequence.version if len(self.rows) > 1 and sequence.length else None
             leader = leaders.get(origin)
-            if leader is not None and _same(keys, values, positions, (row, leader[0]), (span, spans[leader[0]])):
+            if leader is not None and _same(keys, values, row, leader[0]):
                 sequence.release()
-                self.rows[row][layer] = leader[1].fork()
+                self.rows[row.number][layer] = leader[1].fork()
                 continue
-            where = positions[row if positions.shape[0] > 1 else 0, span][None]
-            sequence.append(keys[row, :, span], values[row, :, span], where)
-            if len(self.rows) > 1:
-                leaders[origin] = (row, sequence)
+            sequence.append(row.of(keys), row.of(values), row.host)
+            leaders[origin] = (row, sequence)
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
         """Attention of one row in one layer, with the logits of a sink [Hq] if there is one."""
@@ -101,10 +96,12 @@ class Batch:
         if isinstance(sequence, WindowSequence):
             return attend_all(sequence, queries)
         store = sequence.group.store
-        store.tick()
+        if store.bounded:
+            store.tick()
         retrieval = policy.retrieval if decoding else None
         if retrieval is None or policy.read is None or layer < retrieval.dense_layers:
-            store.touch(sequence.pages.view)
+            if store.bounded:
+                store.touch(sequence.pages.view)
             partial, pages = attend_all(sequence, queries), sequence.pages.length
         else:
             partial, pages = attend_chosen(sequence, queries, retrieval, policy.read)
@@ -141,10 +138,14 @@ class Batch:
             sequence = row[layer]
             if isinstance(sequence, WindowSequence):
                 sequence.settle()
+        if self.memory.budgets.device is None:
+            return
+        for row in self.rows:
             following = row[layer + 1] if decoding and layer + 1 < len(row) else None
             if isinstance(following, LayerSequence) and following.chosen is not None:
-                group = following.group
-                group.store.prefetch(following.chosen.ravel(), most=group.staging_columns * group.heads)
+                group, columns = following.group, following.chosen[0].cpu().numpy()
+                pages = following.pages.view[group.head_rows, columns]
+                group.store.prefetch(pages.ravel(), most=group.staging_columns * group.heads)
         first = self.rows[0][layer]
         if isinstance(first, LayerSequence):
             first.group.store.write_behind(first.group.low_water())
@@ -213,13 +214,8 @@ def _release(sequences: Sequence[AnySequence]) -> None:
         sequence.release()
 
 
-def _same(
-    keys: torch.Tensor, values: torch.Tensor, positions: IntArray, rows: tuple[int, int], spans: tuple[slice, slice]
-) -> bool:
+def _same(keys: torch.Tensor, values: torch.Tensor, row: Row, leader: Row) -> bool:
     """Whether two rows bring the same tokens."""
-    (row, leader), (span, leader_span) = rows, spans
-    if span != leader_span or (positions.shape[0] > 1 and not np.array_equal(positions[row], positions[leader])):
+    if row.span != leader.span or not np.array_equal(row.host, leader.host):
         return False
-    return torch.equal(keys[row, :, span], keys[leader, :, span]) and torch.equal(
-        values[row, :, span], values[leader, :, span]
-    )
+    return torch.equal(row.of(keys), leader.of(keys)) and torch.equal(row.of(values), leader.of(values))

@@ -35,14 +35,15 @@ def check_keys(shape: LayerLayout, layer: int, rows: int, keys: torch.Tensor, va
     InputError
         For another shape or type.
     """
-    tokens = keys.shape[2] if keys.dim() == 4 else 1
-    rows = rows or keys.shape[0]
-    need_keys = (rows, shape.num_kv_heads, max(tokens, 1), shape.key_dim)
-    need_values = (rows, shape.num_kv_heads, max(tokens, 1), shape.value_dim)
-    if tuple(keys.shape) != need_keys or tuple(values.shape) != need_values or not rows:
+    given = keys.shape
+    rows = rows or given[0]
+    tokens = (given[2] if len(given) == 4 else 1) or 1
+    need_keys = (rows, shape.num_kv_heads, tokens, shape.key_dim)
+    need_values = (rows, shape.num_kv_heads, tokens, shape.value_dim)
+    if given != need_keys or values.shape != need_values or not rows:
         raise InputError(
             f"layer {layer} needs keys {list(need_keys)} and values {list(need_values)} with at least one token, "
-            f"got {list(keys.shape)} and {list(values.shape)}"
+            f"got {list(given)} and {list(values.shape)}"
         )
     dtype = getattr(torch, shape.dtype)
     if keys.dtype != dtype or values.dtype != dtype:
@@ -57,11 +58,11 @@ def check_queries(shape: LayerLayout, layer: int, rows: int, query: torch.Tensor
     InputError
         For another shape.
     """
-    tokens = query.shape[2] if query.dim() == 4 else 1
-    need = (rows, shape.num_query_heads, tokens, shape.key_dim)
-    if tuple(query.shape) != need or not rows:
+    given = query.shape
+    need = (rows, shape.num_query_heads, given[2] if len(given) == 4 else 1, shape.key_dim)
+    if given != need or not rows:
         raise InputError(
-            f"layer {layer} needs queries {list(need)}, for the {rows} rows that were appended, got {list(query.shape)}"
+            f"layer {layer} needs queries {list(need)}, for the {rows} rows that were appended, got {list(given)}"
         )
 
 

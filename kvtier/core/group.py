@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from kvtier.core.arena import Arena
 from kvtier.core.ledger import Ledger
 from kvtier.core.lower import LowerTiers
 from kvtier.core.pages import PageTable
-from kvtier.core.policy import PlacementPolicy, RetrievalPolicy
+from kvtier.core.policy import IntArray, PlacementPolicy, RetrievalPolicy
 from kvtier.core.tier import PageStore
 from kvtier.core.transfer import TransferEngine
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
@@ -30,6 +31,11 @@ class LayerGroup:
     ----------
     layers : tuple of int
         Their indices in the model.
+
+    Attributes
+    ----------
+    head_rows : array
+        Numbers of the KV heads [Hk, 1]: with columns [Hk, n] they index a page table.
 
     Notes
     -----
@@ -51,6 +57,7 @@ class LayerGroup:
         self.layers = layers
         self.layer = layer
         self.heads = layer.num_kv_heads
+        self.head_rows: IntArray = np.arange(self.heads)[:, None]
         self.page_tokens = layout.page_tokens
         self.block_tokens = layout.block_tokens
         self.device = device

@@ -16,6 +16,7 @@ __all__ = ["GrowingArray", "GrowingSketch"]
 
 _S = TypeVar("_S", bound=np.generic)
 _GROWTH = 8
+_MOST_LATE = 64
 _PURPOSE = "sketches"
 
 
@@ -34,25 +35,45 @@ class _Sharing:
 class GrowingArray(Generic[_S]):
     """An array [rows, length] that grows along its second axis, with room to spare."""
 
-    __slots__ = ("_buffer", "_sharing", "length")
+    __slots__ = ("_buffer", "_late", "_sharing", "length")
 
     def __init__(self, rows: int, dtype: type[_S]) -> None:
         self._buffer: np.ndarray[tuple[int, ...], np.dtype[_S]] = np.empty((rows, 0), dtype=dtype)
+        self._late: list[np.ndarray[Any, np.dtype[_S]]] = []
         self._sharing = _Sharing()
         self.length = 0
 
     @property
     def view(self) -> np.ndarray[tuple[int, ...], np.dtype[_S]]:
         """The contents [rows, length], without a copy."""
+        self._settle()
         return self._buffer[:, : self.length]
 
     def append(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
-        """Add columns [rows, n]; one row of columns is repeated over the rows."""
+        """Add columns [rows, n]; one row of columns is repeated over the rows.
+
+        A single one is put away until somebody looks: a decode step adds many and looks at none. It must not change.
+        """
+        if columns.size == 1 and len(self._late) < _MOST_LATE:
+            self._late.append(columns)
+            self.length += 1
+            return
+        self._settle()
+        self._write(columns)
+
+    def _settle(self) -> None:
+        """Write what was put away."""
+        if self._late:
+            late, self._late = self._late, []
+            self.length -= len(late)
+            self._write(np.concatenate(late, axis=1))
+
+    def _write(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
         end = self.length + columns.shape[1]
         rows, capacity = self._buffer.shape
         if end > capacity or columns.shape[0] > rows or not self._sharing.may_append(self.length):
             grown = np.empty((max(rows, columns.shape[0]), end + end // _GROWTH + 16), dtype=self._buffer.dtype)
-            grown[:, : self.length] = self.view
+            grown[:, : self.length] = self._buffer[:, : self.length]
             self.release()
             self._buffer, self._sharing = grown, _Sharing()
         self._buffer[:, self.length : end] = columns
@@ -60,12 +81,14 @@ class GrowingArray(Generic[_S]):
 
     def truncate(self, length: int) -> None:
         """Forget what lies beyond ``length``."""
+        self._settle()
         self.length = length
 
     def fork(self) -> GrowingArray[_S]:
         """A second owner of the same contents."""
+        self._settle()
         twin: GrowingArray[_S] = GrowingArray.__new__(GrowingArray)
-        twin._buffer, twin._sharing, twin.length = self._buffer, self._sharing, self.length
+        twin._buffer, twin._sharing, twin.length, twin._late = self._buffer, self._sharing, self.length, []
         self._sharing.owners += 1
         return twin
 
@@ -77,13 +100,14 @@ class GrowingArray(Generic[_S]):
 class GrowingSketch:
     """Summaries of pages by name [Hk, pages, ...] on the device, counted by the ledger."""
 
-    __slots__ = ("_buffers", "_capacity", "_ledger", "_sharing", "length")
+    __slots__ = ("_buffers", "_capacity", "_ledger", "_sharing", "_views", "length")
 
     def __init__(self, ledger: Ledger) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
         self._capacity = 0
         self._ledger = ledger
         self._sharing = _Sharing()
+        self._views: dict[str, torch.Tensor] | None = None
         self.length = 0
 
     @property
@@ -92,8 +116,10 @@ class GrowingSketch:
         return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
     def views(self) -> dict[str, torch.Tensor]:
-        """The contents [1, Hk, length, ...] by name, without a copy."""
-        return {name: buffer[None, :, : self.length] for name, buffer in self._buffers.items()}
+        """The contents [1, Hk, length, ...] by name, without a copy; the same views until the contents change."""
+        if self._views is None:
+            self._views = {name: buffer[None, :, : self.length] for name, buffer in self._buffers.items()}
+        return self._views
 
     def append(self, sketch: Mapping[str, torch.Tensor], reserve: int) -> None:
         """Add summaries [Hk, n, ...]; a new buffer holds at least ``reserve`` pages."""
@@ -103,10 +129,11 @@ class GrowingSketch:
         for name, rows in sketch.items():
             self._buffers[name][:, self.length : end] = rows
         self.length = self._sharing.written = end
+        self._views = None
 
     def truncate(self, length: int) -> None:
         """Forget the pages beyond ``length``."""
-        self.length = length
+        self.length, self._views = length, None
 
     def fork(self) -> GrowingSketch:
         """A second owner of the same contents."""
@@ -122,6 +149,7 @@ class GrowingSketch:
         if not self._sharing.owners:
             self._ledger.give(_PURPOSE, self.nbytes)
         self._buffers, self._capacity, self.length, self._sharing = {}, 0, 0, _Sharing()
+        self._views = None
 
     def _grow(self, sketch: Mapping[str, torch.Tensor], capacity: int) -> None:
         shapes = {name: (part.shape[0], capacity, *part.shape[2:]) for name, part in sketch.items()}

@@ -16,6 +16,7 @@ import torch
 
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
+from kvtier.kernels.top_pages import top_pages
 
 if TYPE_CHECKING:
     from kvtier.core.compose import Composition
@@ -268,8 +269,7 @@ class RetrievalPolicy(Policy):
 
     def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
         """The ``pages`` best pages of each KV head; all of them when there are fewer."""
-        best = torch.topk(scores, min(pages, scores.shape[-1]), dim=-1, sorted=False).indices
-        return ZonePlan(torch.sort(best, dim=-1).values)
+        return ZonePlan(top_pages(scores, pages))
 
 
 class PlacementPolicy(Policy):

@@ -87,7 +87,7 @@ class WindowSequence:
         return self.window - 1 + _SLACK + self.chunk
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv] at ``positions`` [1, n], ascending from ``last_position``."""
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one, at ascending ``positions`` [1, n]."""
         fresh = positions[0]
         if not (self.recording or self.draft_start is not None):
             self._keep_last(self.window - 1)

@@ -16,7 +16,7 @@ from kvtier.core.tail import Tail
 from kvtier.core.views import PageViews, join_short_runs, split_columns
 from kvtier.errors import SessionStateError
 
-__all__ = ["LayerSequence", "Segment"]
+__all__ = ["LayerSequence", "Segment", "SlabFrames"]
 
 
 class Segment(NamedTuple):
@@ -26,6 +26,14 @@ class Segment(NamedTuple):
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class SlabFrames(NamedTuple):
+    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    frames: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -38,10 +46,14 @@ class LayerSequence:
 
     Attributes
     ----------
+    last_position : int, optional
+        Position of the newest slot; None when empty.
     evicted_length : int
         Slots that a selection left; 0 when nothing was ever dropped.
     version : object
         Changes with the contents; forks share it, so that equal versions mean equal contents.
+    chosen : Tensor, optional
+        Page columns [1, Hk, n] that the last decode step read.
     """
 
     group: LayerGroup
@@ -49,10 +61,11 @@ class LayerSequence:
     positions: GrowingArray[np.int64]
     sketch: GrowingSketch | None
     raw: Tail
+    last_position: int | None = None
     evicted_length: int = 0
     version: object = field(default_factory=object)
     draft_start: int | None = None
-    chosen: IntArray | None = None
+    chosen: torch.Tensor | None = None
     _views: PageViews | None = None
 
     @classmethod
@@ -86,13 +99,8 @@ class LayerSequence:
         """Slots that a crop may take: those since the last eviction."""
         return self.length - self.evicted_length
 
-    @property
-    def last_position(self) -> int | None:
-        """Position of the newest slot; None when empty."""
-        return int(self.positions.view[:, -1].max()) if self.length else None
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv]; seal the blocks that became full.
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; seal the blocks that became full.
 
         Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
 
@@ -101,19 +109,20 @@ class LayerSequence:
         CapacityError
             When no tier has room; tokens before the one that found none are kept.
         """
-        added = keys.shape[1]
+        added, done = keys.shape[-2], 0
         if not added:
             return
-        done = 0
+        if self.draft_start is not None:
+            self._make_room(self.raw.length + added)
+        if self.draft_start is not None or not self.group.store.bounded:
+            self.group.store.tick()
+            self._append_piece(keys, values, positions)
+            return
         while done < added:
             self.group.store.tick()
-            if self.draft_start is not None:
-                self._make_room(self.tail_length + added)
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
-            self._append_piece(keys[:, piece], values[:, piece])
-            self.positions.append(positions[:, piece])
-            self.version = object()
+            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])
             done += part
 
     @property
@@ -121,16 +130,45 @@ class LayerSequence:
         """Page columns that cannot be attended where they lie and must be read into staging."""
         return self._page_views().loose.size
 
+    def segments_in_place(self) -> list[Segment] | None:
+        """All slots in order, as views; None when some pages must be read into staging."""
+        views, arena = self._page_views(), self.group.arena
+        if views.loose.size:
+            return None
+        paged: list[Segment] | None = arena.kept.get(views)
+        if paged is None:
+            paged = arena.kept[views] = list(self._runs(views))
+        return [*paged, self.tail()] if self.raw.length else paged
+
+    def slab_in_place(self) -> SlabFrames | None:
+        """The slab that holds every page, when no page can ever leave it unnoticed; None when there is not just one."""
+        views, arena = self._page_views(), self.group.arena
+        if self.group.store.bounded:
+            return None
+        slabs: list[SlabFrames] | None = arena.kept.get((views, "slabs"))
+        if slabs is None:
+            slabs = arena.kept[views, "slabs"] = self._slabs()
+        return slabs[0] if len(slabs) == 1 else None
+
+    def _slabs(self) -> list[SlabFrames]:
+        frames = self.group.store.frames(self.pages.view)
+        return [
+            SlabFrames(slab.keys, slab.values, torch.from_numpy(frames - slab.first).to(slab.keys.device)[None])
+            for slab in self.group.arena.slabs_of(frames)
+        ]
+
+    def tail(self) -> Segment:
+        """The slots in the tail."""
+        sealed = self.sealed
+        return Segment(sealed, sealed + self.raw.length, *self.raw.batched())
+
     def segments(self, columns_at_once: int) -> Iterator[Segment]:
         """All slots in order of pages then tail: views where pages lie in runs, copies read ahead elsewhere."""
         store, page = self.group.store, self.group.page_tokens
-        views = self._page_views()
-        pages = self.pages.view
+        views, pages = self._page_views(), self.pages.view
         groups = split_columns(views.loose, columns_at_once)
         ahead = store.read_behind(pages[:, groups[0]].ravel()) if groups else None
-        for place in views.runs:
-            run = store.arena.view(place, self.group.heads)
-            yield Segment(run.start * page, run.stop * page, run.keys[None], run.values[None])
+        yield from self._runs(views)
         for index, columns in enumerate(groups):
             if ahead is None:
                 raise SessionStateError("no read was started for the next pages")
@@ -139,13 +177,13 @@ class LayerSequence:
             ahead = None if following is None else store.read_behind(pages[:, following].ravel())
             start = int(columns[0]) * page
             yield Segment(start, start + columns.size * page, self._by_head(keys), self._by_head(values))
-        if self.tail_length:
-            yield Segment(self.sealed, self.length, *self.tail())
+        if self.raw.length:
+            yield self.tail()
 
-    def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the tail: K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
-        keys, values = self.raw.view()
-        return keys[None], values[None]
+    def _runs(self, views: PageViews) -> Iterator[Segment]:
+        arena, heads, page = self.group.arena, self.group.heads, self.group.page_tokens
+        for place in views.runs:
+            yield Segment(place.start * page, place.stop * page, *arena.view(place, heads))
 
     def fork(self) -> LayerSequence:
         """A second sequence with the same slots: pages shared, tail copied."""
@@ -156,6 +194,7 @@ class LayerSequence:
             positions=self.positions.fork(),
             sketch=None if self.sketch is None else self.sketch.fork(),
             raw=self.raw.fork(),
+            last_position=self.last_position,
             evicted_length=self.evicted_length,
             version=self.version,
             draft_start=self.draft_start,
@@ -179,8 +218,8 @@ class LayerSequence:
             self._reopen(length)
         else:
             self.raw.length = length - self.sealed
-        self.positions.truncate(length)
-        self.version, self.chosen = object(), None
+        self._truncate_positions(length)
+        self.chosen = None
 
     def begin_draft(self) -> None:
         """What is appended from now on stays in the tail until ``accept``."""
@@ -195,8 +234,8 @@ class LayerSequence:
         kept_keys, kept_values = self.raw.keys[:, index], self.raw.values[:, index]
         kept_positions = self.positions.view[:, self.draft_start + path].copy()
         self.raw.length = offset
-        self.positions.truncate(self.draft_start)
-        self.version, self.draft_start = object(), None
+        self._truncate_positions(self.draft_start)
+        self.draft_start = None
         if path.size:
             self.append(kept_keys, kept_values, kept_positions)
         self.raw.resize(self.group.block_tokens)
@@ -220,27 +259,32 @@ class LayerSequence:
         self.positions = GrowingArray(1, np.int64)
         if self.sketch is not None:
             self.sketch.release()
-        self.raw.length, self._views = 0, None
+        self.raw.length, self._views, self.last_position = 0, None, None
 
     def _next_piece(self, wanted: int) -> int:
         """Tokens to take at once: all, or what fills half of a bounded arena."""
-        if self.draft_start is not None or not self.group.store.bounded:
-            return wanted
         block = self.group.block_tokens
         most = max(block, self.group.piece_tokens() // block * block)
         return max(1, most - self.tail_length) if wanted + self.tail_length > most else wanted
 
-    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         block = self.group.block_tokens
-        total = self.tail_length + keys.shape[1]
+        total = self.raw.length + keys.shape[-2]
         sealing = 0 if self.draft_start is not None else total // block * block
         if sealing:
+            keys, values = keys.view(keys.shape[-3:]), values.view(values.shape[-3:])
             self._seal(keys, values, sealing)
             keys, values = keys[:, sealing - self.raw.length :], values[:, sealing - self.raw.length :]
             self.raw.length = 0
             if join_short_runs(self.group.store, self.pages.view, self._page_views()):
                 self._views = None
         self.raw.extend(keys, values)
+        self.positions.append(positions)
+        self.version, self.last_position = object(), _newest(positions)
+
+    def _truncate_positions(self, length: int) -> None:
+        self.positions.truncate(length)
+        self.version, self.last_position = object(), _newest(self.positions.view) if length else None
 
     def _seal(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """Make pages of the tail followed by new tokens, ``tokens`` in all."""
@@ -281,9 +325,10 @@ class LayerSequence:
 
     def _page_views(self) -> PageViews:
         """Which columns are views, cached until a page moves or is added."""
-        if self._views is None or not self._views.hold(self.group.store, self.pages.length):
-            self._views = PageViews.of(self.group.store, self.pages.view)
-        return self._views
+        views = self._views
+        if views is None or views.version != self.group.arena.version or views.pages != self.pages.length:
+            views = self._views = PageViews.of(self.group.store, self.pages.view)
+        return views
 
     def _by_head(self, pages: torch.Tensor) -> torch.Tensor:
         """Pages [Hk * n, P, D], heads outermost, as [1, Hk, n * P, D]."""
@@ -312,6 +357,11 @@ class LayerSequence:
         """A tail that holds ``tokens``, for drafts longer than a block."""
         if tokens > self.raw.capacity:
             self.raw.resize(max(tokens, 2 * self.raw.capacity))
+
+
+def _newest(positions: IntArray) -> int:
+    """The greatest of positions [1 or Hk, n] that ascend in each row."""
+    return positions.item(-1) if positions.shape[0] == 1 else int(positions[:, -1].max())
 
 
 def _fill(into: torch.Tensor, start: int, stop: int, tail: torch.Tensor, fresh: torch.Tensor) -> None:

@@ -16,13 +16,13 @@ import torch
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
-from kvtier.core.checks import check_keys, check_positions, check_queries, layer_of, spans_of
+from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
-from kvtier.core.policy import IntArray
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport
 from kvtier.core.restore import Restoration
+from kvtier.core.step import Step
 from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Session:
         self._raw: dict[int, int] = {}
         self._recording = False
         self._unusable: str | None = None
-        self._positions: tuple[torch.Tensor, IntArray] | None = None
+        self._step: Step | None = None
         self._seconds = {"append": 0.0, "attend": 0.0}
 
     @property
@@ -132,21 +132,29 @@ class Session:
         """
         started = time.perf_counter()
         check_keys(layer_of(self.memory.layout, layer), layer, self.rows, keys, values)
-        rows, tokens = keys.shape[0], keys.shape[2]
-        check_positions(positions, rows, tokens)
-        where, real = self._positions_of(positions), spans_of(spans, rows, tokens)
-        self._batch.check_order(layer, where, real)
-        self._batch.prompt.check(self._columns[layer], tokens)
-        self._check_step(layer)
-        with self._or_unusable("an append"):
+        rows, _, tokens, _ = keys.shape
+        leading = self._columns[layer] == max(self._columns)
+        if leading:
+            # Whoever counts positions up in place gives the same tensor again.
+            self._step = None
+        step = self._step_of(positions, spans, rows, tokens)
+        self._batch.check_order(layer, step)
+        if tokens > 1:
+            self._batch.prompt.check(self._columns[layer], tokens)
+        if leading:
+            self._check_finished()
+        try:
             if not self.rows:
                 self._open(rows)
             self._hold_raw(layer, keys, values)
-            if self._columns[layer] == max(self._columns):
+            if leading:
                 self._begin_step(keys, values, spans)
-            self._batch.append(layer, keys, values, where, real)
+            self._batch.append(layer, keys, values, step)
+        except BaseException as error:
+            self._fail("an append", error)
+            raise
         self._columns[layer] += tokens
-        if self._draft_columns is None:
+        if tokens > 1 and self._draft_columns is None:
             self._batch.prompt.appended(self._columns[layer], tokens)
         self._seconds["append"] += time.perf_counter() - started
 
@@ -183,31 +191,20 @@ class Session:
         """
         started = time.perf_counter()
         check_queries(layer_of(self.memory.layout, layer), layer, self.rows, query)
-        check_positions(positions, self.rows, query.shape[2])
-        real = spans_of(spans, self.rows, query.shape[2])
+        step = self._step_of(positions, spans, self.rows, query.shape[2])
         if not self._columns[layer]:
             raise SessionStateError(f"nothing was appended to layer {layer}; append() its keys and values first")
-        where, on_device = self._positions_of(positions), positions.to(query.device)
         decoding = self._batch.prompt.decoding(self._columns[layer])
-        out = query.new_zeros(*query.shape[:3], self.memory.layout.layers[layer].value_dim)
-        last: Queries | None = None
-        for row, span in enumerate(real):
-            if span.start < span.stop:
-                source = row if where.shape[0] > 1 else 0
-                last = Queries(
-                    query=query[row : row + 1, :, span],
-                    positions=on_device[source : source + 1, span],
-                    first=int(where[source, span.start]),
-                    scale=scale,
-                    window=window,
-                    softcap=softcap,
-                )
-                out[row, :, span] = self._batch.attend(layer, row, last, sink, decoding=decoding).out[0]
+        last, outs = None, []
+        for row in step.rows:
+            last = Queries(row.of(query), row.positions, row.first, scale, window, softcap)
+            outs.append(self._batch.attend(layer, row.number, last, sink, decoding=decoding).out)
         self._drop_raw(layer)
         if last is not None and self._columns[layer] == self._batch.prompt.end:
             with self._or_unusable("an eviction"):
                 self._batch.evict(layer, last)
         self._batch.work_ahead(layer, decoding=decoding)
+        out = _joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
@@ -358,20 +355,20 @@ class Session:
     ) -> None:
         self.close()
 
-    def _positions_of(self, positions: torch.Tensor) -> IntArray:
-        """Positions on the host; converted once for all layers of a step."""
-        if self._positions is None or self._positions[0] is not positions:
-            host = positions if positions.ndim == 2 else positions[None]
-            self._positions = (positions, host.cpu().numpy())
-        return self._positions[1]
+    def _step_of(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> Step:
+        """Positions and spans, checked and on the host; read once for all layers of a step."""
+        step = self._step
+        if step is None or step.positions is not positions or step.spans is not spans or step.shape != (rows, tokens):
+            step = self._step = Step(positions, spans, rows, tokens)
+        return step
 
-    def _check_step(self, layer: int) -> None:
+    def _check_finished(self) -> None:
         """Refuse to begin a step while a layer lacks the one before."""
-        columns = self._columns[layer]
-        if columns == max(self._columns) and columns != self.length:
-            behind = self._columns.index(self.length)
+        columns, length = max(self._columns), self.length
+        if columns != length:
+            behind = self._columns.index(length)
             raise SessionStateError(
-                f"layer {behind} has seen {self.length} of {columns} columns: the last step did not finish; append() "
+                f"layer {behind} has seen {length} of {columns} columns: the last step did not finish; append() "
                 "to it first, or close this session"
             )
 
@@ -389,8 +386,11 @@ class Session:
         try:
             yield
         except BaseException as error:
-            self._unusable = f"{what} failed before ({error}); close this session and start again"
+            self._fail(what, error)
             raise
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        self._unusable = f"{what} failed before ({error}); close this session and start again"
 
     def _begin_step(self, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[slice] | None) -> None:
         """Once per step: note the columns, and plan the memory of a prompt."""
@@ -403,7 +403,8 @@ class Session:
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
-        self._drop_raw(layer)
+        if layer in self._raw:
+            self._drop_raw(layer)
         nbytes = keys.nbytes + values.nbytes
         self.memory.ledgers[self.memory.devices[layer]].take("raw", nbytes)
         self._raw[layer] = nbytes
@@ -412,6 +413,16 @@ class Session:
         nbytes = self._raw.pop(layer, 0)
         if nbytes:
             self.memory.ledgers[self.memory.devices[layer]].give("raw", nbytes)
+
+
+def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
+    if outs and step.rows[0].whole:
+        return outs[0] if outs[0].dtype == query.dtype else outs[0].to(query.dtype)
+    joined = query.new_zeros(*query.shape[:3], value_dim)
+    for row, out in zip(step.rows, outs, strict=True):
+        joined[row.number, :, row.span] = out[0]
+    return joined
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, TypeAlias
+
 import torch
 
 from kvtier.core.group import LayerGroup
 
 __all__ = ["Tail"]
+
+Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Views(NamedTuple):
+    """Of a tail of some length: its newest token K [1, Hk, 1, Dk], and all of it K [1, Hk, n, Dk]; V alike."""
+
+    newest: Pair
+    held: Pair
 
 
 class Tail:
@@ -18,36 +29,43 @@ class Tail:
         The buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` tokens mean something.
     """
 
-    __slots__ = ("_group", "keys", "length", "values")
+    __slots__ = ("_group", "_views", "keys", "length", "values")
 
     def __init__(self, group: LayerGroup, capacity: int) -> None:
         self._group = group
-        self.keys, self.values = group.new_tail(capacity)
-        self.length = 0
+        self._hold(*group.new_tail(capacity))
 
     @property
     def capacity(self) -> int:
         """Tokens there is room for."""
         return self.keys.shape[1]
 
-    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def view(self) -> Pair:
         """K [Hk, n, Dk] and V [Hk, n, Dv], without a copy."""
         return self.keys[:, : self.length], self.values[:, : self.length]
 
+    def batched(self) -> Pair:
+        """The same as a batch of one: K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
+        return self._views_at(self.length).held
+
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv]; there must be room."""
-        end = self.length + keys.shape[1]
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
-        self.length = end
+        """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; there must be room."""
+        added = keys.shape[-2]
+        if added == 1:
+            into_keys, into_values = self._views_at(self.length + 1).newest
+            into_keys.copy_(keys)
+            into_values.copy_(values)
+        else:
+            self.keys[:, self.length : self.length + added] = keys
+            self.values[:, self.length : self.length + added] = values
+        self.length += added
 
     def resize(self, capacity: int) -> None:
         """Move to a buffer of another capacity, which holds what there is."""
         if capacity == self.capacity:
             return
         held, (keys, values) = self.capacity, self.view()
-        self.keys, self.values = self._group.new_tail(capacity)
-        self.length = 0
+        self._hold(*self._group.new_tail(capacity))
         self.extend(keys, values)
         self._group.give_tail(held)
 
@@ -60,4 +78,20 @@ class Tail:
     def release(self) -> None:
         """Give the buffer back; the tail must not be used again."""
         self._group.give_tail(self.capacity)
-        self.keys, self.values, self.length = self.keys[:, :0], self.values[:, :0], 0
+        self._hold(self.keys[:, :0], self.values[:, :0])
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """These buffers from now on, nothing in them yet."""
+        self.keys, self.values, self.length = keys, values, 0
+        self._views: dict[int, _Views] = {}
+
+    def _views_at(self, length: int) -> _Views:
+        """Made once for every length: to make a view costs a decode step as much as to copy a token."""
+        found = self._views.get(length)
+        if found is None:
+            keys, values = self.keys[None], self.values[None]
+            last = slice(max(0, length - 1), length)
+            found = self._views[length] = _Views(
+                newest=(keys[:, :, last], values[:, :, last]), held=(keys[:, :, :length], values[:, :, :length])
+            )
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from kvtier.core.tier import PageStore
 __all__ = ["PageViews", "join_short_runs", "split_columns"]
 
 _SHORT_RUN = 4
-_MOST_RUNS = 8
+_MOST_RUNS = 4
 
 
-class PageViews(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class PageViews:
     """Where the columns lie that are runs, and the other columns, ascending.
 
     Places and no views: a sequence that rests must not keep a slab alive that was dropped. Valid while the arena's
@@ -31,11 +32,11 @@ class PageViews(NamedTuple):
     @classmethod
     def of(cls, store: PageStore, pages: IntArray) -> PageViews:
         """The views over ``pages`` [Hk, N] as they lie now; several short runs are read together instead."""
-        here = store.resident(pages).all(axis=0)
+        here, frames = store.resident(pages).all(axis=0), store.frames(pages)
         runs: list[Place] = []
         loose: list[IntArray] = [np.flatnonzero(~here)]
         for first, last in _stretches(np.flatnonzero(here)):
-            found, irregular = store.arena.places(store.frames(pages[:, first:last]))
+            found, irregular = store.arena.places(frames[:, first:last])
             runs += [run._replace(start=run.start + first, stop=run.stop + first) for run in found]
             loose.append(irregular + first)
         short = [run for run in runs if run.stop - run.start < _SHORT_RUN]
@@ -43,10 +44,6 @@ class PageViews(NamedTuple):
             loose += [np.arange(run.start, run.stop) for run in short]
             runs = [run for run in runs if run.stop - run.start >= _SHORT_RUN]
         return cls(store.arena.version, pages.shape[1], runs, np.sort(np.concatenate(loose)))
-
-    def hold(self, store: PageStore, pages: int) -> bool:
-        """Whether they are still valid."""
-        return self.version == store.arena.version and self.pages == pages
 
 
 def join_short_runs(store: PageStore, pages: IntArray, views: PageViews) -> bool:

@@ -84,7 +84,7 @@ def test_a_damaged_directory_is_computed_again_with_the_same_tokens(seed: int, t
     config = on_disk(tmp_path / "store")
     with kvtier.patch(model, "full", store=config) as handle:
         assert torch.equal(generate(model, handle), expected)
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     for damages in (1, 5, 40):
         for _ in range(damages):
             damage_files(tmp_path / "store", rng)
