@@ -98,7 +98,7 @@ class PatchedCalls:
         cache.state.check_ready()
         self.pool.use(cache)
         if cache.state.prefix is not None:
-            cache.state.prefix.forward_begins(cache.state.length)
+            cache.state.prefix.past(cache.state.length)
         split = cache.state.split
         if module is self.model and split is not None:
             # The parts are forwards of their own and come by here again.
@@ -150,7 +150,7 @@ class PatchedCalls:
             # An assistant is called again and again for a few tokens more: only its first call brings a prompt.
             if not (state.length and assisting):
                 prompt = self._announce(state, call, prompt, drafts=drafts)
-            chunk = self._chunk(prompt, call)
+            chunk = self._chunk(state, prompt, call)
             state.split = Split(chunk, apart=drafts) if drafts or chunk is not None else None
             call = {**call, "past_key_values": cache}
             if chunk is not None:
@@ -158,7 +158,10 @@ class PatchedCalls:
                 # those.
                 call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
             self.pool.use(cache)
-            return original(**call)
+            output = original(**call)
+            if state.prefix is not None:
+                state.prefix.past(state.length)
+            return output
         finally:
             state.split = None
             if self.prefix is not None:
@@ -196,12 +199,12 @@ class PatchedCalls:
             if self.prefix is not None:
                 self.prefix.end(cache.state)
 
-    def _chunk(self, prompt: Prompt, call: dict[str, Any]) -> int | None:
-        """The widest forward allowed, in columns: the caller's wish or what fits the device, whichever is smaller."""
+    def _chunk(self, state: CacheState, prompt: Prompt, call: dict[str, Any]) -> int | None:
+        """The widest forward allowed, in columns: the least of the caller's wish, the device and the store's queue."""
         wished = compat.generation_option(self.model, "prefill_chunk_size", call)
         limits = [self.pool.memory.max_prefill_chunk(prompt.rows)]
         if self.prefix is not None:
-            limits.append(self.prefix.widest(prompt))
+            limits.append(self.prefix.widest(state, prompt))
         if wished is None and all(limit is None or limit >= prompt.columns for limit in limits):
             return None
         return min(int(limit) for limit in (wished, *limits) if limit is not None)

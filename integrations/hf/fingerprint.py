@@ -45,7 +45,8 @@ def fingerprint(model: Any, *, tokenizer: Any = None) -> str:
     """Name a model by what it computes with: equal models have equal names, in every process and on every device.
 
     Covered are the class, the configuration (RoPE and sliding windows with it), every parameter and buffer with its
-    name, shape, dtype and bytes, the adapters that are active or merged, and the tokenizer if one is given.
+    name, shape, dtype and bytes, the adapters that are active or merged, the names of forward hooks below the model,
+    and the tokenizer if one is given.
 
     Parameters
     ----------
@@ -73,17 +74,19 @@ def fingerprint(model: Any, *, tokenizer: Any = None) -> str:
 
     Hashes are kept while a model lives, and made anew for tensors that were replaced, changed in place, or fail a
     probe of 16 of their elements. A write through ``tensor.data`` that misses the probed elements is not noticed.
-    Neither are attributes that are no parameter, buffer or field of the configuration. The hash defends against
-    mistakes, not against somebody who makes weights in order to collide; give tenants who distrust each other names
-    of their own. Safe to call from several threads.
+    Neither are attributes that are no parameter, buffer or field of the configuration, nor what a hook does. The hash
+    defends against mistakes, not against somebody who makes weights in order to collide; give tenants who distrust
+    each other names of their own. Safe to call from several threads.
     """
     inner = compat.unwrap(model)
     adapters = _adapters(inner)
+    hooks = [[name, compat.hooks_of(module)] for name, module in inner.named_modules() if name]
     whole = hashlib.blake2b(digest_size=32)
     _feed(whole, _FORMAT)
     _feed(whole, type(inner).__name__)
     _feed(whole, _configuration(inner))
     _feed(whole, adapters)
+    _feed(whole, json.dumps([entry for entry in hooks if entry[1]]))
     for name, digest in sorted(_tensor_digests(inner, adapters).items()):
         _feed(whole, name)
         _feed(whole, digest)

@@ -112,7 +112,7 @@ class PrefixCache:
         if isinstance(space, str) or fed.ids is None:
             return 0
         prompt = StoredPrompt(fed.ids, fed.real)
-        if not torch.equal(fed.positions.masked_fill(~fed.real, 0), prompt.positions):
+        if not prompt.left_padded or not torch.equal(fed.positions.masked_fill(~fed.real, 0), prompt.positions):
             return 0
         restored = self._restore(state, space, prompt, leave=self._leave())
         state.prefix = PrefixUse(self._trail(space, restored, end=fed.length, spread=1))
@@ -120,12 +120,12 @@ class PrefixCache:
         state.prefix.resume_publishing()
         return restored.columns
 
-    def widest(self, prompt: Prompt) -> int | None:
+    def widest(self, state: CacheState, prompt: Prompt) -> int | None:
         """The widest forward whose chunks fit the store's queue twice; None for any width.
 
         A policy that evicts does so layer by layer, and would have to hold all layers of a prompt that is cut.
         """
-        if self.memory.policy.selection is not None or self.store.config.read_only:
+        if state.trail is None or state.trail.stopped or self.memory.policy.selection is not None:
             return None
         layout = self.memory.layout
         chunk_bytes = prompt.rows * layout.chunk_tokens * layout.token_bytes

@@ -72,14 +72,13 @@ class PrefixUse:
         if self.trail is not None:
             self.trail.running = True
 
-    def forward_begins(self, length: int) -> None:
-        """A forward begins on a cache of ``length`` columns: the first one behind the prompt has its first token."""
-        if length >= self._prompt_end:
-            self._stop_clock()
+    def past(self, length: int) -> None:
+        """All that concerns the first ``length`` columns is done; behind the prompt, the first token is there."""
+        if length >= self._prompt_end and self._first_token_s is None and self._started is not None:
+            self._first_token_s = time.perf_counter() - self._started
 
     def end(self) -> None:
-        """The ``generate`` is over."""
-        self._stop_clock()
+        """The ``generate`` is over, whether it came through or not."""
         self._started = None
         if self.trail is not None:
             self.trail.running = False
@@ -119,7 +118,3 @@ class PrefixUse:
             chunks_waiting=trail.waiting,
             reason=report.reason or trail.stopped,
         )
-
-    def _stop_clock(self) -> None:
-        if self._first_token_s is None and self._started is not None:
-            self._first_token_s = time.perf_counter() - self._started

@@ -50,6 +50,11 @@ class StoredPrompt:
         return self.ids.shape[1]
 
     @property
+    def left_padded(self) -> bool:
+        """Whether all padding stands before all tokens."""
+        return bool(self.real[:, -1].all()) and not bool((self.real[:, :-1] & ~self.real[:, 1:]).any())
+
+    @property
     def padding(self) -> list[int]:
         """Columns of padding at the left of each row."""
         return [int(count) for count in (self.columns - self.real.sum(dim=1)).tolist()]
@@ -84,7 +89,7 @@ def unservable(model: PreTrainedModel, call: dict[str, Any]) -> str:
     foreign = sorted(
         name for name, value in call.items() if value is not None and name not in options and name not in _PLAIN
     )
-    return f"the model was given {', '.join(foreign)} beside token ids" if foreign else ""
+    return f"the model was given {', '.join(foreign)} beside token ids" if foreign else compat.rerouted(model)
 
 
 def read_stored_prompt(model: PreTrainedModel, call: dict[str, Any]) -> StoredPrompt | str:

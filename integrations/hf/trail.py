@@ -154,7 +154,7 @@ class Trail:
     def fork(self) -> Trail:
         """The trail of a cache that grows apart."""
         twin = Trail(self.space, self._done, until=self._until, why=self._why)
-        twin.stopped, twin.running = self.stopped, self.running
+        twin.stopped = self.stopped
         return twin
 
     def _land(self, count: int, done: Future[PutReport]) -> None:

@@ -240,6 +240,45 @@ def test_the_report_is_plain_and_times_the_first_token(store: Store) -> None:
     assert plain["policy"] == "full"
 
 
+@pytest.mark.parametrize(
+    ("policy", "options", "arguments", "widths"),
+    [
+        ("full", {}, {}, [32, 32, 32, 4]),
+        ("full", {}, {"prefill_chunk_size": 20}, [20] * 5),
+        ("snapkv(window=8)", {"keep": 40}, {}, [100]),
+        ("full", {}, {"position_ids": torch.arange(100)[None]}, [100]),
+    ],
+)
+def test_a_prompt_is_cut_only_so_that_its_chunks_can_be_published(
+    policy: str, options: dict[str, int], arguments: dict[str, Any], widths: list[int]
+) -> None:
+    model, seen = tiny_model("llama"), list[int]()
+    chunk_bytes = CHUNK * 2 * 2 * 2 * 16 * 4
+    with (
+        kvtier.open_store({**TIERS, "publish_bytes": 4 * chunk_bytes}) as store,
+        kvtier.patch(model, policy, store=store, **options),
+    ):
+        model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+        model.generate(**left_padded([100]), **arguments, do_sample=False, max_new_tokens=1)
+    assert seen == widths
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prefix_moves_between_devices(family: str, store: Store) -> None:
+    model = tiny_model(family)
+    prompt = left_padded(LENGTHS)
+    on_cpu = model.generate(**prompt, **GREEDY)
+    with kvtier.patch(model, "full", store=store) as handle:
+        model.generate(**prompt, **GREEDY)
+        prefix_of(handle)
+    model.to("cuda")
+    with kvtier.patch(model, "full", store=store, device="16MiB") as handle:
+        got = model.generate(**{name: part.cuda() for name, part in prompt.items()}, **GREEDY)
+        assert prefix_of(handle).tokens_saved > 140
+    assert torch.equal(got.cpu(), on_cpu)
+
+
 def test_without_a_store_nothing_is_reported() -> None:
     model = tiny_model("llama")
     with kvtier.patch(model, "full", store=TIERS) as handle:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import kvtier
 from kvtier.core.report import PrefixReport
 from kvtier.core.store import Store
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.testing.tiny_models import left_padded, tiny_model
 
 TIERS: dict[str, Any] = {
@@ -217,3 +218,50 @@ def test_a_store_that_does_not_fit_is_refused_when_patching(store: Store) -> Non
         PrefixCache(model, memory, store, "default")
     memory.close()
     assert run(model, store).reason == "", "the model was left as it was"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for an old name
+def test_adapters_chosen_row_by_row_are_neither_matched_nor_published(store: Store) -> None:
+    torch.manual_seed(5)
+    config = LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama"), config).eval()
+    model.add_adapter("second", config)
+    rows = left_padded([90, 70])
+    expected = model.generate(**rows, **GREEDY, adapter_names=["default", "second"])
+    with kvtier.patch(model, "full", store=store) as handle:
+        model.generate(**rows, **GREEDY)
+        store.flush()
+        stored = store.stats().records
+        got = model.generate(**rows, **GREEDY, adapter_names=["default", "second"])
+        store.flush()
+        report = handle.report().prefix  # type: ignore[attr-defined]
+    assert torch.equal(got, expected)
+    assert (report.reason, report.tokens_matched) == ("each row has an adapter of its own", 0)
+    assert store.stats().records == stored
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for an old name
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+def test_a_prompt_behind_virtual_tokens_is_not_looked_up(store: Store) -> None:
+    base = tiny_model("llama")
+    with kvtier.patch(base, "full", store=store):
+        base.generate(**PROMPT, **GREEDY)
+        store.flush()
+    tuned = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with kvtier.patch(tuned, "full", store=store):
+        matches = store.stats().matches
+        with contextlib.suppress(KVTierError):
+            tuned.generate(**PROMPT, **GREEDY)
+        assert store.stats().matches == matches
+
+
+def test_a_hooked_model_finds_nothing_of_the_bare_one(store: Store) -> None:
+    model = tiny_model("llama")
+    run(model, store)
+    steer = model.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+    expected = model.generate(**PROMPT, **GREEDY)
+    with kvtier.patch(model, "full", store=store) as handle:
+        assert torch.equal(model.generate(**PROMPT, **GREEDY), expected)
+        assert handle.report().prefix.tokens_matched == 0  # type: ignore[attr-defined]
+    steer.remove()
+    assert run(model, store).tokens_matched == 96
