@@ -48,7 +48,8 @@ class TieredRecords(RecordStore):
 
     Notes
     -----
-    Copies are made upwards under one lock, which `delete` and `clear` take too: what was deleted does not come back.
+    Copies are made upwards under one lock, which `delete` and `clear` take too, and not at all when one of these came
+    between the read or put below and the copy: what was deleted does not come back.
     """
 
     def __init__(self, tiers: Sequence[RecordStore], rates: Sequence[TransferRate] | None = None) -> None:
@@ -57,6 +58,7 @@ class TieredRecords(RecordStore):
         self.tiers = tuple(tiers)
         self.rates = tuple(rates) if rates else tuple(TransferRate(latency=1e-4, bandwidth=1e9) for _ in tiers)
         self._lock = threading.Lock()  # taken before those of the tiers
+        self._deletions = 0
         self._counting = threading.Lock()
         self._counts: Counter[str] = Counter()
 
@@ -67,26 +69,15 @@ class TieredRecords(RecordStore):
 
     def put(self, records: Sequence[Record]) -> list[PutOutcome]:
         """Put into the lowest tier, then keep copies above."""
-        lowest = self.tiers[-1]
-        outcomes = lowest.put(records)
+        deletions = self._deletions
+        outcomes = self.tiers[-1].put(records)
         for tier in reversed(self.tiers[:-1]):
-            with self._lock:
-                # Taken below and not there any more: deleted meanwhile.
-                there = lowest.contains([record.key for record in records])
-                kept = [
-                    index
-                    for index, outcome in enumerate(outcomes)
-                    if there[index] or outcome.state is PutState.REFUSED or outcome.reason
-                ]
-                copies = tier.put([records[index] for index in kept])
-            for index, copy in zip(kept, copies, strict=True):
-                if outcomes[index].state is PutState.REFUSED and copy.state is not PutState.REFUSED:
-                    outcomes[index] = PutOutcome(copy.state, outcomes[index].reason)
-        taken = [index for index, outcome in enumerate(outcomes) if outcome.state is PutState.STORED]
+            self._copy_up(tier, records, outcomes, deletions)
+        taken = [record for record, outcome in zip(records, outcomes, strict=True) if outcome.state is PutState.STORED]
         self._count(
             stored=len(taken),
             refused=sum(outcome.state is PutState.REFUSED for outcome in outcomes),
-            written_bytes=sum(records[index].payload_bytes for index in taken),
+            written_bytes=sum(record.payload_bytes for record in taken),
         )
         return outcomes
 
@@ -104,6 +95,7 @@ class TieredRecords(RecordStore):
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Read each record from the highest tier that has it right, and copy upwards what came from below."""
         served = [False] * len(requests)
+        deletions = self._deletions
         for level, tier in enumerate(self.tiers):
             waiting = [index for index, done in enumerate(served) if not done]
             there = tier.contains([requests[index].key for index in waiting])
@@ -113,7 +105,7 @@ class TieredRecords(RecordStore):
                 served[index] = verified
             right = [requests[index] for index in asked if served[index]]
             if level:
-                self._promote(level, right)
+                self._promote(level, right, deletions)
             if len(right) == len(asked):
                 self.rates[level].learn(sum(request.into.numel() for request in right), time.perf_counter() - start)
         self._count(
@@ -132,36 +124,48 @@ class TieredRecords(RecordStore):
         return next((info for tier in self.tiers if (info := tier.info(key)) is not None), None)
 
     def scan(self) -> Iterator[RecordInfo]:
-        """Every record once, from the lowest tier upwards."""
-        for level, tier in reversed(list(enumerate(self.tiers))):
-            for info in tier.scan():
-                if not any(below.contains([info.key])[0] for below in self.tiers[level + 1 :]):
-                    yield info
+        """Every record once, those of the lowest tier first."""
+        yield from self.tiers[-1].scan()
+        yield from self._only_above()
 
     def delete(self, keys: Sequence[bytes]) -> int:
         """Forget records in every tier; how many there were."""
         with self._lock:
-            found = int(np.count_nonzero(self.contains(keys)))
-            for tier in reversed(self.tiers):
+            self._deletions += 1
+            levels = self.locate(list(dict.fromkeys(keys)))
+            found = int(np.count_nonzero(levels >= 0))
+            deleted = self.tiers[-1].delete(keys)
+            for tier in self.tiers[:-1]:
                 tier.delete(keys)
+        self._count(only_above=deleted - found)
         return found
 
     def clear(self, tenant: str | None = None) -> int:
         """Forget every record of a tenant, or all, in every tier; how many there were."""
         with self._lock:
-            found = sum(1 for info in self.scan() if tenant in (None, info.tenant))
-            for tier in reversed(self.tiers):
+            self._deletions += 1
+            found = sum(tenant in (None, info.tenant) for info in self._only_above())
+            self._count(only_above=-found)
+            found += self.tiers[-1].clear(tenant)
+            for tier in self.tiers[:-1]:
                 tier.clear(tenant)
         return found
 
     def stats(self) -> RecordStats:
-        """Bytes summed over the tiers; records and tenants of their union; reads and puts as this store saw them."""
+        """Records, tenants and live bytes without their copies above; other bytes summed over the tiers.
+
+        Hits, misses, puts, refusals and evictions are those of this store as a whole.
+        """
         parts = [tier.stats() for tier in self.tiers]
+        only_above = list(self._only_above())
+        tenants = Counter(parts[-1].tenants)
+        for info in only_above:
+            tenants[info.tenant] += info.payload_bytes
         with self._counting:
             counts = self._counts.copy()
         return RecordStats(
-            records=parts[-1].records + sum(1 for _ in self._only_above()),
-            live_bytes=sum(part.live_bytes for part in parts),
+            records=parts[-1].records + len(only_above),
+            live_bytes=tenants.total(),
             dead_bytes=sum(part.dead_bytes for part in parts),
             held_bytes=sum(part.held_bytes for part in parts),
             capacity_bytes=sum(part.capacity_bytes for part in parts),
@@ -170,16 +174,14 @@ class TieredRecords(RecordStore):
             misses=counts["misses"],
             damaged=sum(part.damaged for part in parts),
             failed=sum(part.failed for part in parts),
-            evicted=parts[-1].evicted,
+            # Evicted below, but still above: not gone yet.
+            evicted=max(0, parts[-1].evicted + counts["only_above"] - len(only_above)),
             refused=counts["refused"],
             stored=counts["stored"],
             read_bytes=counts["read_bytes"],
             written_bytes=counts["written_bytes"],
             degraded="; ".join(part.degraded for part in parts if part.degraded),
-            tenants={
-                tenant: sum(part.tenants.get(tenant, 0) for part in parts)
-                for tenant in sorted(set().union(*(part.tenants for part in parts)))
-            },
+            tenants=dict(tenants),
         )
 
     def capabilities(self) -> Capabilities:
@@ -196,7 +198,26 @@ class TieredRecords(RecordStore):
         for tier in self.tiers:
             tier.close()
 
-    def _promote(self, level: int, requests: Sequence[ReadRequest]) -> None:
+    def _copy_up(
+        self, tier: RecordStore, records: Sequence[Record], outcomes: list[PutOutcome], deletions: int
+    ) -> None:
+        """Put copies of what was just put below, and what was refused there; ``outcomes`` follow.
+
+        What exists below is copied when it is read: its bytes may be others than those that were offered.
+        """
+        refused = [outcome.state is PutState.REFUSED for outcome in outcomes]
+        stored = [outcome.state is PutState.STORED for outcome in outcomes]
+        with self._lock:
+            # A copy whose original had gone is replaced with it: tiers never disagree.
+            tier.delete([record.key for record in compress(records, stored)])
+            kept = [n for n in range(len(records)) if refused[n] or (stored[n] and deletions == self._deletions)]
+            copies = tier.put([records[n] for n in kept])
+        for n, copy in zip(kept, copies, strict=True):
+            if refused[n] and copy.state is not PutState.REFUSED:
+                outcomes[n] = PutOutcome(copy.state, outcomes[n].reason)
+                self._count(only_above=int(copy.state is PutState.STORED))
+
+    def _promote(self, level: int, requests: Sequence[ReadRequest], deletions: int) -> None:
         """Copy whole records that were just read at ``level`` into the tiers above."""
         whole = [request for request in requests if request.ranges is None]
         below = self.tiers[level]
@@ -209,23 +230,22 @@ class TieredRecords(RecordStore):
                 if room >= 0 and info is not None:
                     records.append(_copy_of(info, request))
             with self._lock:
-                there = below.contains([record.key for record in records])
-                outcomes = tier.put(list(compress(records, there)))
+                outcomes = tier.put(records) if deletions == self._deletions else []
             self._count(
                 promoted_bytes=sum(
                     record.payload_bytes
-                    for record, outcome in zip(compress(records, there), outcomes, strict=True)
+                    for record, outcome in zip(records, outcomes, strict=False)
                     if outcome.state is PutState.STORED
                 )
             )
 
-    def _only_above(self) -> Iterator[bytes]:
-        """Keys that the lowest tier does not have."""
-        for level, tier in enumerate(self.tiers[:-1]):
-            keys = [info.key for info in tier.scan()]
-            elsewhere = self.tiers[level + 1 :]
-            below = np.logical_or.reduce([other.contains(keys) for other in elsewhere])
-            yield from compress(keys, ~below)
+    def _only_above(self) -> Iterator[RecordInfo]:
+        """Records that no tier below the one that has them has too, but for those of the lowest."""
+        for level, tier in reversed(list(enumerate(self.tiers[:-1]))):
+            infos = list(tier.scan())
+            keys = [info.key for info in infos]
+            below = np.logical_or.reduce([other.contains(keys) for other in self.tiers[level + 1 :]])
+            yield from compress(infos, ~below)
 
     def _count(self, **more: int) -> None:
         with self._counting:
