@@ -49,6 +49,7 @@ BENCHMARKS: Final[Mapping[str, Entry]] = {
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),
+    "prefix": Entry("benchmarks.prefix", "the first token of a prompt that a store knows, beside one that is computed"),
 }
 
 
