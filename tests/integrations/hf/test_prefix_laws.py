@@ -44,7 +44,7 @@ def stock(family: str, rows: tuple[tuple[int, ...], ...], tokens: int) -> list[l
     return STOCK[key]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     family=st.sampled_from(sorted(MODELS)),
     policy=st.sampled_from(sorted(POLICIES)),
