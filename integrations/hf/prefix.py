@@ -220,7 +220,7 @@ class PrefixCache:
         """Restore rows; the seconds of reading, or None, with the state empty again, when that did not work."""
         try:
             seconds = resume(cast("Session", state.session), rows, columns, coming=prompt.columns)
-        except CapacityError:
+        except (CapacityError, torch.OutOfMemoryError):
             # Computing the prompt may need less room at once; if it does not, it will say what is missing.
             seconds = None
         if seconds is None:

@@ -76,7 +76,7 @@ class Trail:
         self._done = list(stored)
         self._until, self._why = until, why
         self._due: list[_Due] = []
-        self._quiet = 0
+        self._quiet = 0  # columns that may come before any row fills its open chunk
 
     @property
     def chunk_tokens(self) -> int:
@@ -105,7 +105,10 @@ class Trail:
         elif ids is None:
             self.stop("tokens came as embeddings")
         else:
-            self._find_due(history, columns, ids)
+            try:
+                self._find_due(history, columns, ids)
+            except (KVTierError, MemoryError, RuntimeError) as error:
+                self.stop(f"no memory to read chunks into: {error}")
 
     def collect(self, session: Session, layer: int) -> None:
         """Read the due chunks of a layer, which holds the forward's tokens and has not attended yet."""
@@ -150,6 +153,8 @@ class Trail:
             full = [count // self.chunk_tokens for count in counts]
             self._done = [min(done, most) for done, most in zip(self._done, full, strict=True)]
             self._quiet = 0
+            # What a lossy policy generates may now come before the column where its prompt ended.
+            self._until = None if self._until is None else min(self._until, history.length)
 
     def fork(self) -> Trail:
         """The trail of a cache that grows apart."""
@@ -178,6 +183,7 @@ class Trail:
         return max(0, publisher.capacity_bytes - publisher.queued_bytes) // self.space.codec.payload_bytes
 
     def _find_due(self, history: History, columns: Columns, ids: torch.Tensor) -> None:
+        """Note the chunks that these columns complete, equal ones of several rows once, and make room for them."""
         real = torch.ones_like(columns.positions, dtype=torch.bool) if columns.real is None else columns.real
         real = torch.cat([history.real, real], dim=1) if history.rows else real
         counts = real.sum(dim=1).tolist()
@@ -209,5 +215,5 @@ class Trail:
                 empty = [self.space.codec.empty(range(len(self.space.layout.layers))) for _ in range(taken)]
                 found.append(_Due([row], first, tokens, empty))
         self._due = found
-        behind = [count - self.chunk_tokens * (count // self.chunk_tokens) for count in counts]
-        self._quiet = 0 if found else self.chunk_tokens - 1 - max(behind)
+        fullest = max(count % self.chunk_tokens for count in counts)
+        self._quiet = 0 if found else self.chunk_tokens - 1 - fullest
