@@ -8,6 +8,7 @@ LOWEST := transformers-5.16.0
 BIN := .venv/bin
 VENV := .venv/.ready
 COMPAT := .compat/$(LOWEST)
+KVIKIO := .kvikio
 
 # The checkout root stays off sys.path: `kernels/` would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
@@ -29,7 +30,7 @@ lint: $(VENV)
 	$(BIN)/mypy tests/typing
 	$(BIN)/lint-imports --no-logo
 
-unit: $(VENV)
+unit: $(VENV) $(KVIKIO)/.ready
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # The integration again, with the oldest transformers that is supported in front of the newest.
@@ -50,7 +51,13 @@ $(COMPAT)/.ready: $(VENV) tests/lowest-transformers.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(COMPAT) -r tests/lowest-transformers.txt
 	@touch $@
 
+# The real kvikio, for the tests of its engine, which run in a process of their own; without it they are skipped.
+$(KVIKIO)/.ready: $(VENV) tests/kvikio.txt
+	rm -rf $(KVIKIO)
+	@if $(BIN)/python -m pip install --quiet --no-deps --target $(KVIKIO) -r tests/kvikio.txt; then touch $@; \
+	else rm -rf $(KVIKIO); echo "kvikio cannot be installed here: the tests of its engine are skipped"; fi
+
 clean:
-	rm -rf .venv .compat build dist .coverage* htmlcov *.egg-info
+	rm -rf .venv .compat .kvikio build dist .coverage* htmlcov *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

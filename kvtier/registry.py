@@ -113,5 +113,6 @@ record_stores = Registry(
     entries={
         "host": Entry("kvtier.storage_backends.record_tiers:open_host"),
         "segment": Entry("kvtier.storage_backends.record_tiers:open_segment"),
+        "files": Entry("kvtier.storage_backends.record_tiers:open_files"),
     },
 )

@@ -35,7 +35,7 @@ from kvtier.types import format_bytes
 __all__ = ["HostRecords"]
 
 _INDEX_SHARE = 32  # of the capacity, one part is for the index
-_ENTRY_BYTES = 1024  # what the index takes for a record, rounded up
+_ENTRY_BYTES = 1152  # what Python keeps for a record, beside its digests and metadata
 
 
 @dataclass(slots=True, eq=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 
 from kvtier.storage_backends.leases import JoinedLease, LeaseBook
 from kvtier.storage_backends.memory import PAGE_BYTES, round_up
 from kvtier.storage_backends.record_wrappers import WrappedRecords
-from kvtier.storage_backends.records import Lease, PutOutcome, PutState, Record, RecordStore
+from kvtier.storage_backends.records import Lease, PutOutcome, PutState, Record, RecordStats, RecordStore
 from kvtier.types import format_bytes
 
 __all__ = ["QuotaRecords"]
@@ -40,6 +41,8 @@ class QuotaRecords(WrappedRecords):
         self._quotas = dict(quotas)
         self._lock = threading.Lock()
         self._leases = LeaseBook()
+        self._refused = 0
+        self._dropped = 0
         self._by_age: dict[str, deque[bytes]] = {tenant: deque() for tenant in quotas}
         for info in inner.scan() if quotas else ():
             if info.tenant in quotas:
@@ -57,6 +60,7 @@ class QuotaRecords(WrappedRecords):
                 for record, taken in zip(records, admitted, strict=True)
             ]
             self._remember(records, results)
+            self._refused += admitted.count(False)
         return results
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
@@ -64,14 +68,22 @@ class QuotaRecords(WrappedRecords):
         inner = super().lease(keys, owner=owner, seconds=seconds)
         return JoinedLease([inner, self._leases.take(inner.keys, owner=owner, seconds=seconds)], keys)
 
+    def stats(self) -> RecordStats:
+        """What the inner store counts, and what was refused and dropped for a quota."""
+        stats = super().stats()
+        return replace(stats, refused=stats.refused + self._refused, evicted=stats.evicted + self._dropped)
+
     def _admitted(self, records: Sequence[Record]) -> list[bool]:
         """Which records may be put, room for them made."""
         there = self.contains([record.key for record in records])
         needs = [0 if old else _footprint(record.payload_bytes) for record, old in zip(records, there, strict=True)]
         left: dict[str, int] = {}
         for tenant in {record.tenant for record in records} & self._quotas.keys():
-            wanted = sum(need for record, need in zip(records, needs, strict=True) if record.tenant == tenant)
-            left[tenant] = self._quotas[tenant] - self._trim(tenant, max(0, self._quotas[tenant] - wanted))
+            quota = self._quotas[tenant]
+            wanted = sum(
+                need for record, need in zip(records, needs, strict=True) if record.tenant == tenant and need <= quota
+            )
+            left[tenant] = quota - self._trim(tenant, max(0, quota - wanted))
         admitted = []
         for record, need in zip(records, needs, strict=True):
             fits = record.tenant not in left or need <= left[record.tenant]
@@ -95,7 +107,7 @@ class QuotaRecords(WrappedRecords):
             victims = self._oldest(tenant, live - allowed)
             if not victims:
                 break
-            self.inner.delete(victims)
+            self._dropped += self.inner.delete(victims)
         return live
 
     def _oldest(self, tenant: str, nbytes: int) -> list[bytes]:

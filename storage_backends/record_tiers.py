@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvtier.config import StoreConfig, TierConfig
 from kvtier.errors import ConfigError
+from kvtier.storage_backends.files import FileOptions, FileRecords
 from kvtier.storage_backends.host_records import HostRecords
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 
-__all__ = ["open_host", "open_segment"]
+__all__ = ["open_files", "open_host", "open_segment"]
 
 
 def open_host(tier: TierConfig, store: StoreConfig) -> HostRecords:
@@ -18,7 +21,17 @@ def open_host(tier: TierConfig, store: StoreConfig) -> HostRecords:
 
 def open_segment(tier: TierConfig, store: StoreConfig) -> SegmentRecords:
     """Records in segment files."""
-    if tier.path is None:
-        raise ConfigError("a segment tier needs path, the directory of its segments")
     options = SegmentOptions(capacity=tier.capacity, segment_bytes=tier.segment_bytes, durability=store.durability)
-    return SegmentRecords(tier.path, options, read_only=store.read_only)
+    return SegmentRecords(_directory(tier), options, read_only=store.read_only)
+
+
+def open_files(tier: TierConfig, store: StoreConfig) -> FileRecords:
+    """Records in files of their own."""
+    options = FileOptions(capacity=tier.capacity, durability=store.durability)
+    return FileRecords(_directory(tier), options, read_only=store.read_only)
+
+
+def _directory(tier: TierConfig) -> Path:
+    if tier.path is None:
+        raise ConfigError(f"a {tier.backend} tier needs path, its directory")
+    return tier.path

@@ -6,30 +6,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from kvtier.errors import ConfigError, StorageError
+from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import Capabilities, SlotBackend, check_rows, check_sizes
 from kvtier.storage_backends.engines.bounce import BouncePool
 from kvtier.storage_backends.engines.gate import Gate
 from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, MAX_VECTORS, open_nameless
 from kvtier.storage_backends.memory import ByteRows, copy_rows, round_up
+from kvtier.storage_backends.slot_runs import Run, cut_runs, transfer_error
 from kvtier.storage_backends.slots import IntArray, SlotAllocator, compact
 
 __all__ = ["SpillFile"]
 
 _DIRECT_RUN_BYTES = 8 << 20
 _BOUNCE_RUN_BYTES = 1 << 20
-
-
-class _Run(NamedTuple):
-    """Adjacent slots that one system call transfers."""
-
-    first: int
-    rows: IntArray  # which rows of the caller they are, in the order of the slots
 
 
 class SpillFile(SlotBackend):
@@ -146,14 +138,14 @@ class SpillFile(SlotBackend):
             return False
         return not self._file.direct or (rows.ctypes.data % BLOCK_BYTES == 0 and rows.strides[0] % BLOCK_BYTES == 0)
 
-    def _each_run(self, verb: str, slots: IntArray, run_bytes: int, transfer: Callable[[_Run], None]) -> None:
+    def _each_run(self, verb: str, slots: IntArray, run_bytes: int, transfer: Callable[[Run], None]) -> None:
         """Cut the slots into runs and transfer them, several at a time; one error names every slot that failed."""
         with self._lock:
             slots = self._slots.require_reserved(slots, distinct=verb == "write")
-        runs = _cut(slots, min(MAX_VECTORS, max(1, run_bytes // self.stride)))
+        runs = cut_runs(slots, min(MAX_VECTORS, max(1, run_bytes // self.stride)))
         lanes = min(self._io_threads, len(runs))
 
-        def work(lane: int) -> list[tuple[_Run, OSError]]:
+        def work(lane: int) -> list[tuple[Run, OSError]]:
             failed = []
             for run in runs[lane::lanes]:
                 try:
@@ -167,59 +159,34 @@ class SpillFile(SlotBackend):
         for future in helped:
             failures += future.result()
         if failures:
-            raise _transfer_error(verb, failures)
+            raise transfer_error(verb, "the spill file", failures)
 
-    def _put(self, run: _Run, rows: ByteRows) -> None:
+    def _put(self, run: Run, rows: ByteRows) -> None:
         self._file.write_at(_views(run, rows), run.first * self.stride)
 
-    def _get(self, run: _Run, rows: ByteRows) -> None:
+    def _get(self, run: Run, rows: ByteRows) -> None:
         self._file.read_at(_views(run, rows), run.first * self.stride)
 
-    def _put_bounced(self, run: _Run, rows: ByteRows) -> None:
+    def _put_bounced(self, run: Run, rows: ByteRows) -> None:
         with self._bounce.buffer() as whole:
             buffer = self._as_slots(whole, run)
             copy_rows(rows, compact(run.rows), buffer[:, : self.slot_bytes], slice(None))
             self._file.write_at([buffer.reshape(-1).data], run.first * self.stride)
 
-    def _get_bounced(self, run: _Run, rows: ByteRows) -> None:
+    def _get_bounced(self, run: Run, rows: ByteRows) -> None:
         with self._bounce.buffer() as whole:
             buffer = self._as_slots(whole, run)
             self._file.read_at([buffer.reshape(-1).data], run.first * self.stride)
             copy_rows(buffer[:, : self.slot_bytes], slice(None), rows, compact(run.rows))
 
-    def _as_slots(self, whole: torch.Tensor, run: _Run) -> ByteRows:
+    def _as_slots(self, whole: torch.Tensor, run: Run) -> ByteRows:
         """The first bytes of a buffer as [slots of the run, stride]."""
         return whole[: run.rows.size * self.stride].view(-1, self.stride).numpy()
 
 
-def _cut(slots: IntArray, most: int) -> list[_Run]:
-    """Runs of adjacent slots, ascending, of at most ``most`` slots each; equal slots fall into different runs."""
-    if not slots.size:
-        return []
-    order = np.argsort(slots, kind="stable")
-    ascending = slots[order]
-    breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*breaks.tolist(), slots.size]
-    return [
-        _Run(int(ascending[at]), order[at : min(at + most, end)])
-        for start, end in zip(starts, ends, strict=True)
-        for at in range(start, end, most)
-    ]
-
-
-def _views(run: _Run, rows: ByteRows) -> list[memoryview]:
+def _views(run: Run, rows: ByteRows) -> list[memoryview]:
     """The rows of a run where they lie: one buffer if they are adjacent there too, else one each."""
     where = compact(run.rows)
     if rows.flags.c_contiguous and isinstance(where, slice):
         return [rows[where].reshape(-1).data]
     return [rows[row].data for row in run.rows]
-
-
-def _transfer_error(verb: str, failures: list[tuple[_Run, OSError]]) -> StorageError:
-    slots = sorted(slot for run, _ in failures for slot in range(run.first, run.first + run.rows.size))
-    shown = ", ".join(map(str, slots[:16])) + (f" and {len(slots) - 16} more" if len(slots) > 16 else "")
-    cause = failures[0][1]
-    error = StorageError(f"cannot {verb} slots {shown} of the spill file ({cause.strerror}); check the disk below it")
-    error.__cause__ = cause
-    return error

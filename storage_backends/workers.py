@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 _WORTH_BYTES = 2 << 20
 _MOST_THREADS = 4
+_CORES_A_THREAD = 8
 
 
 class Workers:
@@ -22,11 +23,12 @@ class Workers:
     Parameters
     ----------
     threads : int, optional
-        By default one per core, at most 4: more do not make memory faster.
+        By default one for eight cores, at most 4. On few cores a second one costs more than it brings: one core copies
+        about as fast as memory is.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self.threads = threads or min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // _CORES_A_THREAD))
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 

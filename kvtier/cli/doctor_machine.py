@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import mmap
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kvtier.cli.doctor_check import Check, Probe
 from kvtier.types import format_bytes
@@ -22,7 +19,7 @@ __all__ = ["MACHINE_PROBES", "existing_directory"]
 _SECTOR: Final = 4096  # bytes; O_DIRECT wants address, offset and length aligned to it
 _TIGHT_SPACE: Final = 10 * 2**30  # bytes; the KV of one 64K-token prompt of an 8B model
 _NO_SPACE: Final = 2**30  # bytes
-_KVIKIO_SECONDS: Final = 30.0
+_KVIKIO_SECONDS: Final = 60.0
 _MEMORY_FILESYSTEMS: Final = frozenset({"ramfs", "tmpfs"})
 
 
@@ -127,24 +124,27 @@ def _kvikio(name: str, directory: Path) -> Check:
     if importlib.util.find_spec("kvikio") is None:
         detail = "not installed: NVMe pages reach a GPU through host memory"
         return Check(name, "PASS", detail, "with a GPU that has GPUDirect Storage: pip install kvikio-cu13")
-    if os.environ.get("KVIKIO_COMPAT_MODE", "").upper() in {"OFF", "FALSE", "NO", "0"}:
-        detail = "KVIKIO_COMPAT_MODE=OFF is set: kvikio hangs wherever GPUDirect Storage is missing"
-        return Check(name, "FAIL", detail, "unset KVIKIO_COMPAT_MODE")
-    probe = Path(__file__).with_name("kvikio_probe.py")
-    # In a process of its own: a broken driver hangs or kills the process that asks.
-    command = [sys.executable, "-P", str(probe), str(existing_directory(directory))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_KVIKIO_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Check(name, "WARN", f"no answer in {_KVIKIO_SECONDS:g} s", "kvtier uses POSIX I/O; check the driver")
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Check(name, "WARN", f"installed but unusable: {reason}", "kvtier uses POSIX I/O; check the driver")
-    found: dict[str, Any] = json.loads(done.stdout)
-    detail = f"{found['version']}, compatibility mode {found['compat_mode']}, GPUDirect Storage {found['gds']}"
-    if found["gds"] != "available":
-        return Check(name, "WARN", f"{detail}: files go through host memory", "install nvidia-fs for direct transfers")
+    import torch
+
+    from kvtier.storage_backends.engines.kvikio_trial import try_kvikio
+
+    trial = try_kvikio(existing_directory(directory), cuda=torch.cuda.is_available(), seconds=_KVIKIO_SECONDS)
+    if trial.forced:
+        return Check(name, "FAIL", trial.reason, "unset KVIKIO_COMPAT_MODE")
+    if not trial.usable:
+        return Check(name, "WARN", f"installed but unusable: {trial.reason}", "kvtier uses POSIX I/O; check the driver")
+    detail = f"{trial.version}, {trial.mode} (compat_mode {trial.compat_mode})"
+    if not trial.gpu_direct:
+        return Check(name, "WARN", detail, "install nvidia-fs, on a file system that it serves, for direct transfers")
     return Check(name, "PASS", detail)
+
+
+def _engine(name: str, directory: Path) -> Check:
+    from kvtier.storage_backends.engines import choose_engine
+
+    with choose_engine(directory=existing_directory(directory)) as engine:
+        found = engine.capabilities()
+    return Check(name, "PASS", f"{found.name}: {found.note}" if found.note else found.name)
 
 
 MACHINE_PROBES: Final = (
@@ -153,4 +153,5 @@ MACHINE_PROBES: Final = (
     Probe("O_DIRECT", _direct_io),
     Probe("free space", _free_space),
     Probe("kvikio", _kvikio),
+    Probe("I/O engine", _engine),
 )

@@ -12,8 +12,10 @@ from kvtier import __version__
 from kvtier.cli.demo import demo
 from kvtier.cli.doctor import doctor
 from kvtier.cli.generate import generate
+from kvtier.cli.inspect import inspect
 from kvtier.cli.output import BAD_USE, FOUND_WRONG, INTERRUPTED
 from kvtier.cli.policies import policies
+from kvtier.cli.verify import verify
 from kvtier.errors import KVTierError
 
 __all__ = ["app", "run"]
@@ -26,7 +28,7 @@ app: Final = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, generate, policies, doctor):
+for verb in (demo, generate, policies, doctor, inspect, verify):
     app.command()(verb)
 
 

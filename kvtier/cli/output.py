@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Final, Self, TextIO
 
@@ -100,6 +100,17 @@ class Screen:
         columns = (TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn())
         with Progress(*columns, console=self._console(sys.stderr), transient=True, disable=not self.bars) as bars:
             yield bars
+
+    @contextlib.contextmanager
+    def byte_progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar with a bandwidth on stderr, for a function that is told bytes done and bytes in all, by any thread."""
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        words = TextColumn("{task.description}")
+        columns = (words, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+        with Progress(*columns, console=self._console(sys.stderr), transient=True, disable=not self.bars) as bars:
+            task = bars.add_task(what, total=None, visible=False)
+            yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
     def _console(self, stream: TextIO) -> "Console":
         from rich.console import Console

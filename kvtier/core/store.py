@@ -23,6 +23,7 @@ from kvtier.storage_backends.quota_records import QuotaRecords
 from kvtier.storage_backends.rates import TransferRate
 from kvtier.storage_backends.record_wrappers import ReadOnlyRecords
 from kvtier.storage_backends.records import MAX_TENANT_BYTES, RecordStats, RecordStore
+from kvtier.storage_backends.segment import SegmentRecords
 from kvtier.storage_backends.slots import IntArray
 from kvtier.storage_backends.tiered_records import TieredRecords
 from kvtier.types import KVLayout
@@ -97,10 +98,13 @@ class Store:
         with ExitStack() as undo:
             self.tiers: list[RecordStore] = []
             self._host_share: HostShare | None = None
+            self._segments: SegmentRecords | None = None
             for tier in config.tiers:
                 records = undo.enter_context(_open_tier(tier, config))
                 if isinstance(records, HostRecords):
                     self._host_share = HostShare(records)
+                elif isinstance(records, SegmentRecords) and not config.read_only:
+                    self._segments = records
                 self.tiers.append(QuotaRecords(records, quotas) if quotas else records)
             undo.pop_all()
         self._tiered = TieredRecords(self.tiers, self.rates)
@@ -146,6 +150,7 @@ class Store:
         """A share of the tiers for the sessions of one `Memory`, which gives it back when it is closed.
 
         The host tier lends ``sessions`` bytes, half of it by default, and keeps the stored copies that were used last.
+        An nvme tier of segments is shared as it is used; other backends are not shared.
 
         Parameters
         ----------
@@ -159,7 +164,7 @@ class Store:
         CapacityError
             Hits that are not released hold the memory.
         """
-        return StoreTiers(self._host_share, host_bytes)
+        return StoreTiers(self._host_share, host_bytes, self._segments)
 
     def clear(self, tenant: str | None = None) -> int:
         """Forget everything of a tenant, or everything; how many chunks there were."""

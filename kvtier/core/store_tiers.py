@@ -9,9 +9,14 @@ from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import SlotBackend
 from kvtier.storage_backends.host import HostSlots
 from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.segment import SegmentRecords
+from kvtier.storage_backends.segment.spill import SegmentSpill
+from kvtier.storage_backends.wrappers import VerifiedSlots
 from kvtier.types import TierName, format_bytes
 
 __all__ = ["HostShare", "StoreTiers"]
+
+_KEPT_SEGMENTS = 2  # one that records are written to, one that is cleared for them
 
 
 class HostShare:
@@ -65,15 +70,35 @@ class HostShare:
 
 
 class StoreTiers(SessionTiers):
-    """Slots in memory that a store's host records lend; made by `Store.session_tiers`, closed by the memory."""
+    """Slots in what a store's tiers lend; made by `Store.session_tiers`, closed by the memory.
 
-    def __init__(self, host: HostShare | None, host_bytes: int | None) -> None:
+    Memory is set aside as long as the memory is open. Segments are taken from the cache when slots are reserved.
+
+    Parameters
+    ----------
+    host : HostShare, optional
+        Host memory.
+    host_bytes : int, optional
+        How much of it; all that is left by default.
+    segments : SegmentRecords, optional
+        Open for writing.
+    """
+
+    def __init__(self, host: HostShare | None, host_bytes: int | None, segments: SegmentRecords | None) -> None:
+        self._segments = segments
         self._host = host
         self._borrowed = 0 if host is None else host.borrow(host_bytes)
-        self.capacities = {"host": self._borrowed} if self._borrowed else {}
+        capacities: dict[TierName, int] = {"host": self._borrowed} if host is not None else {}
+        if segments is not None:
+            geometry = segments.options.geometry()
+            capacities["nvme"] = (geometry.segments - _KEPT_SEGMENTS) * geometry.segment_bytes
+        self.capacities = capacities
 
     def open(self, tier: TierName, slot_bytes: int, capacity: int) -> SlotBackend:
-        """Slots of a tier."""
+        """Slots in memory, or verified slots in segments."""
+        if tier == "nvme" and self._segments is not None:
+            slots = slots_within(SegmentSpill, tier, slot_bytes, capacity)
+            return VerifiedSlots(SegmentSpill(slot_bytes, slots, self._segments))
         return HostSlots(slot_bytes, slots_within(HostSlots, tier, slot_bytes, capacity))
 
     def close(self) -> None:

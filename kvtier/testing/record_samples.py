@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,14 +80,19 @@ def fetch(store: RecordStore, number: int, size: int, ranges: Sequence[ByteRange
 
 
 def physical_bytes(directory: Path) -> int:
-    """Bytes that the file system holds for the files below a directory; files that vanish meanwhile count nothing."""
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512 if not path.is_dir() else 0
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes that the file system holds for the files below a directory.
+
+    What vanishes meanwhile counts nothing; a file that is renamed meanwhile counts once.
+    """
+    held: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                stat = Path(folder, name).lstat()
+            except FileNotFoundError:
+                continue
+            held[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    return sum(held.values())
 
 
 _EMPTY = torch.empty(0, dtype=torch.uint8)

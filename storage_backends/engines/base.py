@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["EngineCapabilities", "EngineFile", "IOEngine", "Transfer"]
+__all__ = ["EngineCapabilities", "EngineFile", "IOEngine", "Transfer", "host_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,15 @@ class Transfer(NamedTuple):
 
 
 class IOEngine(ABC):
-    """Moves batches; blocking, several transfers at a time, from any number of threads."""
+    """Moves batches; blocking, several transfers at a time, from any number of threads.
+
+    Notes
+    -----
+    Transfers of one batch run in no particular order; writes that overlap, in one batch or several, leave either's
+    bytes. A transfer that fails leaves its range of the buffer or the file undefined, and the others alone. After
+    `close`, every call raises `StorageError`. A buffer that is not a contiguous uint8 vector, or a negative offset, is
+    an `InputError` before anything is transferred.
+    """
 
     @abstractmethod
     def open(self, path: Path, *, writable: bool, create: bool = False) -> EngineFile:
@@ -97,13 +105,17 @@ class IOEngine(ABC):
     def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Fill the buffers; one result each, None for every byte read. A short file is an OSError (EIO).
 
-        ``then(i)`` runs in the I/O thread as soon as transfer i succeeded: the place to compute digests. What it raises
-        is raised here, after all transfers have ended.
+        ``then(i)`` runs in the I/O thread as soon as transfer i succeeded: the place to compute digests, which take
+        `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers have ended.
         """
 
     @abstractmethod
     def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
-        """Write the buffers; one result each. ``before(i)`` runs in the I/O thread ahead of transfer i."""
+        """Write the buffers; one result each.
+
+        ``before(i)`` runs in the I/O thread ahead of transfer i, and may still change its buffer. If it raises,
+        transfer i is left out, and the error is raised here, after the others have ended.
+        """
 
     @abstractmethod
     def capabilities(self) -> EngineCapabilities:
@@ -120,3 +132,8 @@ class IOEngine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def host_bytes(buffer: torch.Tensor) -> torch.Tensor:
+    """The bytes of a buffer in host memory, for a digest: itself on the CPU, a copy from a GPU."""
+    return buffer.cpu() if buffer.is_cuda else buffer

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import TypeAlias
 
@@ -22,12 +22,12 @@ Move: TypeAlias = Callable[[Job], None]
 
 
 class _State:
-    """Of one transfer: jobs that still carry a part of it, and how it went."""
+    """Of one transfer: bytes that are not through yet, and how it went."""
 
-    __slots__ = ("error", "lock", "parts", "spoilt", "started")
+    __slots__ = ("error", "left", "lock", "spoilt", "started")
 
-    def __init__(self) -> None:
-        self.parts = 0
+    def __init__(self, size: int) -> None:
+        self.left = size
         self.started = False
         self.spoilt = False
         self.error: OSError | None = None
@@ -46,45 +46,41 @@ class Batch:
     """
 
     def __init__(self, transfers: Sequence[Transfer], *, before: Hook | None = None, after: Hook | None = None) -> None:
-        for transfer in transfers:
-            _check(transfer)
         self.transfers = transfers
+        self._states = [_State(_checked_size(transfer)) for transfer in transfers]
+        self.total = sum(state.left for state in self._states)
         self._before = before
         self._after = after
-        self._states = [_State() for _ in transfers]
         self._raised: list[BaseException] = []
 
-    def run(self, jobs: Sequence[Job], move: Move, pool: Executor, threads: int) -> list[OSError | None]:
+    def run(self, jobs: Iterator[Job], move: Move, pool: Executor, threads: int) -> list[OSError | None]:
         """Carry out the jobs in up to ``threads`` threads, this one among them; one result a transfer.
+
+        Jobs are drawn as they are needed, so that planning goes on beside the first transfers.
 
         Raises
         ------
         BaseException
             Whatever a hook raised first, after all jobs have ended.
         """
-        for job in jobs:
-            for part in job.parts:
-                self._states[part.transfer].parts += 1
+        _wait_for_streams(self.transfers)
         for index, state in enumerate(self._states):
-            if not state.parts and self._start(index):
-                self._finish(index)
-        queue = deque(jobs)
+            if not state.left and self._start(index):
+                self._call(self._after, index)
+        first = list(itertools.islice(jobs, threads))
+        source = _Source(itertools.chain(first, jobs))
 
         def work() -> None:
-            while queue:
-                try:
-                    job = queue.popleft()
-                except IndexError:  # another thread was faster
-                    return
+            while (job := source.draw()) is not None:
                 self._execute(job, move)
 
-        helpers = [pool.submit(work) for _ in range(min(threads, len(jobs)) - 1)]
+        helpers = [pool.submit(work) for _ in first[1:]]
         try:
             work()
         finally:
-            queue.clear()
+            source.dry()
             for helper in helpers:
-                if not helper.cancel():  # it may not have had its turn yet, and has nothing left to do then
+                if not helper.cancel():  # if it can be, it did not have its turn yet, and nothing is left to do
                     helper.result()
         if self._raised:
             raise self._raised[0]
@@ -92,7 +88,8 @@ class Batch:
 
     def _execute(self, job: Job, move: Move) -> None:
         """Transfer the parts together; one by one if that fails, so that each error names its own transfer."""
-        ready = [self._start(part.transfer) for part in job.parts]
+        parts = job.parts
+        ready = [self._start(part.transfer) for part in parts]
         if all(ready):
             try:
                 move(job)
@@ -101,13 +98,13 @@ class Batch:
             except CapacityError as error:
                 problem = OSError(errno.ENOMEM, str(error))
             else:
-                for part in job.parts:
-                    self._through(part.transfer)
+                for index, start, stop in parts:
+                    self._through(index, stop - start)
                 return
-            if len(job.parts) == 1:
-                self._fail(job.parts[0].transfer, problem)
+            if len(parts) == 1:
+                self._fail(parts[0].transfer, problem)
                 return
-        if len(job.parts) > 1:
+        if len(parts) > 1:
             for single, good in zip(job.single(), ready, strict=True):
                 if good:
                     self._execute(single, move)
@@ -115,23 +112,21 @@ class Batch:
     def _start(self, index: int) -> bool:
         """Run ``before`` if nobody did; False when it raised, or another part failed: there is nothing to transfer."""
         state = self._states[index]
-        with state.lock:
-            if not state.started:
-                state.started = True
-                state.spoilt = not self._call(self._before, index)
-            return not state.spoilt
+        if self._before is not None:
+            with state.lock:
+                if not state.started:
+                    state.started = True
+                    state.spoilt = not self._call(self._before, index)
+        return not state.spoilt
 
-    def _through(self, index: int) -> None:
-        """Count a part that was transferred; with the last one the transfer is complete."""
+    def _through(self, index: int, count: int) -> None:
+        """Count bytes that were transferred; with the last one the transfer is complete."""
         state = self._states[index]
         with state.lock:
-            state.parts -= 1
-            complete = not state.parts and not state.spoilt
+            state.left -= count
+            complete = not state.left
         if complete:
-            self._finish(index)
-
-    def _finish(self, index: int) -> None:
-        self._call(self._after, index)
+            self._call(self._after, index)
 
     def _fail(self, index: int, error: OSError) -> None:
         state = self._states[index]
@@ -150,7 +145,26 @@ class Batch:
         return True
 
 
-def _check(transfer: Transfer) -> None:
+class _Source:
+    """Jobs for several threads, which no generator would serve by itself."""
+
+    def __init__(self, jobs: Iterator[Job]) -> None:
+        self._jobs = jobs
+        self._lock = threading.Lock()
+
+    def draw(self) -> Job | None:
+        """Another job; None when there are no more."""
+        with self._lock:
+            return next(self._jobs, None)
+
+    def dry(self) -> None:
+        """Give no more."""
+        with self._lock:
+            self._jobs = iter(())
+
+
+def _checked_size(transfer: Transfer) -> int:
+    """Bytes of a transfer that makes sense."""
     buffer = transfer.buffer
     if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous() or buffer.device.type == "meta":
         raise InputError(
@@ -159,3 +173,10 @@ def _check(transfer: Transfer) -> None:
         )
     if transfer.offset < 0:
         raise InputError(f"offsets must be at least 0, got {transfer.offset}")
+    return buffer.numel()
+
+
+def _wait_for_streams(transfers: Sequence[Transfer]) -> None:
+    """Let what the caller has queued for its CUDA buffers come to an end: I/O threads use streams of their own."""
+    for device in {buffer.device for _, _, buffer in transfers if buffer.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()

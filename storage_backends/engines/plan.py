@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kvtier.storage_backends.engines.base import EngineFile, Transfer
@@ -58,38 +58,33 @@ class SizeLimits(NamedTuple):
         return cls(straight, min(straight, bounced))
 
 
-def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> list[Job]:
+def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> Iterator[Job]:
     """Jobs that cover every byte of every transfer once, in the order of the file.
 
     A cut lies at a multiple of 4096 in the file, so that no block is shared by two pieces of one transfer.
     """
-    jobs: list[Job] = []
-    room, end = 0, 0  # bytes that the last job still takes, and where it ends
+    job: Job | None = None
+    room, end = 0, 0  # bytes that the job still takes, and where it ends
     for index in sorted(range(len(transfers)), key=lambda i: (id(transfers[i].file), transfers[i].offset)):
         file, offset, buffer = transfers[index]
         size = buffer.numel()
-        straight = _goes_straight(transfers[index])
+        straight = not buffer.is_cuda and (not file.direct or not (offset | size | buffer.data_ptr()) % BLOCK_BYTES)
         limit = limits.straight if straight else limits.bounced
         start = 0
         while start < size:
-            stop = min(size, (offset + start + limit) // BLOCK_BYTES * BLOCK_BYTES - offset)
-            part = Part(index, start, stop)
-            last = jobs[-1] if jobs else None
-            joins = last is not None and last.file is file and last.straight == straight and end == offset + start
-            if last is not None and joins and stop - start <= room and len(last.parts) < MAX_VECTORS:
-                last.parts.append(part)
+            stop = size
+            if size - start > limit:
+                stop = (offset + start + limit) // BLOCK_BYTES * BLOCK_BYTES - offset
+            joins = job is not None and end == offset + start and job.file is file and job.straight == straight
+            if job is not None and joins and stop - start <= room and len(job.parts) < MAX_VECTORS:
+                job.parts.append(Part(index, start, stop))
             else:
-                jobs.append(Job(file, offset + start, [part], straight))
+                if job is not None:
+                    yield job
+                job = Job(file, offset + start, [Part(index, start, stop)], straight)
                 room = limit
             room -= stop - start
             start = stop
             end = offset + stop
-    return jobs
-
-
-def _goes_straight(transfer: Transfer) -> bool:
-    """Whether the kernel can transfer the bytes where they lie."""
-    file, offset, buffer = transfer
-    if buffer.is_cuda:
-        return False
-    return not file.direct or not (offset | buffer.numel() | buffer.data_ptr()) % BLOCK_BYTES
+    if job is not None:
+        yield job

@@ -105,10 +105,8 @@ class PosixEngine(IOEngine):
         transfers = batch.transfers
         for file in {id(transfer.file): transfer.file for transfer in transfers}.values():
             _own(file)
-        _wait_for_streams(transfers)
-        total = sum(transfer.buffer.numel() for transfer in transfers)
         limits = SizeLimits.share(
-            total,
+            batch.total,
             self._threads,
             least=_LEAST_JOB_BYTES,
             most=_MOST_JOB_BYTES,
@@ -178,9 +176,3 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
         torch.cuda.current_stream(source.device if source.is_cuda else target.device).synchronize()
     else:
         np.copyto(target.numpy(), source.numpy())
-
-
-def _wait_for_streams(transfers: Sequence[Transfer]) -> None:
-    """Let what the caller has queued for its CUDA buffers come to an end: I/O threads use streams of their own."""
-    for device in {buffer.device for _, _, buffer in transfers if buffer.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()

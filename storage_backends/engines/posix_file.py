@@ -74,12 +74,12 @@ class PosixFile(EngineFile):
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return os.fstat(self._open_fd()).st_size
+        return os.fstat(self._fd).st_size
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes the file system holds for the file; 0 when closed."""
-        return os.fstat(self._fd).st_blocks * 512 if self._close.alive else 0
+        return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
 
     def allocate(self, size: int) -> None:
         """Make the file ``size`` bytes long with all of its space taken.
@@ -104,7 +104,7 @@ class PosixFile(EngineFile):
 
     def sync(self) -> None:
         """Wait until everything written is on the medium."""
-        os.fdatasync(self._open_fd())
+        os.fdatasync(self._fd)
 
     def read_at(self, buffers: list[memoryview], offset: int) -> None:
         """Fill the buffers, one after the other, from ``offset``; all aligned if the file is direct.
@@ -114,13 +114,13 @@ class PosixFile(EngineFile):
         OSError
             The device failed, or the file ends early (``EIO``).
         """
-        self._transfer(os.preadv, self._open_fd(), buffers, offset)
+        self._transfer(os.preadv, self._fd, buffers, offset)
 
     def read_blocks(self, buffer: memoryview, offset: int, needed: int) -> None:
         """Fill at least the first ``needed`` bytes of an aligned buffer: the file may end within its last block."""
         done = 0
         while done < needed:
-            count = os.preadv(self._open_fd(), [buffer[done:]], offset + done)
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
             whole = count // BLOCK_BYTES * BLOCK_BYTES
             if not whole and done + count < needed:
                 raise short_transfer(self.path, offset + done + count)
@@ -134,7 +134,7 @@ class PosixFile(EngineFile):
         OSError
             The device failed or is full; the range is undefined.
         """
-        self._transfer(os.pwritev, self._open_fd(), buffers, offset)
+        self._transfer(os.pwritev, self._fd, buffers, offset)
 
     def write_span(self, buffer: memoryview, first: int, skipped: int) -> None:
         """Write an aligned buffer but for its first ``skipped`` bytes; its start belongs at ``first``, a whole block.
@@ -152,10 +152,11 @@ class PosixFile(EngineFile):
 
     def truncate(self, size: int) -> None:
         """Make the file ``size`` bytes long without taking space."""
-        os.ftruncate(self._open_fd(), size)
+        os.ftruncate(self._fd, size)
 
     def close(self) -> None:
-        """Close the file; a nameless one frees its space. Idempotent."""
+        """Close the file; a nameless one frees its space. Idempotent; whatever comes later fails with ``EBADF``."""
+        self._fd = -1
         self._close()
 
     def try_direct(self, *, scratch: bool) -> None:
@@ -193,21 +194,15 @@ class PosixFile(EngineFile):
     @property
     def device(self) -> int:
         """Number of the file system that the file lies on."""
-        return os.fstat(self._open_fd()).st_dev
-
-    def _open_fd(self) -> int:
-        """The descriptor: never one that was closed, which may be another file's by now."""
-        if not self._close.alive:
-            raise OSError(errno.EBADF, f"the file was closed: {self.path}")
-        return self._fd
+        return os.fstat(self._fd).st_dev
 
     @contextmanager
     def _buffered(self) -> Iterator[int]:
         """Lend a descriptor of the same file that takes any offset, length and address."""
         if not self.direct:
-            yield self._open_fd()
+            yield self._fd
             return
-        descriptor = os.open(f"/proc/self/fd/{self._open_fd()}", os.O_RDWR)
+        descriptor = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR)
         try:
             yield descriptor
         finally:
@@ -218,16 +213,17 @@ class PosixFile(EngineFile):
     ) -> None:
         """Repeat the system call until every byte went through: the kernel may stop short at any point."""
         unit = unit or (BLOCK_BYTES if self.direct else 1)
-        buffers = list(buffers)
-        while buffers:
-            done = call(descriptor, buffers[:MAX_VECTORS], offset) // unit * unit
+        left = sum(buffer.nbytes for buffer in buffers)
+        while left:
+            done = call(descriptor, buffers[:MAX_VECTORS], offset)
+            if done == left:
+                return
+            done = done // unit * unit
             if not done:
                 raise short_transfer(self.path, offset)
             offset += done
-            while buffers and done >= buffers[0].nbytes:
-                done -= buffers.pop(0).nbytes
-            if done:
-                buffers[0] = buffers[0][done:]
+            left -= done
+            buffers = _without(buffers, done)
 
 
 def open_named(path: Path, *, writable: bool, create: bool = False) -> PosixFile:
@@ -273,6 +269,15 @@ def open_nameless(directory: Path, size: int) -> PosixFile:
     if file.note:
         _logger.warning("spill file in %s: %s", directory, file.note)
     return file
+
+
+def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """The buffers but for their first ``count`` bytes."""
+    for number, buffer in enumerate(buffers):
+        if count < buffer.nbytes:
+            return [buffer[count:], *buffers[number + 1 :]]
+        count -= buffer.nbytes
+    return []
 
 
 def short_transfer(path: Path, offset: int) -> OSError:

@@ -14,7 +14,8 @@
 """
 
 from kvtier.storage_backends.segment.lock import DirectoryLock
-from kvtier.storage_backends.segment.options import SegmentOptions
+from kvtier.storage_backends.segment.options import SegmentOptions, options_of
 from kvtier.storage_backends.segment.store import SegmentRecords
+from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport
 
-__all__ = ["DirectoryLock", "SegmentOptions", "SegmentRecords"]
+__all__ = ["DirectoryLock", "SegmentOptions", "SegmentRecords", "StoreSummary", "VerifyReport", "options_of"]

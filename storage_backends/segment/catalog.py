@@ -14,10 +14,12 @@ from kvtier.storage_backends.records import BoolArray
 from kvtier.storage_backends.segment.changes import Changes, Names, SegmentMark
 from kvtier.storage_backends.segment.leases import LeaseBook, SegmentLease
 from kvtier.storage_backends.segment.pool import Segment
-from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows, join_keys, record_bytes
+from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows, join_keys, record_bytes
 from kvtier.storage_backends.segment.table import NOWHERE, IndexArray, KeyArray, RecordTable
 
 __all__ = ["Catalog", "Counters"]
+
+_HEAT_ROWS = 512
 
 
 @dataclass(slots=True)
@@ -134,9 +136,8 @@ class Catalog:
             graves["before"] = at["sequence"] + np.uint64(1)
             self._count(at, -1)
             self.table.remove(rows)
-            if forever:
-                for segment in np.unique(at["segment"]).tolist():
-                    self._changes.graves.append((segment, graves[at["segment"] == segment]))
+            if forever and rows.size:
+                self._changes.graves.append(graves)
             return graves
 
     def bury(self, keys: KeyArray, before: KeyArray, *, forever: bool) -> int:
@@ -169,7 +170,6 @@ class Catalog:
             self.tombstones.pop(number, None)
             self._changes.tombstones = [place for place in self._changes.tombstones if place[0] != number]
             self._changes.rows = [rows[rows["at"]["segment"] != number] for rows in self._changes.rows]
-            self._changes.graves = [grave for grave in self._changes.graves if grave[0] != number]
 
     def lease(self, keys: Sequence[bytes], owner: str, seconds: float) -> SegmentLease:
         """Hold those records that are there."""
@@ -196,11 +196,21 @@ class Catalog:
             rows["at"] = self.table.at[numbers]
             return rows
 
-    @property
-    def pending_rows(self) -> int:
-        """Rows that the index has not been told of."""
-        changes = self._changes
-        return sum(len(rows) for rows in changes.rows) + len(changes.graves) + len(changes.dropped)
+    def heat(self) -> Rows:
+        """Reads of the records that were read most, as `HEAT` [n], so that another opening knows of them."""
+        with self.lock:
+            live = self.table.live()
+            hits = self.table.at["hits"][live]
+            most = np.argsort(hits, kind="stable")[-_HEAT_ROWS:]
+            rows = np.zeros(most.size, dtype=HEAT)
+            rows["key"], rows["hits"] = self.table.keys(live[most]), hits[most]
+            return rows[rows["hits"] > 0]
+
+    def warm(self, heat: Rows) -> None:
+        """Take over what was read most before."""
+        with self.lock:
+            rows = self.table.find(heat["key"])
+            self.table.at["hits"][rows[rows >= 0]] = heat["hits"][rows >= 0]
 
     def take_changes(self, segments: Sequence[Segment], epoch: int) -> Changes:
         """Everything since the last call, with how far it covers each segment."""

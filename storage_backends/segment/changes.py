@@ -26,8 +26,8 @@ class Changes:
     ----------
     rows : list of Rows
         Arrays of `ROW`.
-    graves : list of (segment, Rows)
-        Arrays of `GRAVE`, under the segment that holds the dead records.
+    graves : list of Rows
+        Arrays of `GRAVE`: what was deleted or put aside.
     tombstones : list of (segment, offset)
         Where tombstones lie.
     dropped : list of int
@@ -41,7 +41,7 @@ class Changes:
     """
 
     rows: list[Rows] = field(default_factory=list)
-    graves: list[tuple[int, Rows]] = field(default_factory=list)
+    graves: list[Rows] = field(default_factory=list)
     tombstones: list[tuple[int, int]] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     tenants: list[tuple[int, bytes]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the drive below a directory is like: latency and bandwidth of reads, measured once, and what follows from them."""
+"""What the drive below a directory is like: latency and bandwidth of reads, measured once, and what follows."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from pathlib import Path
 
 from kvtier.errors import StorageError
@@ -16,6 +18,7 @@ from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 
 __all__ = ["Flusher"]
 
+_RETRY_SECONDS = 30.0
 _logger = logging.getLogger("kvtier.storage_backends.segment")
 
 
@@ -24,26 +27,23 @@ class Flusher:
 
     Parameters
     ----------
-    index : SegmentIndex
-        Owned from here on.
-
-    Attributes
-    ----------
-    problem : str
-        Why data or index could not be written the last time; empty when they could.
+    index : SegmentIndex, optional
+        Owned from here on; written anew when None.
     """
 
     def __init__(
         self, directory: Path, options: SegmentOptions, geometry: Geometry, catalog: Catalog, pool: SegmentPool,
-        index: SegmentIndex,
+        index: SegmentIndex | None,
     ) -> None:  # fmt: skip
         self._directory = directory
         self._options = options
         self._geometry = geometry
         self._catalog = catalog
         self._pool = pool
-        self._index: SegmentIndex | None = index
-        self.problem = ""
+        self._index = index
+        self._again_at = 0.0
+        self._unindexed = ""
+        self._unsynced_problem = ""
         self._unsynced: dict[int, Segment] = {}
         self._unsynced_bytes = 0
         self._turn = threading.Lock()
@@ -51,8 +51,14 @@ class Flusher:
         self._thread = threading.Thread(target=self._run, name="kvtier-flush", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Tell the index what was found, and begin to work."""
+        self.flush()
         self._thread.start()
+
+    @property
+    def problem(self) -> str:
+        """Why data or index could not be written the last time; empty when they could."""
+        return "; ".join(filter(None, (self._unsynced_problem, self._unindexed)))
 
     def wrote(self, segments: set[Segment], count: int) -> None:
         """Note bytes that were not synced; syncs them when they have become too many."""
@@ -64,38 +70,48 @@ class Flusher:
             self._sync()
 
     def flush(self) -> None:
-        """Sync data, then tell the index; what fails is noted in ``problem``."""
+        """Sync data, then tell the index; what fails is noted in `problem`."""
         with self._turn:
             changes = self._catalog.take_changes(list(self._pool.segments.values()), self._pool.next_epoch)
             self._sync()
-            if not changes.empty:
+            if self._index is None or not changes.empty:
                 self._commit(changes)
 
     def sync_index(self) -> bool:
         """Make what the index was told durable; False when that failed."""
         with self._turn:
+            if self._index is None:
+                return False
             try:
-                if self._index is None:
-                    return False
                 self._index.sync()
             except StorageError as error:
-                self.problem = str(error)
+                _logger.warning("the index is not synced: %s", error)
                 return False
             return True
+
+    def rewrite(self) -> None:
+        """Write the index anew from what is known."""
+        with self._turn:
+            self._abandon()
+            self._again_at = 0.0
+            self._commit(Changes())
 
     def close(self) -> None:
         """Stop the thread, flush, and say in the index that it is complete."""
         self._stop.set()
         self._thread.join()
-        self.flush()
-        if self._index is None:
-            return
-        try:
-            self._index.commit(self._catalog.take_changes(list(self._pool.segments.values()), self._pool.next_epoch))
-            self._index.finish()
-        except StorageError as error:
-            _logger.warning("the index is not complete (%s); the next opening looks through the segments", error)
-        self._index.close()
+        self._again_at = 0.0
+        with self._turn:
+            changes = self._catalog.take_changes(list(self._pool.segments.values()), self._pool.next_epoch)
+            self._sync()
+            self._commit(changes)
+            if self._index is None:
+                return
+            try:
+                self._index.finish(self._catalog.heat())
+            except StorageError as error:
+                _logger.warning("the index is not complete (%s); the next opening looks through the segments", error)
+            self._index.close()
 
     def _run(self) -> None:
         while not self._stop.wait(min(self._options.sync_seconds, self._options.index_seconds)):
@@ -105,7 +121,7 @@ class Flusher:
         with self._catalog.lock:
             segments, self._unsynced = list(self._unsynced.values()), {}
             self._unsynced_bytes = 0
-        self.problem = ""
+        problem = ""
         for segment in segments:
             if segment.kind is not SegmentKind.CACHE:
                 continue
@@ -113,24 +129,33 @@ class Flusher:
                 segment.sync.wait()
             except OSError as error:
                 self._catalog.counters.failed += 1
-                self.problem = f"the medium does not sync: {error.strerror or error}"
+                problem = f"the medium does not sync: {error.strerror or error}"
+        self._unsynced_problem = problem
 
     def _commit(self, changes: Changes) -> None:
-        """Write to the index; one that refuses is written anew, or else done without."""
+        """Write to the index; one that refuses is written anew, or else done without for a while."""
         try:
             if self._index is not None:
                 self._index.commit(changes)
                 return
-            self._index = self._write_anew()
         except StorageError as error:
             _logger.warning("the index is written anew: %s", error)
-            if self._index is not None:
-                self._index.close()
-                self._index = None
+            self._abandon()
+        if time.monotonic() >= self._again_at:
             try:
                 self._index = self._write_anew()
             except (StorageError, OSError) as failure:
-                self.problem = f"no index ({failure}); the next opening looks through all segments"
+                self._again_at = time.monotonic() + _RETRY_SECONDS
+                _logger.warning("no index can be written: %s", failure)
+        self._unindexed = "" if self._index else "the index cannot be written; the next opening reads everything"
+
+    def _abandon(self) -> None:
+        """Do without the index: one that lacks rows must not be found by the next opening."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        with contextlib.suppress(OSError):
+            remove_index(self._directory)
 
     def _write_anew(self) -> SegmentIndex:
         remove_index(self._directory)

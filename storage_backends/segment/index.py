@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,7 +18,7 @@ from kvtier.errors import StorageError
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.segment.changes import Changes, SegmentMark
 from kvtier.storage_backends.segment.options import Geometry
-from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows
+from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows
 
 __all__ = ["INDEX_NAME", "IndexContents", "SegmentIndex", "remove_index"]
 
@@ -29,7 +29,7 @@ INDEX_NAME = "index.sqlite"
 _APPLICATION_ID = 0x4B565469  # "KVTi"
 _VERSION = 1
 _PAGE_BYTES = 4096
-_RECORDS, _GRAVES, _TOMBSTONES = 0, 1, 2
+_RECORDS, _TOMBSTONES = 0, 1
 _TENANT, _NAMESPACE = 0, 1
 _TOMBSTONE = np.dtype("<u8")
 _SCHEMA = """
@@ -37,11 +37,28 @@ CREATE TABLE store(name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE segments(number INTEGER PRIMARY KEY, epoch INTEGER, upto INTEGER, least_sequence BLOB);
 CREATE TABLE names(kind INTEGER, number INTEGER, value BLOB, PRIMARY KEY(kind, number)) WITHOUT ROWID;
 CREATE TABLE packs(id INTEGER PRIMARY KEY, segment INTEGER, epoch INTEGER, kind INTEGER, rows BLOB, digest BLOB);
+CREATE TABLE graves(id INTEGER PRIMARY KEY, before BLOB, rows BLOB, digest BLOB);
 CREATE INDEX packs_of_segment ON packs(segment);
 """
 _logger = logging.getLogger("kvtier.storage_backends.segment")
 
-_Pack: TypeAlias = tuple[int, int, int, bytes, bytes]
+
+class _Pack(NamedTuple):
+    """Rows of one segment."""
+
+    segment: int
+    epoch: int
+    kind: int
+    rows: bytes
+    digest: bytes
+
+
+class _GravePack(NamedTuple):
+    """Rows of deleted records, all with sequence numbers below ``before``."""
+
+    before: bytes
+    rows: bytes
+    digest: bytes
 
 
 @dataclass(slots=True)
@@ -69,6 +86,7 @@ class IndexContents:
     namespaces: list[bytes]
     sequence: int
     epoch: int
+    heat: Rows
 
 
 class SegmentIndex:
@@ -119,7 +137,7 @@ class SegmentIndex:
                 number: SegmentMark(epoch, upto, _number(least))
                 for number, epoch, upto, least in self._db.execute("SELECT * FROM segments")
             }
-            packs: dict[int, list[bytes]] = {_RECORDS: [], _GRAVES: []}
+            records: list[bytes] = []
             tombstones: list[tuple[int, int]] = []
             for segment, epoch, kind, packed, digest in self._db.execute(
                 "SELECT segment, epoch, kind, rows, digest FROM packs ORDER BY id"
@@ -131,18 +149,19 @@ class SegmentIndex:
                 if kind == _TOMBSTONES:
                     tombstones += [(segment, at) for at in np.frombuffer(packed, _TOMBSTONE).tolist()]
                 else:
-                    packs[kind].append(packed)
+                    records.append(packed)
             return IndexContents(
                 store=bytes(values["store"]),
                 clean=values["clean"] == b"\1",
-                rows=np.frombuffer(b"".join(packs[_RECORDS]), dtype=ROW),
-                graves=np.frombuffer(b"".join(packs[_GRAVES]), dtype=GRAVE),
+                rows=np.frombuffer(b"".join(records), dtype=ROW),
+                graves=np.frombuffer(b"".join(self._graves()), dtype=GRAVE),
                 tombstones=tombstones,
                 marks=marks,
                 tenants=self._names(_TENANT),
                 namespaces=self._names(_NAMESPACE),
                 sequence=_number(values["sequence"]),
                 epoch=_number(values["epoch"]),
+                heat=np.frombuffer(values.get("heat", b""), dtype=HEAT),
             )
 
     def begin(self, store: bytes) -> None:
@@ -154,15 +173,20 @@ class SegmentIndex:
         """
         self._mark({"store": store, "clean": b"\0"}, default={"sequence": _blob(1), "epoch": _blob(1)})
 
-    def finish(self) -> None:
-        """Say that nothing was written after the last commit; durable when it returns.
+    def finish(self, heat: Rows) -> None:
+        """Say that nothing was written after the last commit, and which records were read most; durable on return.
+
+        Parameters
+        ----------
+        heat : Rows
+            Array of `HEAT`.
 
         Raises
         ------
         StorageError
         """
         failpoints.reach("index.before-clean")
-        self._mark({"clean": b"\1"})
+        self._mark({"clean": b"\1", "heat": heat.tobytes()})
         failpoints.reach("index.after-clean")
 
     def commit(self, changes: Changes) -> None:
@@ -175,16 +199,14 @@ class SegmentIndex:
             written anew or removed.
         """
         epochs = {number: mark.epoch for number, mark in changes.marks.items()}
-        packs = list(_packs(changes, epochs, self.rows_per_commit))
         with _translated("write"):
-            while len(packs) > 1:
+            for pack in _packs(changes, epochs, self.rows_per_commit):
                 with self._transaction():
                     self._drop(changes)
                     self._write_names(changes)
-                    self._insert([packs.pop(0)])
+                    self._insert(pack)
             with self._transaction():
                 self._drop(changes)
-                self._insert(packs)
                 self._write_names(changes)
                 self._write_marks(changes)
                 failpoints.reach("index.before-commit")
@@ -244,13 +266,25 @@ class SegmentIndex:
             raise StorageError("the index lacks names of tenants or namespaces")
         return [bytes(value) for _, value in rows]
 
+    def _graves(self) -> Iterator[bytes]:
+        for before, packed, digest in self._db.execute("SELECT before, rows, digest FROM graves"):
+            if digest != xxhash.xxh3_64_digest(before + packed):
+                raise StorageError("the index has damaged rows of deleted records")
+            yield packed
+
     def _drop(self, changes: Changes) -> None:
+        """Forget segments that are gone, and graves of which no segment can hold the dead any more."""
         if changes.dropped:
             self._db.executemany("DELETE FROM packs WHERE segment=?", [(number,) for number in changes.dropped])
+            least = min((mark.min_sequence for mark in changes.marks.values()), default=1 << 63)
+            self._db.execute("DELETE FROM graves WHERE before <= ?", (_blob(least),))
             changes.dropped.clear()
 
-    def _insert(self, packs: Iterable[_Pack]) -> None:
-        self._db.executemany("INSERT INTO packs(segment, epoch, kind, rows, digest) VALUES(?, ?, ?, ?, ?)", packs)
+    def _insert(self, pack: _Pack | _GravePack) -> None:
+        if len(pack) == len(_Pack._fields):
+            self._db.execute("INSERT INTO packs(segment, epoch, kind, rows, digest) VALUES(?, ?, ?, ?, ?)", pack)
+        else:
+            self._db.execute("INSERT INTO graves(before, rows, digest) VALUES(?, ?, ?)", pack)
 
     def _write_names(self, changes: Changes) -> None:
         for kind, names in ((_TENANT, changes.tenants), (_NAMESPACE, changes.namespaces)):
@@ -290,24 +324,26 @@ def remove_index(directory: Path) -> None:
         (directory / f"{INDEX_NAME}{suffix}").unlink(missing_ok=True)
 
 
-def _packs(changes: Changes, epochs: dict[int, int], most: int) -> Iterator[_Pack]:
-    """Blobs of rows, each of one segment and one kind; rows of segments that are gone are left out."""
+def _packs(changes: Changes, epochs: dict[int, int], most: int) -> Iterator[_Pack | _GravePack]:
+    """Blobs of rows, those of records by segment; rows of segments that are gone are left out."""
     rows = np.concatenate(changes.rows) if changes.rows else np.empty(0, dtype=ROW)
-    by_segment: list[tuple[int, int, np.ndarray[tuple[int, ...], np.dtype[np.void]]]] = []
     for segment in np.unique(rows["at"]["segment"]).tolist():
-        by_segment.append((segment, _RECORDS, rows[rows["at"]["segment"] == segment]))
-    by_segment += [(segment, _GRAVES, graves) for segment, graves in changes.graves]
-    for segment, kind, packed in by_segment:
-        for at in range(0, len(packed), most):
+        mine = rows[rows["at"]["segment"] == segment]
+        for at in range(0, len(mine), most):
             if segment in epochs:
-                yield _pack(segment, epochs[segment], kind, packed[at : at + most].tobytes())
+                yield _pack(segment, epochs[segment], _RECORDS, mine[at : at + most].tobytes())
     for segment, offset in changes.tombstones:
         if segment in epochs:
             yield _pack(segment, epochs[segment], _TOMBSTONES, np.asarray([offset], dtype=_TOMBSTONE).tobytes())
+    graves = np.concatenate(changes.graves) if changes.graves else np.empty(0, dtype=GRAVE)
+    for at in range(0, len(graves), most):
+        some = graves[at : at + most]
+        before, packed = _blob(int(some["before"].max())), some.tobytes()
+        yield _GravePack(before, packed, xxhash.xxh3_64_digest(before + packed))
 
 
 def _pack(segment: int, epoch: int, kind: int, rows: bytes) -> _Pack:
-    return (segment, epoch, kind, rows, _digest(segment, epoch, kind, rows))
+    return _Pack(segment, epoch, kind, rows, _digest(segment, epoch, kind, rows))
 
 
 def _digest(segment: int, epoch: int, kind: int, rows: bytes) -> bytes:
@@ -317,12 +353,12 @@ def _digest(segment: int, epoch: int, kind: int, rows: bytes) -> bytes:
 
 
 def _blob(number: int) -> bytes:
-    """Numbers of 64 bits without a sign, which SQLite's integers are not."""
-    return number.to_bytes(8, "little")
+    """Numbers of 64 bits without a sign, which SQLite's integers are not; blobs compare like the numbers."""
+    return number.to_bytes(8, "big")
 
 
 def _number(blob: bytes) -> int:
-    return int.from_bytes(blob, "little")
+    return int.from_bytes(blob, "big")
 
 
 @contextmanager

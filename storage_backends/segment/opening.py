@@ -1,4 +1,4 @@
-"""Opening a segment directory: lock, index, segments, recovery, in an order that a crash at any point leaves openable."""
+"""Opening a segment directory: index, segments, recovery, in an order that a crash at any point leaves openable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ _logger = logging.getLogger("kvtier.storage_backends.segment")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What was found in a directory; ``index`` is None when it was opened to read."""
+    """What was found in a directory; without an ``index`` where none could be had, or none is to be written."""
 
     pool: SegmentPool
     index: SegmentIndex | None
@@ -62,16 +62,15 @@ def open_directory(
         store = choose_store(found)
         if contents is not None and store is not None and contents.store != store:
             _logger.warning("the index in %s belongs to another store; it is rebuilt", directory)
-            index, contents = _fresh_index(index, directory, geometry), None
+            _remove(index, directory)
+            index, contents = None, None
         pool.store = store or (contents.store if contents is not None else uuid.uuid4().bytes)
         adopt_segments(pool, found)
-        if index is not None:
-            index.begin(pool.store)
-        report = recover(catalog, pool, engine, contents, progress)
+        index = _begun(index, directory, pool.store)
+        report = replace(recover(catalog, pool, engine, contents, progress), damaged_segments=tuple(pool.damaged))
+        catalog.counters.damaged += len(pool.damaged)
         if writable:
             _keep_capacity(pool, catalog)
-        if index is not None:
-            index.commit(catalog.take_changes(list(pool.segments.values()), pool.next_epoch))
         return Opened(pool, index, report, measure_drive(engine, directory, pool, writable=writable))
     except OSError as error:
         pool.close()
@@ -98,14 +97,28 @@ def _open_index(
         return index, index.load(epochs)
     except StorageError as error:
         _logger.warning("the index in %s is rebuilt: %s", directory, error)
-        return _fresh_index(index, directory, geometry), None
+        _remove(index, directory)
+        return None, None
 
 
-def _fresh_index(index: SegmentIndex | None, directory: Path, geometry: Geometry) -> SegmentIndex | None:
+def _begun(index: SegmentIndex | None, directory: Path, store: bytes) -> SegmentIndex | None:
+    """The index, marked as one that is behind from here on; none where it does not take that."""
+    if index is None:
+        return None
+    try:
+        index.begin(store)
+    except StorageError as error:
+        _logger.warning("the index in %s is written anew: %s", directory, error)
+        _remove(index, directory)
+        return None
+    return index
+
+
+def _remove(index: SegmentIndex | None, directory: Path) -> None:
+    """Remove an index; another is written when all is known."""
     if index is not None:
         index.close()
     remove_index(directory)
-    return SegmentIndex(directory, geometry)
 
 
 def _read_copy(directory: Path, geometry: Geometry, epochs: dict[int, int]) -> IndexContents | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, StorageError
 from kvtier.record import BLOCK_BYTES, DEFAULT_EXTENT_BYTES, MAX_EXTENT_BYTES, SUPERBLOCK_BYTES
 from kvtier.types import format_bytes
 
-__all__ = ["Durability", "Geometry", "SegmentOptions"]
+__all__ = ["SEGMENT_NAME", "Durability", "Geometry", "SegmentOptions", "options_of"]
+
+SEGMENT_NAME = re.compile(r"segment-(\d{8})\.kvt")
+"""Names of segment files."""
 
 Durability = Literal["durable", "relaxed"]
 
@@ -19,6 +24,7 @@ _LEAST_SEGMENTS = 3  # one that is written, one that is cleared, one that is kep
 _FIXED_BYTES = 64 << 10  # lock file, directory blocks
 _LEAST_INDEX_BYTES = 512 << 10
 _MOST_LOG_BYTES = 4 << 20
+_LEAST_CAPACITY = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,3 +124,22 @@ class Geometry:
     def most_record_bytes(self) -> int:
         """Largest record, header included."""
         return self.segment_bytes - SUPERBLOCK_BYTES
+
+
+def options_of(directory: Path) -> SegmentOptions:
+    """Settings that fit a directory as it is: for looking at it, and for repairs, without its configuration.
+
+    Raises
+    ------
+    StorageError
+        There is no such directory, or no store in it.
+    """
+    try:
+        files = {path.name: path.stat().st_size for path in directory.iterdir()}
+    except OSError as error:
+        raise StorageError(f"cannot look into {directory}: {error.strerror}; is the path right?") from error
+    sizes = [size for name, size in files.items() if SEGMENT_NAME.fullmatch(name)]
+    if not sizes and "lock" not in files:
+        raise StorageError(f"required a store in {directory}, got no segment and no lock; is the path right?")
+    needed = sum(Geometry.segment_cost(size) for size in sizes) + _FIXED_BYTES
+    return SegmentOptions(capacity=max(_LEAST_CAPACITY, needed * 64 // 63 + _LEAST_INDEX_BYTES))

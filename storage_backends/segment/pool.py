@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvtier.record import SUPERBLOCK_BYTES, SegmentKind, Superblock, parse_super
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned
-from kvtier.storage_backends.segment.options import Geometry
+from kvtier.storage_backends.segment.options import SEGMENT_NAME, Geometry
 from kvtier.storage_backends.segment.sync import GroupSync
 
 __all__ = ["Segment", "SegmentPool", "sync_directory"]
@@ -32,7 +31,6 @@ failpoints.NAMES |= {
     "superblock.after-sync",
 }
 
-_NAME = re.compile(r"segment-(\d{8})\.kvt")
 _logger = logging.getLogger("kvtier.storage_backends.segment")
 
 
@@ -100,6 +98,7 @@ class SegmentPool:
         self.store = store
         self.segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
+        self.damaged: list[str] = []
         self.next_epoch = 1
 
     @property
@@ -130,7 +129,7 @@ class SegmentPool:
         """Open the segments that are there; with None where the superblock says nothing that can be trusted."""
         found: list[tuple[Segment, Superblock | None]] = []
         for path in sorted(self._directory.iterdir()):
-            match = _NAME.fullmatch(path.name)
+            match = SEGMENT_NAME.fullmatch(path.name)
             if match is None:
                 continue
             try:
@@ -265,11 +264,14 @@ class SegmentPool:
         block = empty_aligned(SUPERBLOCK_BYTES)
         (error,) = self._engine.read([Transfer(segment.file, 0, block)])
         if error is None:
+            if not block.any():
+                return None  # the process ended before it was used
             try:
                 return parse_superblock(block.numpy().data)
             except RecordFormatError as problem:
                 error = problem
         _logger.warning("segment %s holds nothing to be trusted: %s", segment.file.path, error)
+        self.damaged.append(segment.file.path.name)
         return None
 
 

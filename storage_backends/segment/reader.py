@@ -11,7 +11,7 @@ import torch
 
 from kvtier.errors import RecordFormatError
 from kvtier.record import BLOCK_BYTES, DIGEST_BYTES, RecordHeader, digest_extents, header_seed, parse_header
-from kvtier.storage_backends.engines import IOEngine, Transfer
+from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
@@ -109,36 +109,48 @@ def read_fetches(
     engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int
 ) -> None:
     """Carry out fetches; each says in `Fetch.outcome` what came of it."""
-    pieces: list[_Piece] = []
+    round_of: list[Fetch] = []
     planned = 0
     for fetch in fetches:
-        fetch.header = headers.get(fetch.place)
-        mine = [] if fetch.header is not None else [_header_piece(fetch)]
-        mine += _payload_pieces(fetch)
-        pieces += mine
-        planned += sum(piece.buffer.numel() for piece in mine)
+        round_of.append(fetch)
+        planned += fetch.header_bytes + fetch.into.numel()
         if planned >= _ROUND_BYTES:
-            _run(engine, pieces, store, gap_bytes)
-            pieces, planned = [], 0
-    _run(engine, pieces, store, gap_bytes)
+            _read_round(engine, round_of, headers, store, gap_bytes)
+            round_of, planned = [], 0
+    if round_of:
+        _read_round(engine, round_of, headers, store, gap_bytes)
+
+
+def _read_round(engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int) -> None:
+    """Read a part of the fetches, of a size that staging memory may have."""
+    pieces: list[_Piece] = []
+    unknown: list[Fetch] = []
     for fetch in fetches:
+        fetch.header = headers.get(fetch.place)
+        if fetch.header is None:
+            unknown.append(fetch)
+    memory = empty_aligned(sum(fetch.header_bytes for fetch in unknown))
+    at = 0
+    for fetch in unknown:
+        pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, []))
+        at += fetch.header_bytes
+    for fetch in fetches:
+        pieces += _payload_pieces(fetch)
+    _run(engine, pieces, store, gap_bytes)
+    for fetch in unknown:
         if fetch.header is not None:
             headers.put(fetch.place, fetch.header)
-
-
-def _header_piece(fetch: Fetch) -> _Piece:
-    return _Piece(fetch, fetch.offset, empty_aligned(fetch.header_bytes), None, [])
 
 
 def _payload_pieces(fetch: Fetch) -> list[_Piece]:
     """Cut the wanted extents into pieces: straight into ``into`` where whole extents are wanted, else by a buffer."""
     size = fetch.extent_bytes
     step = max(1, _PIECE_BYTES // size)
-    pieces: list[_Piece] = []
-    for first, stop in _extent_runs(fetch):
-        for extent in range(first, stop, step):
-            pieces.append(_piece(fetch, extent, min(stop, extent + step)))
-    return pieces
+    return [
+        _piece(fetch, extent, min(stop, extent + step))
+        for first, stop in _extent_runs(fetch)
+        for extent in range(first, stop, step)
+    ]
 
 
 def _extent_runs(fetch: Fetch) -> list[tuple[int, int]]:
@@ -182,15 +194,17 @@ def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -
     pieces = sorted(pieces, key=lambda piece: (piece.fetch.segment.number, piece.offset))
     transfers: list[Transfer] = []
     owners: list[_Piece | None] = []
+    between = empty_aligned(gap_bytes)  # nobody looks at it, so all gaps may share it
+    last: EngineFile | None = None
+    end = 0
     for piece in pieces:
-        file = piece.fetch.segment.file
-        if transfers and transfers[-1].file is file:
-            end = transfers[-1].offset + transfers[-1].buffer.numel()
-            if 0 < piece.offset - end <= gap_bytes:
-                transfers.append(Transfer(file, end, empty_aligned(piece.offset - end)))
-                owners.append(None)
+        file, gap = piece.fetch.segment.file, piece.offset - end
+        if file is last and 0 < gap <= gap_bytes:
+            transfers.append(Transfer(file, end, between[:gap]))
+            owners.append(None)
         transfers.append(Transfer(file, piece.offset, piece.buffer))
         owners.append(piece)
+        last, end = file, piece.offset + piece.buffer.numel()
 
     def verify(index: int) -> None:
         piece = owners[index]

@@ -17,7 +17,7 @@ from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.reader import Fetch, Found
 from kvtier.storage_backends.segment.table import NOWHERE, IndexArray
 
-__all__ = ["read_infos", "read_requests"]
+__all__ = ["pin_rows", "put_aside", "read_infos", "read_requests", "unpin"]
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -29,7 +29,7 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     catalog = journal.catalog
     with catalog.lock:
         rows = catalog.find([request.key for request in requests])
-        pinned = _pin(catalog, journal.pool, rows)
+        pinned = pin_rows(catalog, journal.pool, rows)
         fetches = [
             _fetch(journal, int(row), request) if row >= 0 else None
             for row, request in zip(rows.tolist(), requests, strict=True)
@@ -37,9 +37,9 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     try:
         journal.read([fetch for fetch in fetches if fetch is not None])
     finally:
-        _unpin(catalog, pinned)
+        unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
-    _put_aside(journal, fetches, outcomes)
+    put_aside(journal, fetches, outcomes)
     _count(journal, fetches, outcomes, rows)
     return [outcome is Found.RIGHT for outcome in outcomes]
 
@@ -49,7 +49,7 @@ def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
     catalog = journal.catalog
     with catalog.lock:
         rows = rows[catalog.table.at["segment"][rows] != NOWHERE]
-        pinned = _pin(catalog, journal.pool, rows)
+        pinned = pin_rows(catalog, journal.pool, rows)
         keys = catalog.table.keys(rows)
         hits = catalog.table.at["hits"][rows].tolist()
         fetches: list[Fetch | None] = [
@@ -59,9 +59,9 @@ def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
     try:
         journal.read([fetch for fetch in fetches if fetch is not None])
     finally:
-        _unpin(catalog, pinned)
+        unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
-    _put_aside(journal, fetches, outcomes)
+    put_aside(journal, fetches, outcomes)
     infos = []
     for fetch, outcome, count in zip(fetches, outcomes, hits, strict=True):
         if fetch is None or fetch.header is None or outcome is not Found.RIGHT:
@@ -119,8 +119,8 @@ def _fetch(journal: Journal, row: int, request: ReadRequest) -> Fetch | None:
     )
 
 
-def _pin(catalog: Catalog, pool: SegmentPool, rows: IndexArray) -> list[Segment]:
-    """Keep the segments of rows from being given back."""
+def pin_rows(catalog: Catalog, pool: SegmentPool, rows: IndexArray) -> list[Segment]:
+    """Keep the segments of rows from being given back; the caller holds the catalogue's lock."""
     numbers = np.unique(catalog.table.at["segment"][rows[rows >= 0]]).tolist()
     pinned = [pool.segments[number] for number in numbers]
     for segment in pinned:
@@ -128,14 +128,15 @@ def _pin(catalog: Catalog, pool: SegmentPool, rows: IndexArray) -> list[Segment]
     return pinned
 
 
-def _unpin(catalog: Catalog, pinned: Sequence[Segment]) -> None:
+def unpin(catalog: Catalog, pinned: Sequence[Segment]) -> None:
+    """Let segments go."""
     with catalog.lock:
         for segment in pinned:
             segment.pins -= 1
         catalog.drained.notify_all()
 
 
-def _put_aside(journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None]) -> None:
+def put_aside(journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None]) -> None:
     """Take out records that are damaged or that the medium does not give: they are never served again."""
     counters = journal.catalog.counters
     for fetch, outcome in zip(fetches, outcomes, strict=True):

@@ -106,11 +106,10 @@ class Reclaimer:
             rows = catalog.table.of_segment(victim.number)
             catalog.remove(rows, forever=False)
             catalog.counters.evicted += rows.size
-            catalog.drop_segment(victim.number)
-            victim.kind = SegmentKind.FREE
             catalog.drained.wait_for(lambda: not victim.pins)
         failpoints.reach("reclaim.before-give")
         self._pool.give(victim)
+        catalog.drop_segment(victim.number)  # only now: the index must know of the dead as long as they could come back
         failpoints.reach("reclaim.after-give")
         return True
 

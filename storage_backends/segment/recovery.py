@@ -42,6 +42,8 @@ class RecoveryReport:
         Records that were not complete and were left out.
     rebuilt : bool
         There was no index to be trusted.
+    damaged_segments : tuple of str
+        Segments whose first block is damaged: whatever they held is lost.
     """
 
     indexed: int = 0
@@ -49,6 +51,7 @@ class RecoveryReport:
     scanned_bytes: int = 0
     torn: int = 0
     rebuilt: bool = False
+    damaged_segments: tuple[str, ...] = ()
 
 
 def choose_store(found: Sequence[tuple[Segment, Superblock | None]]) -> bytes | None:
@@ -90,6 +93,8 @@ def recover(
     scanned = _take_scans(catalog, scans)
     _enter(catalog, indexed, scanned)
     _bury(catalog, contents, scans, rescanned)
+    if contents is not None:
+        catalog.warm(contents.heat)
     torn = sum(len(scan.torn) for _, _, scan in scans)
     catalog.counters.damaged += torn
     return RecoveryReport(
@@ -188,12 +193,12 @@ def _newest(keys: KeyArray, sequences: KeyArray) -> np.ndarray[tuple[int, ...], 
 
 def _bury(catalog: Catalog, contents: IndexContents | None, scans: Sequence[_Scanned], rescanned: set[int]) -> None:
     """Take out what was deleted or put aside."""
+    graves = [grave for _, _, scan in scans for grave in scan.graves]
+    if graves:
+        keys = join_keys([grave.key for grave in graves])
+        catalog.bury(keys, np.asarray([grave.before for grave in graves], dtype=GRAVE["before"]), forever=True)
     if contents is not None:
         catalog.bury(contents.graves["key"], contents.graves["before"], forever=False)
         for number, offset in contents.tombstones:
             if number not in rescanned:
                 catalog.tombstones[number].append(offset)
-    graves = [grave for _, _, scan in scans for grave in scan.graves]
-    if graves:
-        keys = join_keys([grave.key for grave in graves])
-        catalog.bury(keys, np.asarray([grave.before for grave in graves], dtype=GRAVE["before"]), forever=True)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvtier.record import BLOCK_BYTES, RecordHeader
 
-__all__ = ["FIELDS", "GRAVE", "ROW", "Rows", "join_keys", "record_bytes", "row_of"]
+__all__ = ["FIELDS", "GRAVE", "HEAT", "ROW", "Rows", "join_keys", "record_bytes", "row_of"]
 
 FIELDS = np.dtype(
     [
@@ -28,6 +28,7 @@ FIELDS = np.dtype(
 )
 ROW = np.dtype([("key", "<u8", (4,)), ("at", FIELDS)])
 GRAVE = np.dtype([("key", "<u8", (4,)), ("before", "<u8")])
+HEAT = np.dtype([("key", "<u8", (4,)), ("hits", "<u4")])
 
 Rows: TypeAlias = npt.NDArray[np.void]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from kvtier.errors import InputError, StorageError
+from kvtier.errors import CapacityError, InputError, StorageError
 from kvtier.record import BLOCK_BYTES, KEY_BYTES, Grave, SegmentKind
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.engines import IOEngine, PosixEngine
@@ -31,11 +33,14 @@ from kvtier.storage_backends.segment.leases import SegmentLease
 from kvtier.storage_backends.segment.lock import DirectoryLock
 from kvtier.storage_backends.segment.opening import newest_segment, open_directory
 from kvtier.storage_backends.segment.options import SegmentOptions
+from kvtier.storage_backends.segment.pool import Segment
 from kvtier.storage_backends.segment.putting import put_records
 from kvtier.storage_backends.segment.reading import read_infos, read_requests
 from kvtier.storage_backends.segment.reclaim import Reclaimer
 from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport
 from kvtier.storage_backends.segment.table import IndexArray
+from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport, summarise, verify_records
+from kvtier.types import format_bytes
 
 __all__ = ["SegmentRecords"]
 
@@ -220,6 +225,39 @@ class SegmentRecords(RecordStore):
             )
 
     @property
+    def engine(self) -> IOEngine:
+        """What moves the bytes."""
+        return self._engine
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of a segment."""
+        return self._geometry.segment_bytes
+
+    def borrow_segment(self) -> Segment:
+        """Take a whole segment out of the capacity, from the cache if need be, for pages that need no index.
+
+        Raises
+        ------
+        CapacityError
+            None can be had.
+        StorageError
+            The store is closed, or open for reading only.
+        """
+        with self._gate:
+            if self._flusher is None:
+                raise StorageError("required a store that may be written, got one that is open for reading only")
+            segment = self._journal.allocator.take(SegmentKind.SPILL)
+            if isinstance(segment, str):
+                raise CapacityError(f"required a segment of {format_bytes(self.segment_bytes)}, got none: {segment}")
+            return segment
+
+    def return_segment(self, segment: Segment) -> None:
+        """Give a borrowed segment back; after `close` there is nothing to give it back to."""
+        with contextlib.suppress(StorageError), self._gate:
+            self._journal.allocator.give(segment)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that the file system holds for all files of the directory."""
         others = 0
@@ -247,6 +285,36 @@ class SegmentRecords(RecordStore):
             persistent=True,
             note="; ".join(filter(None, (drive.note, speed))),
         )
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read and verify every live record at the drive's bandwidth; what is damaged is put aside.
+
+        Raises
+        ------
+        StorageError
+            The store is closed.
+        """
+        with self._gate:
+            report = verify_records(self._journal, progress)
+        recovery = self.recovery
+        return replace(report, torn=recovery.torn, rebuilt=recovery.rebuilt, damaged_segments=recovery.damaged_segments)
+
+    def rewrite_index(self) -> None:
+        """Replace the index on disk by what is known now: the second half of a repair, after `verify`.
+
+        Raises
+        ------
+        StorageError
+            The store is closed, or open for reading only.
+        """
+        with self._gate:
+            if self._flusher is None:
+                raise StorageError("required a store that may be written, got one that is open for reading only")
+            self._flusher.rewrite()
+
+    def summary(self, hottest: int = 10) -> StoreSummary:
+        """What the directory holds: tenants, namespaces, ages, the records read most."""
+        return summarise(self._journal, hottest)
 
     def flush(self) -> None:
         """Sync all data and tell the index."""
@@ -279,7 +347,7 @@ class SegmentRecords(RecordStore):
         newest = newest_segment(self._pool)
         if newest is not None:
             allocator.resume(newest)
-        if opened.index is not None:
+        if writable:
             self._flusher = Flusher(
                 self.directory, self.options, self._geometry, self._catalog, self._pool, opened.index
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class Draft:
 
     Attributes
     ----------
+    payload_bytes, header_bytes, record_bytes : int
+        Sizes; the last two in whole blocks.
     segment, offset
         Its place, once it has one.
     header : RecordHeader, optional
@@ -47,21 +49,15 @@ class Draft:
     offset: int = 0
     header: RecordHeader | None = None
     error: OSError | None = None
+    payload_bytes: int = field(init=False)
+    header_bytes: int = field(init=False)
+    record_bytes: int = field(init=False)
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of the payload."""
-        return sum(buffer.numel() for buffer in self.buffers)
-
-    @property
-    def header_bytes(self) -> int:
-        """Bytes of the header, whole blocks."""
-        return header_bytes(self.payload_bytes, len(self.tenant.encode()), len(self.meta), self.extent_bytes)
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of the whole record."""
-        return self.header_bytes + round_up(self.payload_bytes, BLOCK_BYTES)
+    def __post_init__(self) -> None:
+        self.payload_bytes = sum(buffer.numel() for buffer in self.buffers)
+        tenant = len(self.tenant.encode())
+        self.header_bytes = header_bytes(self.payload_bytes, tenant, len(self.meta), self.extent_bytes)
+        self.record_bytes = self.header_bytes + round_up(self.payload_bytes, BLOCK_BYTES)
 
     def seal(self, epoch: int) -> RecordHeader:
         """Compute the digests and build the header."""

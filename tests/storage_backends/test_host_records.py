@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -233,6 +234,22 @@ def test_the_index_has_a_bound_of_its_own() -> None:
         assert stats.held_bytes <= MIB // 32
         assert 0 < stats.records < 100
         assert there(store, [499]) == [499]
+
+
+def test_the_index_takes_no_more_than_is_counted() -> None:
+    with HostRecords(64 * MIB) as store:
+        records = [sample_record(number, 100, meta=b"%044d" % number) for number in range(1500)]
+        store.put(records[:500])
+        tracemalloc.start()
+        try:
+            before = store.stats().held_bytes - store._arena.held_bytes
+            store.put(records[500:])
+            counted = store.stats().held_bytes - store._arena.held_bytes - before
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+    assert 0.5 * counted < taken <= 1.05 * counted
 
 
 def test_large_memory_has_larger_units() -> None:
