@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """One table a part."""
     for part, cases in result["results"].items():
-        console.print(tables.TABLES[part](cases))
+        for table in tables.TABLES[part](cases):
+            console.print(table)
 
 
 def _contexts(text: str) -> tuple[int, ...]:

@@ -61,19 +61,20 @@ def _row(held: TieredLayers, settings: Settings, streams: Streams) -> dict[str, 
 
         return call
 
-    limits = settings.overhead_limits
     with clock.on():
-        contest([Competitor("clocked", clocked)], limits=limits, between=streams.flush)
+        contest([Competitor("clocked", clocked)], limits=settings.overhead_limits, between=streams.flush)
     competitors = [Competitor("session", session), Competitor("kernels", lambda _: clock.replay)]
-    timings = contest(competitors, limits=limits, between=streams.flush)
-    timed, each = inside[limits.warm_up :], 1e6 / held.layers
-    rest = timing_of([whole - kernels for whole, kernels in timed])
+    timings = contest(competitors, limits=settings.replay_limits, between=streams.flush)
+    timed, each = inside[settings.overhead_limits.warm_up :], 1e6 / held.layers
+    beside = [whole - kernels for whole, kernels in timed]
+    rest = timing_of(beside)
     return {
         "rounds": rest.rounds,
         "session_us": timings["session"].median_s * each,
         "kernels_us": timings["kernels"].median_s * each,
         "overhead_by_difference_us": (timings["session"].median_s - timings["kernels"].median_s) * each,
         "overhead_us": rest.median_s * each,
+        "overhead_mean_us": statistics.fmean(beside) * each,
         "overhead_p10_us": rest.p10_s * each,
         "overhead_p90_us": rest.p90_s * each,
         "kernels_inside_us": statistics.median(kernels for _, kernels in timed) * each,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
 from benchmarks.machine import available_bytes, last_level_cache_bytes
 from benchmarks.timing import Limits
+from benchmarks.workload import Shape
 from kvtier.types import DTypeName, format_bytes
 
-__all__ = ["LEAST_CONTEXT", "PARTS", "Settings", "refusal", "settings_of"]
+__all__ = ["LEAST_CONTEXT", "PARTS", "Settings", "most_that_fit", "refusal", "settings_of"]
 
 PARTS: Final = ("attention", "step", "overhead")
 LEAST_CONTEXT: Final = 2048
 """Tokens; a sixteenth of fewer is less than a policy's smallest budget."""
+
+_BLOCK: Final = Shape(dtype="float32").layout(1).block_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +27,10 @@ class Settings:
 
     Parameters
     ----------
-    limits, overhead_limits : Limits
-        Rounds of a case of attention or of a step, and of session overhead.
+    limits : Limits
+        Rounds of a case of attention or of a step.
+    overhead_limits, replay_limits : Limits
+        Rounds of session overhead by the clock around kernels, a whole block so that one step seals; and by difference.
     data_sets_bytes : int
         Different random caches are taken in turn until they reach this size together, two at least.
     generated : int
@@ -32,7 +38,7 @@ class Settings:
     stream_bytes, flush_bytes : int
         Size of the read stream, and what is read between two timings to empty the caches.
     model_layers, hidden, intermediate : int
-        Of the model whose whole step is timed.
+        Of the model whose whole step is timed; fewer layers where memory is short.
     overhead_context, overhead_layers, profile_steps : int
         Of the session whose overhead is measured and profiled.
     overhead_generated : tuple of int
@@ -44,6 +50,7 @@ class Settings:
     dtypes: tuple[DTypeName, ...]
     limits: Limits
     overhead_limits: Limits
+    replay_limits: Limits
     data_sets_bytes: int
     generated: int = 256
     stream_bytes: int
@@ -74,13 +81,19 @@ def refusal(needed: int) -> str | None:
     return None if needed < free else f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
 
 
+def most_that_fit(most: int, needed: Callable[[int], int]) -> int:
+    """The greatest number up to ``most`` whose bytes, as ``needed`` says, are there; 1 at least."""
+    return next((count for count in range(most, 1, -1) if refusal(needed(count)) is None), 1)
+
+
 def _proper(cache: int) -> Settings:
     return Settings(
         parts=PARTS,
         contexts=(8192, 32768, 131072),
         dtypes=("float32", "bfloat16"),
         limits=Limits(seconds=15.0, least=7, most=60, warm_up=2),
-        overhead_limits=Limits(seconds=4.0, least=15, most=100, warm_up=3),
+        overhead_limits=Limits(seconds=0.0, least=_BLOCK, most=_BLOCK, warm_up=3),
+        replay_limits=Limits(seconds=2.0, least=9, most=50, warm_up=2),
         data_sets_bytes=4 * cache,
         stream_bytes=16 * cache,
         flush_bytes=4 * cache,
@@ -88,7 +101,7 @@ def _proper(cache: int) -> Settings:
         intermediate=14336,
         overhead_context=32768,
         overhead_generated=(0, 256, 2048),
-        profile_steps=60,
+        profile_steps=30,
     )
 
 
@@ -99,6 +112,7 @@ def _quick() -> Settings:
         dtypes=("float32", "bfloat16"),
         limits=Limits(seconds=0.2, least=3, most=5, warm_up=1),
         overhead_limits=Limits(seconds=0.2, least=3, most=5, warm_up=1),
+        replay_limits=Limits(seconds=0.2, least=3, most=5, warm_up=1),
         data_sets_bytes=0,
         stream_bytes=32 << 20,
         flush_bytes=8 << 20,

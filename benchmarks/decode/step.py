@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvtier
-from benchmarks.decode.settings import Settings, refusal
+from benchmarks.decode.settings import Settings, most_that_fit, refusal
 from benchmarks.peers.streams import Streams
 from benchmarks.peers.tiered import Traffic, TrafficMeter, treatment
 from benchmarks.registry import BenchmarkError
@@ -22,7 +22,7 @@ from benchmarks.workload import KV, Shape, feed_generated, feed_prompt, random_k
 from kvtier.config import StoreConfig
 from kvtier.core.session import Session
 from kvtier.integrations.hf.columns import Columns
-from kvtier.types import DTypeName
+from kvtier.types import DTYPE_BYTES, DTypeName
 
 if TYPE_CHECKING:
     from kvtier.integrations.hf.cache import KVTierCache
@@ -32,6 +32,7 @@ __all__ = ["measure"]
 STOCK: Final = "transformers"
 POLICIES: Final = ("full", "quest")
 _VOCABULARY: Final = 1024
+_HEADROOM: Final = 9 / 8
 # Largest difference of logits that rounding explains, as a share of the largest logit.
 _ROUNDING: Final[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 2.0**-5}
 
@@ -45,16 +46,22 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
         When the patched model with everything read gives other logits than the stock one.
     """
     shape = Shape(dtype=dtype)
-    layer_bytes = context * shape.token_bytes
-    reason = refusal((settings.model_layers * (1 + len(POLICIES)) + 2) * layer_bytes)
+
+    def needed(layers: int) -> int:
+        # Every runner holds the cache, kvtier's with headroom; beside them one layer is drawn, one copied to grow.
+        copies = layers * (1 + len(POLICIES) * _HEADROOM) + 3
+        return round(copies * context * shape.token_bytes + layers * _layer_weight_bytes(settings, shape))
+
+    layers = most_that_fit(settings.model_layers, needed)
+    reason = refusal(needed(layers))
     if reason is not None:
         return {"skipped": reason}
     with ExitStack() as stack, torch.no_grad():
-        model = _model(settings, shape)
+        model = _model(settings, shape, layers)
         weights = sum(parameter.nbytes for parameter in [*model.model.layers.parameters(), *model.lm_head.parameters()])
         runners = {STOCK: _Runner(model, DynamicCache(config=model.config))}
         runners |= {f"kvtier: {name}": _patched(model, name, context, stack) for name in POLICIES}
-        _fill(runners, settings, context, shape)
+        _fill(runners, layers, settings.generated, context, shape)
         difference = _check(runners, dtype)
         meters = {name: runner.meter() for name, runner in runners.items()}
         timings = contest(
@@ -73,7 +80,7 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
                 "vs_stock": timings[STOCK].median_s / timing.median_s,
             }
         )
-    return {"layers": settings.model_layers, "weight_bytes": weights, "logit_difference": difference, "rows": rows}
+    return {"layers": layers, "weight_bytes": weights, "logit_difference": difference, "rows": rows}
 
 
 class _Runner:
@@ -139,13 +146,13 @@ class _PatchedRunner(_Runner):
 
 
 @functools.lru_cache(maxsize=1)
-def _model(settings: Settings, shape: Shape) -> LlamaForCausalLM:
-    """The stock model; made once for all contexts of a dtype."""
+def _model(settings: Settings, shape: Shape, layers: int) -> LlamaForCausalLM:
+    """The stock model; made once for all contexts of a dtype that have room for so many layers."""
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.model_layers,
+        num_hidden_layers=layers,
         num_attention_heads=shape.query_heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -160,6 +167,12 @@ def _model(settings: Settings, shape: Shape) -> LlamaForCausalLM:
     return model
 
 
+def _layer_weight_bytes(settings: Settings, shape: Shape) -> int:
+    """Bytes of the projections of one layer."""
+    heads = 2 * (shape.query_heads + shape.kv_heads) * shape.head_dim
+    return settings.hidden * (heads + 3 * settings.intermediate) * DTYPE_BYTES[shape.dtype]
+
+
 def _patched(model: LlamaForCausalLM, name: str, context: int, stack: ExitStack) -> _PatchedRunner:
     """A patched twin of the model: a configuration of its own, the same weights in memory."""
     twin = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
@@ -168,11 +181,11 @@ def _patched(model: LlamaForCausalLM, name: str, context: int, stack: ExitStack)
     return _PatchedRunner(twin, handle.new_cache())
 
 
-def _fill(runners: Mapping[str, _Runner], settings: Settings, context: int, shape: Shape) -> None:
+def _fill(runners: Mapping[str, _Runner], layers: int, generated: int, context: int, shape: Shape) -> None:
     """The same random keys and values for all: a prefill of 128K tokens would take longer than everything else."""
     tails = []
-    for layer in range(settings.model_layers):
-        prompt, tail = random_kv(shape, context).split(settings.generated)
+    for layer in range(layers):
+        prompt, tail = random_kv(shape, context).split(generated)
         tails.append(tail)
         for runner in runners.values():
             runner.feed(layer, prompt, shape)

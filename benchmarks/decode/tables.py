@@ -9,6 +9,8 @@ from rich.table import Table
 
 __all__ = ["TABLES"]
 
+_SHOWN: Final = 10
+
 Cases = Sequence[Mapping[str, Any]]
 
 
@@ -48,12 +50,28 @@ def _attention(cases: Cases) -> Table:
 def _step(cases: Cases) -> Table:
     table = _table(
         "A whole decode step",
-        ("context", "dtype", "what", "median ms", "p10..p90 ms", "MiB of KV", "GB/s with weights", "vs stock"),
+        (
+            "context",
+            "dtype",
+            "layers",
+            "what",
+            "median ms",
+            "p10..p90 ms",
+            "MiB of KV",
+            "GB/s with weights",
+            "vs stock",
+        ),
     )
     for case in cases:
         for row in _rows(case, table):
             table.add_row(
-                *_case(case), row["name"], *_times(row), _mib(row), f"{row['gb_per_s']:.1f}", _ratio(row["vs_stock"])
+                *_case(case),
+                str(case["layers"]),
+                row["name"],
+                *_times(row),
+                _mib(row),
+                f"{row['gb_per_s']:.1f}",
+                _ratio(row["vs_stock"]),
             )
         table.add_section()
     return table
@@ -71,6 +89,7 @@ def _overhead(cases: Cases) -> Table:
             "kernels us",
             "difference us",
             "overhead us",
+            "mean us",
             "p10..p90 us",
             "target us",
         ),
@@ -85,6 +104,7 @@ def _overhead(cases: Cases) -> Table:
                 f"{row['kernels_us']:.0f}",
                 f"{row['overhead_by_difference_us']:.0f}",
                 f"{row['overhead_us']:.0f}",
+                f"{row['overhead_mean_us']:.0f}",
                 f"{row['overhead_p10_us']:.0f}..{row['overhead_p90_us']:.0f}",
                 f"{case['target_us']:.0f}",
             )
@@ -92,17 +112,33 @@ def _overhead(cases: Cases) -> Table:
     return table
 
 
-TABLES: Final[Mapping[str, Callable[[Cases], Table]]] = {
-    "attention": _attention,
-    "step": _step,
-    "overhead": _overhead,
+def _profiles(cases: Cases) -> list[Table]:
+    """Where the time of each policy's session goes, at the most generated tokens; the JSON has all of them."""
+    tables = []
+    for case in cases:
+        latest = {row["name"]: row for row in case.get("rows", ())}
+        for name, row in latest.items():
+            title = (
+                f"{name}, {case['dtype']}, {row['generated']} generated: the session's own functions, a layer and step"
+            )
+            table = _table(title, ("function", "calls", "us"))
+            for entry in row["profile"][:_SHOWN]:
+                table.add_row(entry["function"], f"{entry['calls']:.1f}", f"{entry['own_us']:.1f}")
+            tables.append(table)
+    return tables
+
+
+TABLES: Final[Mapping[str, Callable[[Cases], Sequence[Table]]]] = {
+    "attention": lambda cases: [_attention(cases)],
+    "step": lambda cases: [_step(cases)],
+    "overhead": lambda cases: [_overhead(cases), *_profiles(cases)],
 }
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("dtype", "what") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("dtype", "what", "function") else "right", overflow="fold")
     return table
 
 

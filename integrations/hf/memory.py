@@ -75,6 +75,8 @@ def _beside(store: Store, budgets: Budgets) -> SessionTiers | StoreConfig:
     """Where the sessions over a store put what leaves the device; nowhere, when nothing ever does."""
     if budgets.device is None:
         return store.config.model_copy(update={"tiers": ()})
-    if any(tier.name == "host" for tier in store.config.tiers):
-        return store.session_tiers()
+    shared = store.session_tiers()
+    if shared.capacities:
+        return shared
+    shared.close()
     return store.config.model_copy(update={"tiers": load_config(None).tiers})

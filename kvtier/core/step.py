@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvtier.core.checks import check_positions, spans_of
@@ -25,7 +26,7 @@ class Row(NamedTuple):
     positions : Tensor
         Their positions [1, n], where the caller has them.
     host : array
-        The same on the host.
+        A copy of them on the host, int64.
     first : int
         The first of them.
     tokens : int
@@ -65,7 +66,8 @@ class Step:
     def __init__(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> None:
         check_positions(positions, rows, tokens)
         self.positions, self.spans, self.shape = positions, spans, (rows, tokens)
-        real, host = spans_of(spans, rows, tokens), positions.cpu().numpy()
+        on_host = positions if positions.is_cpu else positions.cpu()
+        real, host = spans_of(spans, rows, tokens), on_host.numpy().astype(np.int64)
         self.rows: list[Row] = []
         for number, span in enumerate(real):
             count = span.stop - span.start

@@ -134,6 +134,7 @@ def test_step_compares_the_patched_model_with_stock(quick: tuple[dict[str, Any],
     rows = by_name(case)
 
     assert set(rows) == {"transformers", "kvtier: full", "kvtier: quest"}
+    assert case["layers"] == quick[0]["settings"]["model_layers"]
     assert rows["transformers"]["vs_stock"] == 1.0
     assert rows["kvtier: full"]["kv_bytes"] == pytest.approx(rows["transformers"]["kv_bytes"], rel=0.01)
     assert rows["kvtier: quest"]["kv_bytes"] < rows["kvtier: full"]["kv_bytes"] / 15
@@ -147,11 +148,21 @@ def test_overhead_has_both_measures_and_a_profile(quick: tuple[dict[str, Any], s
     for row in rows:
         assert row["overhead_by_difference_us"] == pytest.approx(row["session_us"] - row["kernels_us"])
         assert 0 < row["overhead_p10_us"] <= row["overhead_us"] <= row["overhead_p90_us"]
+        assert row["overhead_mean_us"] > 0
         assert sum(row["kernel_calls"].values()) >= only_case(quick[0], "overhead")["layers"]
         assert len(row["profile"]) == 15
+        assert not any(entry["function"].startswith("kernels/") for entry in row["profile"])
         own = [entry["own_us"] for entry in row["profile"]]
         assert own == sorted(own, reverse=True)
         assert own[0] > 0
+
+
+def test_quest_ranks_and_chooses_in_kernels(quick: tuple[dict[str, Any], str]) -> None:
+    case = only_case(quick[0], "overhead")
+    calls = next(row["kernel_calls"] for row in case["rows"] if row["name"] == "kvtier: quest")
+
+    assert {calls[kernel] for kernel in ("box_scores", "top_pages")} == {case["layers"]}
+    assert calls["attend_pages"] >= case["layers"]
 
 
 def test_tables_show_every_row(quick: tuple[dict[str, Any], str]) -> None:
@@ -161,6 +172,8 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], str]) -> None:
         assert title in screen
     for name in (*POLICIES, GROUPED, *STREAMS):
         assert name in screen
+    for name in POLICIES:
+        assert f"{name}, float32, 256 generated" in screen, "a profile for every policy"
 
 
 def test_a_quick_run_of_prefixes_loads_what_it_published(tmp_path: Path) -> None:

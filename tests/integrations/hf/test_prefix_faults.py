@@ -115,6 +115,19 @@ def test_a_new_process_finds_what_another_published(tmp_path: Path) -> None:
     assert told.strip() == f"{expected.tolist()} {128 + 29 + 128}"
 
 
+def test_sessions_spill_into_the_segments_that_keep_their_prefixes(tmp_path: Path) -> None:
+    model = tiny_model("gemma3", max_position_embeddings=2048)
+    prompt = left_padded((1200, 900))
+    expected = model.generate(**prompt, **GREEDY)
+    for _ in range(2):
+        with kvtier.patch(model, "full", store=on_disk(tmp_path / "store"), device=420_000) as handle:
+            assert torch.equal(model.generate(**prompt, **GREEDY), expected)
+            report = handle.report().to_dict()
+        assert report["bytes"]["device"]["peak"] <= 420_000
+        assert report["bytes"]["nvme"]["peak"] > 0
+    assert report["prefix"]["tokens_saved"] > 2000
+
+
 def test_a_read_only_store_serves_and_takes_nothing(tmp_path: Path) -> None:
     model = tiny_model("llama")
     expected = model.generate(**PROMPT, **GREEDY)
