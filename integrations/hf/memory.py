@@ -12,7 +12,7 @@ import torch
 from kvtier.config import load_config
 from kvtier.core.session_tiers import SessionTiers
 from kvtier.core.store import Store, open_store
-from kvtier.types import Budgets, KVLayout, parse_bytes
+from kvtier.types import Budgets, KVLayout
 
 if TYPE_CHECKING:
     from kvtier.config import StoreConfig
@@ -27,12 +27,10 @@ _FOR_SESSIONS = ("host", "spill")
 def open_memory(
     layout: KVLayout,
     devices: tuple[torch.device, ...],
-    *,
     policy: str | Policy,
-    keep: int | None,
-    read: int | None,
-    device: int | str | None,
+    budgets: Budgets,
     store: Store | StoreConfig | Mapping[str, Any] | str | Path | None,
+    *,
     tenant: str,
 ) -> Memory:
     """Open the tiers of live sessions for a model and bind the policy to it; the caller closes the memory.
@@ -46,7 +44,6 @@ def open_memory(
     from kvtier.core.memory import Memory as CoreMemory
 
     config = store.config if isinstance(store, Store) else load_config(store)
-    budgets = Budgets(keep=keep, read=read, device=None if device is None else parse_bytes(device))
     layout = replace(
         layout,
         page_tokens=config.page_tokens,

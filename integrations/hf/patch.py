@@ -22,6 +22,7 @@ from kvtier.integrations.hf.memory import open_memory, open_prefix_store
 from kvtier.integrations.hf.pool import CachePool
 from kvtier.integrations.hf.prefix import PrefixCache
 from kvtier.integrations.hf.sessions import Memory, Report
+from kvtier.types import Budgets, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +58,8 @@ def patch(
     device : int or str, optional
         Bytes of device memory, or a size such as ``"1GiB"``.
     store : Store, StoreConfig, dict or path, optional
-        The tiers below the device. With a tier that outlives the process (``segment``, ``files``), or an open store,
-        prompts are looked up before they are computed and published afterwards, chunk by chunk in the background. An
-        open store may be shared and stays open; any other is opened here and closed with the handle.
+        The tiers below the device. Over a tier that outlives the process (``segment``, ``files``), or an open store,
+        prompts are looked up, and published in the background. An open store may be shared and stays open.
     tenant : str
         Whose data this is: nothing that is stored is shared with another, spill files go into a directory of its own.
 
@@ -70,26 +70,16 @@ def patch(
 
     Raises
     ------
-    UnsupportedModelError, ConfigError
-        When the model cannot be served; when a policy, budget or store is wrong or does not fit it.
-    StorageError
-        When a tier cannot be opened.
+    UnsupportedModelError, ConfigError, StorageError
+        When the model cannot be served; a policy, budget or store does not fit it; a tier cannot be opened.
     """
     inner = compat.unwrap(model)
     with ExitStack() as opened:
         own = open_prefix_store(store)
         if own is not None:
             store = opened.enter_context(own)
-        memory = open_memory(
-            layout_of(inner),
-            layer_devices(inner),
-            policy=policy,
-            keep=keep,
-            read=read,
-            device=device,
-            store=store,
-            tenant=tenant,
-        )
+        budgets = Budgets(keep=keep, read=read, device=None if device is None else parse_bytes(device))
+        memory = open_memory(layout_of(inner), layer_devices(inner), policy, budgets, store, tenant=tenant)
         opened.callback(memory.close)
         prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
         handle = attach(model, memory, prefix, closing=own)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvtier.core.batch import Batch
     from kvtier.core.load_worth import LoadDecision
 
-__all__ = ["PrefixReport", "SessionReport", "TierReport"]
+__all__ = ["PrefixReport", "SessionReport", "TierReport", "session_report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,3 +120,25 @@ class SessionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""
         return asdict(self)
+
+
+def session_report(batch: Batch, *, tokens: int, seconds: Mapping[str, float]) -> SessionReport:
+    """The report of a session that holds this batch and saw ``tokens`` columns."""
+    memory = batch.memory
+    held = Counter[str]()
+    for ledger in memory.ledgers.values():
+        held.update(ledger.by_purpose)
+    return SessionReport(
+        policy=memory.policy.label,
+        tenant=memory.tenant,
+        lossless=memory.policy.lossless,
+        rows=len(batch.rows),
+        tokens=tokens,
+        kept=max((sequence.length for sequence in batch.sequences), default=0),
+        bytes=memory.tier_reports(),
+        device_bytes=dict(held),
+        moved=memory.moved(),
+        pages_read=batch.pages_read,
+        pages_held=batch.pages_held,
+        seconds=dict(seconds),
+    )
