@@ -43,6 +43,7 @@ __all__ = [
     "TierConfig",
     "UnsupportedModelError",
     "__version__",
+    "fingerprint",
     "open_store",
     "patch",
     "policy",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
         StoreInUseError,
         UnsupportedModelError,
     )
+    from kvtier.integrations.hf.fingerprint import fingerprint
     from kvtier.integrations.hf.patch import patch
     from kvtier.policies.eviction.snapkv import SnapKV
     from kvtier.policies.full import Full
@@ -102,6 +104,7 @@ else:
         "StoreStats": "kvtier.core.store_stats",
         "TenantConfig": "kvtier.config",
         "TierConfig": "kvtier.config",
+        "fingerprint": "kvtier.integrations.hf.fingerprint",
         "open_store": "kvtier.core.store",
         "patch": "kvtier.integrations.hf.patch",
         "policy": "kvtier.core.compose",

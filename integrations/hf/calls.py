@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from kvtier.integrations.hf.stage import stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvtier.integrations.hf.prefix import PrefixCache
+    from kvtier.integrations.hf.state import CacheState
+
 __all__ = ["PatchedCalls", "arguments_by_name"]
 
 
@@ -32,11 +36,14 @@ class PatchedCalls:
         The model itself, without an adapter around it.
     pool : CachePool
         Where its caches come from.
+    prefix : PrefixCache, optional
+        The store under it.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: CachePool) -> None:
+    def __init__(self, model: PreTrainedModel, pool: CachePool, prefix: PrefixCache | None = None) -> None:
         self.model = model
         self.pool = pool
+        self.prefix = prefix
 
     def generate(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         """Run ``original(**call)`` with a cache of ours.
@@ -90,6 +97,8 @@ class PatchedCalls:
         cache = self.check_cache(given)
         cache.state.check_ready()
         self.pool.use(cache)
+        if cache.state.prefix is not None:
+            cache.state.prefix.past(cache.state.length)
         split = cache.state.split
         if module is self.model and split is not None:
             # The parts are forwards of their own and come by here again.
@@ -134,50 +143,71 @@ class PatchedCalls:
         state.check_ready()
         prompt = read_prompt(self.model, call, state.length)
         drafts = self._drafts(call)
-        if compat.generation_option(self.model, "is_assistant", call):
+        assisting = bool(compat.generation_option(self.model, "is_assistant", call))
+        if assisting:
             cache.activate_past_recording()
-        announced = prompt.columns - 1 if drafts else prompt.columns
-        # An assistant is called again and again for a few tokens more: only its first call brings a prompt.
-        if announced and not (state.length and compat.generation_option(self.model, "is_assistant", call)):
-            state.session.expect(announced)
-        chunk = self._chunk(prompt, call)
-        state.split = Split(chunk, apart=drafts) if drafts or chunk is not None else None
-        call = {**call, "past_key_values": cache}
-        if chunk is not None:
-            # transformers 5.16 cuts a continued prompt wrongly, every version an embedded one: forward() cuts those.
-            call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
-        self.pool.use(cache)
         try:
-            return original(**call)
+            # An assistant is called again and again for a few tokens more: only its first call brings a prompt.
+            if not (state.length and assisting):
+                prompt = self._announce(state, call, prompt, drafts=drafts)
+            chunk = self._chunk(state, prompt, call)
+            state.split = Split(chunk, apart=drafts) if drafts or chunk is not None else None
+            call = {**call, "past_key_values": cache}
+            if chunk is not None:
+                # transformers 5.16 cuts a continued prompt wrongly, every version an embedded one: forward() cuts
+                # those.
+                call["prefill_chunk_size"] = chunk if state.length == 0 and prompt.has_ids else None
+            self.pool.use(cache)
+            output = original(**call)
+            if state.prefix is not None:
+                state.prefix.past(state.length)
+            return output
         finally:
             state.split = None
+            if self.prefix is not None:
+                self.prefix.end(state)
+
+    def _announce(self, state: CacheState, call: dict[str, Any], prompt: Prompt, *, drafts: bool) -> Prompt:
+        """Restore what is stored of a prompt and tell the session of the rest, which is returned."""
+        if self.prefix is not None:
+            restored = self.prefix.begin(state, call, prompt, drafts=drafts)
+            prompt = replace(prompt, columns=prompt.columns - restored)
+        announced = prompt.columns - 1 if drafts else prompt.columns
+        if announced:
+            state.session.expect(announced)
+        return prompt
 
     @torch.no_grad()
     def _prefill(self, cache: KVTierCache, fed: History) -> None:
         device = compat.module_device(self.model.get_input_embeddings())
+        start = 0 if self.prefix is None else self.prefix.refill(cache.state, fed)
         call: dict[str, Any] = {
-            "input_ids": None if fed.ids is None else fed.ids.to(device),
+            "input_ids": None if fed.ids is None else fed.ids[:, start:].to(device),
             "attention_mask": None if bool(fed.real.all()) else fed.real.to(device),
-            "position_ids": fed.positions.to(device),
+            "position_ids": fed.positions[:, start:].to(device),
             "past_key_values": cache,
             "use_cache": True,
         }
         if compat.keeps_logits(self.model):
             call["logits_to_keep"] = 1
-        cache.session.expect(fed.length)
+        cache.session.expect(fed.length - start)
         cache.state.split = Split(self.pool.memory.max_prefill_chunk(fed.rows))
         try:
             self.model(**call)
         finally:
             cache.state.split = None
+            if self.prefix is not None:
+                self.prefix.end(cache.state)
 
-    def _chunk(self, prompt: Prompt, call: dict[str, Any]) -> int | None:
-        """The widest forward allowed, in columns: the caller's wish or what fits the device, whichever is smaller."""
+    def _chunk(self, state: CacheState, prompt: Prompt, call: dict[str, Any]) -> int | None:
+        """The widest forward allowed, in columns: the least of the caller's wish, the device and the store's queue."""
         wished = compat.generation_option(self.model, "prefill_chunk_size", call)
-        fitting = self.pool.memory.max_prefill_chunk(prompt.rows)
-        if wished is None and (fitting is None or fitting >= prompt.columns):
+        limits = [self.pool.memory.max_prefill_chunk(prompt.rows)]
+        if self.prefix is not None:
+            limits.append(self.prefix.widest(state, prompt))
+        if wished is None and all(limit is None or limit >= prompt.columns for limit in limits):
             return None
-        return min(limit for limit in (wished, fitting) if limit is not None)
+        return min(int(limit) for limit in (wished, *limits) if limit is not None)
 
     def _drafts(self, call: dict[str, Any]) -> bool:
         """Whether ``generate`` will feed tokens that it may take back."""

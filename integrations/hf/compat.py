@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -33,11 +34,14 @@ __all__ = [
     "check_version",
     "columns_to_remove",
     "generation_option",
+    "generation_options",
+    "hooks_of",
     "implementation",
     "is_causal_pattern",
     "keeps_logits",
     "module_device",
     "register",
+    "rerouted",
     "set_implementation",
     "takes_attention_functions",
     "text_config",
@@ -194,6 +198,30 @@ def generation_option(model: PreTrainedModel, name: str, call: dict[str, Any]) -
         if (value := getattr(config, name, None)) is not None:
             return value
     return None
+
+
+def generation_options(model: PreTrainedModel) -> frozenset[str]:
+    """The names of everything that ``generate`` takes for itself, and does not hand on to the model."""
+    generate: Any = getattr(type(model), "generate", None)
+    parameters = () if generate is None else inspect.signature(generate).parameters
+    return frozenset(parameters) | frozenset(vars(model.generation_config))
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """The functions that others hooked before or after the forward of a module, by name."""
+    tables = (module._forward_pre_hooks, module._forward_hooks)  # noqa: SLF001
+    functions = [getattr(hook, "func", hook) for table in tables for hook in table.values()]
+    names = [f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', type(hook))}" for hook in functions]
+    return [name for name in names if not name.startswith(("kvtier.", "transformers."))]
+
+
+def rerouted(model: PreTrainedModel) -> str:
+    """Why what runs is not what ``generate`` was given, for this call alone; empty when it is."""
+    if "prepare_inputs_for_generation" in vars(model):
+        return "an adapter puts tokens of its own before the prompt"
+    if any(hasattr(module, "merged_adapters") and hooks_of(module) for module in model.modules()):
+        return "each row has an adapter of its own"
+    return ""
 
 
 def _version() -> tuple[int, int]:

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
+from kvtier.core.store import Store
 from kvtier.errors import SessionStateError
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.attention import adopt, attention, mask, release
 from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
 from kvtier.integrations.hf.layout import layer_devices, layout_of
-from kvtier.integrations.hf.memory import open_memory
+from kvtier.integrations.hf.memory import open_memory, open_prefix_store
 from kvtier.integrations.hf.pool import CachePool
+from kvtier.integrations.hf.prefix import PrefixCache
 from kvtier.integrations.hf.sessions import Memory, Report
+from kvtier.types import Budgets, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,10 +40,10 @@ def patch(
     keep: int | None = None,
     read: int | None = None,
     device: int | str | None = None,
-    store: StoreConfig | Mapping[str, Any] | str | Path | None = None,
+    store: Store | StoreConfig | Mapping[str, Any] | str | Path | None = None,
     tenant: str = "default",
 ) -> PatchHandle:
-    """Let a model keep its KV cache in kvtier's tiers, under a policy.
+    """Let a model keep its KV cache in kvtier's tiers, under a policy, and find prompts again that it has seen.
 
     Parameters
     ----------
@@ -54,10 +57,11 @@ def patch(
         Tokens read per decode step, layer and KV head.
     device : int or str, optional
         Bytes of device memory, or a size such as ``"1GiB"``.
-    store : StoreConfig, dict or path, optional
-        The tiers below the device.
+    store : Store, StoreConfig, dict or path, optional
+        The tiers below the device. Over a tier that outlives the process (``segment``, ``files``), or an open store,
+        prompts are looked up, and published in the background. An open store may be shared and stays open.
     tenant : str
-        Whose data this is: spill files go into a directory of its own.
+        Whose data this is: nothing that is stored is shared with another, spill files go into a directory of its own.
 
     Returns
     -------
@@ -66,29 +70,29 @@ def patch(
 
     Raises
     ------
-    UnsupportedModelError, ConfigError
-        When the model cannot be served; when a policy, budget or store is wrong or does not fit it.
+    UnsupportedModelError, ConfigError, StorageError
+        When the model cannot be served; a policy, budget or store does not fit it; a tier cannot be opened.
     """
     inner = compat.unwrap(model)
-    memory = open_memory(
-        layout_of(inner),
-        layer_devices(inner),
-        policy=policy,
-        keep=keep,
-        read=read,
-        device=device,
-        store=store,
-        tenant=tenant,
-    )
-    try:
-        return attach(model, memory)
-    except BaseException:
-        memory.close()
-        raise
+    with ExitStack() as opened:
+        own = open_prefix_store(store)
+        if own is not None:
+            store = opened.enter_context(own)
+        budgets = Budgets(keep=keep, read=read, device=None if device is None else parse_bytes(device))
+        memory = open_memory(layout_of(inner), layer_devices(inner), policy, budgets, store, tenant=tenant)
+        opened.callback(memory.close)
+        prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
+        handle = attach(model, memory, prefix, closing=own)
+        opened.pop_all()
+    return handle
 
 
-def attach(model: Any, memory: Memory) -> PatchHandle:
-    """Put a memory under a model; what ``patch`` does once it has one. The handle closes the memory.
+def attach(
+    model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+) -> PatchHandle:
+    """Put a memory under a model; what ``patch`` does once it has one.
+
+    The handle closes the memory, and the store ``closing`` after it.
 
     Raises
     ------
@@ -97,7 +101,7 @@ def attach(model: Any, memory: Memory) -> PatchHandle:
     """
     compat.check_version()
     compat.register(attention, mask)
-    return PatchHandle(model, memory)
+    return PatchHandle(model, memory, prefix, closing=closing)
 
 
 class PatchHandle:
@@ -111,15 +115,22 @@ class PatchHandle:
         The transformers model that was patched, without an adapter around it.
     memory : Memory
         Where its keys and values live.
+    store : Store, optional
+        Where its prefixes are found and published.
     """
 
-    def __init__(self, model: Any, memory: Memory) -> None:
+    def __init__(
+        self, model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+    ) -> None:
         self.model: PreTrainedModel = compat.unwrap(model)
         self.memory = memory
+        self.store = None if prefix is None else prefix.store
         self._pool = CachePool(memory)
-        self._calls = PatchedCalls(self.model, self._pool)
+        self._calls = PatchedCalls(self.model, self._pool, prefix)
         self._removed = False
         with ExitStack() as undo:
+            if closing is not None:
+                undo.callback(closing.close)
             self._install(undo, outer=model)
             self._undo = undo.pop_all()
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from dataclasses import replace
 
+from kvtier.core.report import SessionReport
 from kvtier.errors import SessionStateError
 from kvtier.integrations.hf.cache import KVTierCache
+from kvtier.integrations.hf.prefix_use import PrefixUse
 from kvtier.integrations.hf.sessions import Memory, Report
 from kvtier.integrations.hf.state import CacheState
 
@@ -27,7 +30,7 @@ class CachePool:
         self._caches: weakref.WeakSet[KVTierCache] = weakref.WeakSet()
         self._dropped: deque[CacheState] = deque()
         self._latest: CacheState | None = None
-        self._report: Report | None = None
+        self._report: tuple[Report, PrefixUse | None] | None = None
         self._lost: KVTierCache | None = None
 
     def new_cache(self) -> KVTierCache:
@@ -51,7 +54,7 @@ class CachePool:
         if state.closed:
             return
         if state is self._latest:
-            self._report = state.session.report()
+            self._report = (state.session.report(), state.prefix)
         state.close()
 
     def sweep(self) -> None:
@@ -70,10 +73,10 @@ class CachePool:
         self.sweep()
         latest = self._latest
         if latest is not None and not latest.closed:
-            return latest.session.report()
+            return _with_prefix(latest.session.report(), latest.prefix)
         if self._report is None:
             raise SessionStateError("there is nothing to report before the first generate() or forward")
-        return self._report
+        return _with_prefix(*self._report)
 
     def keep_lost(self, cache: KVTierCache) -> None:
         """Hold on to a cache whose pages are gone, for ``take_broken``."""
@@ -101,3 +104,10 @@ class CachePool:
         self.sweep()
         for cache in list(self._caches):
             self.close(cache.state)
+
+
+def _with_prefix(report: Report, prefix: PrefixUse | None) -> Report:
+    """A report with what the store did; chunks may have been published since the session was closed."""
+    if prefix is None or not isinstance(report, SessionReport):
+        return report
+    return replace(report, prefix=prefix.report())

@@ -30,11 +30,14 @@ class Prompt:
         Sequences that will run, beams and returned sequences counted.
     has_ids : bool
         Whether it comes as token ids, not as embeddings.
+    tokens : int
+        New tokens of the rows that were given, padding not counted.
     """
 
     columns: int
     rows: int
     has_ids: bool
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def read_prompt(model: PreTrainedModel, call: dict[str, Any], cached: int) -> Pr
     mask = call.get("attention_mask")
     spread = max(compat.generation_option(model, name, call) or 1 for name in ("num_beams", "num_return_sequences"))
     if given is None:
-        return Prompt(1, spread, has_ids=True)
+        return Prompt(1, spread, has_ids=True, tokens=1)
     batch, length = int(given.shape[0]), int(given.shape[1])
     if batch == 0 or length == 0:
         raise InputError(f"a prompt needs at least one token, got ids of shape {list(given.shape)}")
@@ -91,7 +94,8 @@ def read_prompt(model: PreTrainedModel, call: dict[str, Any], cached: int) -> Pr
     _check_positions(model, mask, cached, columns)
     if mask is not None:
         _check_padding(mask, columns)
-    return Prompt(columns, batch * spread, has_ids=embeds is None)
+    tokens = batch * columns if mask is None else int(mask[:, -columns:].sum())
+    return Prompt(columns, batch * spread, has_ids=embeds is None, tokens=tokens)
 
 
 def split_forward(run: Callable[..., Any], call: dict[str, Any], cached: int, split: Split) -> dict[str, Any]:

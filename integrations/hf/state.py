@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 
 from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf.columns import Columns, read_columns
 from kvtier.integrations.hf.history import History
+from kvtier.integrations.hf.prefix_use import PrefixUse
 from kvtier.integrations.hf.prompt import Split
 from kvtier.integrations.hf.sessions import Memory, Session
+from kvtier.integrations.hf.trail import Trail
 from kvtier.types import LayerLayout
+
+if TYPE_CHECKING:
+    from kvtier.core.session import Session as CoreSession
 
 __all__ = ["CacheState"]
 
@@ -40,6 +47,8 @@ class CacheState:
         Whether a rebuild failed; whether the session was freed.
     records_past : bool
         Whether sliding-window layers keep what a crop may need.
+    prefix : PrefixUse, optional
+        What stored prefixes did for it, and what it publishes; None without a store.
     """
 
     def __init__(self, memory: Memory, session: Session | None = None, history: History | None = None) -> None:
@@ -52,6 +61,7 @@ class CacheState:
         self.broken = False
         self.closed = False
         self.records_past = False
+        self.prefix: PrefixUse | None = None
         self._running: tuple[Columns, torch.Tensor | None] | None = None
         self._next_layer = 0
         self._read: list[tuple[_Given, Columns]] = []
@@ -60,6 +70,11 @@ class CacheState:
     def length(self) -> int:
         """Columns of all complete forwards, padding included."""
         return self.history.length
+
+    @property
+    def trail(self) -> Trail | None:
+        """What publishes the chunks of this cache, if anything does."""
+        return None if self.prefix is None else self.prefix.trail
 
     @property
     def unfinished(self) -> bool:
@@ -150,18 +165,27 @@ class CacheState:
         self._read.append(((mask, position_ids), columns))
         return columns
 
+    def appended(self, layer: int) -> None:
+        """Layer ``layer`` holds the forward's tokens and has not attended yet."""
+        if self.trail is not None:
+            self.trail.collect(cast("CoreSession", self.session), layer)
+
     def finish(self, layer: int) -> None:
         """Layer ``layer`` has attended; after the last one the columns count."""
         self._next_layer = layer + 1
         if self._next_layer == len(self.memory.layout.layers) and self._running is not None:
             self.history.extend(*self._running)
             self._forget_forward()
+            if self.trail is not None:
+                self.trail.close()
 
     def reorder(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         if rows != list(range(self.history.rows)) and self.history.rows:
             self.session.reorder(rows)
             self.history.reorder(rows)
+            if self.trail is not None:
+                self.trail.reorder(rows)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` columns."""
@@ -169,6 +193,8 @@ class CacheState:
             raise InputError(f"the cache holds {self.length} columns, cannot forget {remove}")
         self.session.crop(remove)
         self.history.crop(remove)
+        if self.trail is not None:
+            self.trail.crop(self.history)
 
     def record_past(self, record: bool) -> None:
         """Keep, in sliding-window layers, what a crop may need; or no longer."""
@@ -178,7 +204,9 @@ class CacheState:
     def fork(self) -> CacheState:
         """A second state that grows apart."""
         self.check_ready()
-        return CacheState(self.memory, self.session.fork(), self.history.copy())
+        twin = CacheState(self.memory, self.session.fork(), self.history.copy())
+        twin.prefix = None if self.prefix is None else self.prefix.fork()
+        return twin
 
     def restart(self) -> tuple[History, torch.Tensor | None]:
         """Put an empty session in place of this one; return what that was fed, and the ids of a failed forward."""
@@ -188,7 +216,7 @@ class CacheState:
         self.session = self.memory.session()
         if self.records_past:
             self.session.record_past(True)
-        self.history, self.waiting, self.broken = History(), None, False
+        self.history, self.waiting, self.broken, self.prefix = History(), None, False, None
         self._forget_forward()
         return fed, failed
 
@@ -217,6 +245,8 @@ class CacheState:
         self.waiting = None
         self._running = (columns, ids.cpu() if ids is not None and fits else None)
         self._read = [((mask, position_ids), columns)]
+        if self.trail is not None:
+            self.trail.open(self.history, *self._running)
 
     def _forget_forward(self) -> None:
         self._running = None

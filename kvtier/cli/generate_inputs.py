@@ -44,6 +44,7 @@ class Request:
     read: int | None
     device: int | None
     store: dict[str, Any] | None
+    tenant: str
     dtype: str
     max_new_tokens: int
     sample: bool

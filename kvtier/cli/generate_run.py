@@ -44,6 +44,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
             read=request.read,
             device=request.device,
             store=request.store,
+            tenant=request.tenant,
         ) as handle,
     ):
         task = bars.add_task(f"{prompt_tokens} tokens in, tokens out", total=request.max_new_tokens)
@@ -56,6 +57,8 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
             streamer=watch,
             **(_SAMPLED if request.sample else _GREEDY),
         )
+        if handle.store is not None:
+            handle.store.flush()
         report = handle.report().to_dict()
     new = output[0, prompt_tokens:]
     return {
@@ -64,6 +67,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new),
         "bytes": peak_bytes(report),
+        "tokens_saved": (report["prefix"] or {}).get("tokens_saved", 0),
         "prefill_s": watch.prefill_s,
         "decode_tokens_per_s": watch.decode_tokens_per_s,
         "report": report,
@@ -85,6 +89,20 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("answer", f"{summary['new_tokens']} tokens")
     for tier, count in summary["bytes"].items():
         table.add_row(f"KV cache on {tier}, peak", format_bytes(count))
+    if (prefix := summary["report"]["prefix"]) is not None:
+        _add_prefix(table, prefix)
     table.add_row("prefill", f"{summary['prefill_s']:.2f} s")
     table.add_row("decode", f"{summary['decode_tokens_per_s']:.1f} tokens/s")
     return table
+
+
+def _add_prefix(table: Table, prefix: dict[str, Any]) -> None:
+    """What the store saved, and what it has for the next run."""
+    table.add_row("prompt found in the store", f"{prefix['tokens_matched']} tokens")
+    table.add_row("prefill saved", f"{prefix['tokens_saved']} tokens, loaded in {prefix['restore_seconds']:.2f} s")
+    table.add_row("first token after", f"{prefix['first_token_s']:.2f} s")
+    taken = f"{prefix['chunks_published']} chunks"
+    missed = f", {prefix['chunks_refused']} refused" if prefix["chunks_refused"] else ""
+    table.add_row("published for the next run", taken + missed)
+    if prefix["reason"]:
+        table.add_row("why not more", prefix["reason"])

@@ -89,6 +89,7 @@ class Memory:
         self._group_of: dict[int, LayerGroup] = {}
         self._reserved: dict[int, dict[torch.device, int]] = {}
         self._closed = False
+        self._open_chunk = 0
         if not isinstance(tiers, SessionTiers):
             tiers = ConfiguredTiers(tiers if tiers is not None else load_config(None), self.tenant)
         self._tiers = tiers
@@ -115,10 +116,15 @@ class Memory:
         """An empty sequence for one layer."""
         shape, retrieval = self.layout.layers[layer], self.policy.retrieval
         if shape.window is not None:
-            return WindowSequence.empty(shape, shape.window, self.devices[layer], self.ledgers[self.devices[layer]])
+            device = self.devices[layer]
+            return WindowSequence.empty(shape, shape.window, device, self.ledgers[device], chunk=self._open_chunk)
         return LayerSequence.empty(
             self._group_of[layer], sketched=retrieval is not None and layer >= retrieval.dense_layers
         )
+
+    def keep_open_chunks(self) -> None:
+        """From now on new sessions can read the chunk that is not full yet, in sliding-window layers too."""
+        self._open_chunk = self.layout.chunk_tokens
 
     def max_prefill_chunk(self, rows: int) -> int | None:
         """Most tokens per row of one forward whose raw K and V leave the budget to the pages; None without a budget."""
@@ -152,7 +158,7 @@ class Memory:
             shares[group.device] += staging + rows * (count * per_row + chunk * group.layer.token_bytes)
         for layer, device in zip(self.layout.layers, self.devices, strict=True):
             if layer.window is not None:
-                shares[device] += rows * (layer.window + block) * layer.token_bytes
+                shares[device] += rows * (layer.window + block + self._open_chunk) * layer.token_bytes
         self._reserve(session, shares)
 
     def finish(self, session: int) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["SessionReport", "TierReport"]
+if TYPE_CHECKING:
+    from kvtier.core.batch import Batch
+    from kvtier.core.load_worth import LoadDecision
+
+__all__ = ["PrefixReport", "SessionReport", "TierReport", "session_report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,53 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixReport:
+    """What the store saved the last ``generate`` of a cache, and what it was given.
+
+    Parameters
+    ----------
+    tokens_prompt : int
+        Tokens of all rows that were not in the cache before.
+    tokens_matched : int
+        Those of them that were found in the store.
+    tokens_saved : int
+        Those that were loaded instead of computed: in a batch all rows go on from one column.
+    chunks_published : int
+        Chunks of this cache that the store took, or had already, so far.
+    chunks_refused : int
+        Full chunks of this cache that it did not take.
+    chunks_waiting : int
+        Chunks that are on their way to it now.
+    load_seconds : float
+        Time to read and verify what was loaded.
+    restore_seconds : float
+        Time to match, load and put it into the session.
+    first_token_s : float, optional
+        From the call of ``generate`` to its first token; None before that.
+    decision : LoadDecision, optional
+        What loading and computing were predicted to take, once the speed of a prefill was measured.
+    reason : str
+        Why nothing was looked up, loaded or published; empty when nothing stood in the way.
+    """
+
+    tokens_prompt: int = 0
+    tokens_matched: int = 0
+    tokens_saved: int = 0
+    chunks_published: int = 0
+    chunks_refused: int = 0
+    chunks_waiting: int = 0
+    load_seconds: float = 0.0
+    restore_seconds: float = 0.0
+    first_token_s: float | None = None
+    decision: LoadDecision | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionReport:
     """A session and the memory under it.
 
@@ -46,6 +99,8 @@ class SessionReport:
         Time in ``append`` and ``attend``.
     moved : dict of str to int
         Bytes written below the device, spilled from host to NVMe, read from below, promoted.
+    prefix : PrefixReport, optional
+        What stored prefixes did; None without a store.
     """
 
     policy: str
@@ -60,7 +115,30 @@ class SessionReport:
     pages_read: int
     pages_held: int
     seconds: dict[str, float]
+    prefix: PrefixReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""
         return asdict(self)
+
+
+def session_report(batch: Batch, *, tokens: int, seconds: Mapping[str, float]) -> SessionReport:
+    """The report of a session that holds this batch and saw ``tokens`` columns."""
+    memory = batch.memory
+    held = Counter[str]()
+    for ledger in memory.ledgers.values():
+        held.update(ledger.by_purpose)
+    return SessionReport(
+        policy=memory.policy.label,
+        tenant=memory.tenant,
+        lossless=memory.policy.lossless,
+        rows=len(batch.rows),
+        tokens=tokens,
+        kept=max((sequence.length for sequence in batch.sequences), default=0),
+        bytes=memory.tier_reports(),
+        device_bytes=dict(held),
+        moved=memory.moved(),
+        pages_read=batch.pages_read,
+        pages_held=batch.pages_held,
+        seconds=dict(seconds),
+    )

@@ -24,11 +24,19 @@ _SLACK = 64
 class WindowSequence:
     """Tokens of one sequence in one sliding-window layer.
 
-    A buffer of W - 1 tokens and some slack; the window slides along it and moves back to its start when the slack is
-    used up.
+    A buffer of W - 1 tokens, a chunk and some slack; the window slides along it and moves back to its start when the
+    slack is used up.
+
+    Parameters
+    ----------
+    chunk : int
+        Tokens of a chunk: those of the chunk that is not full yet stay in the buffer behind the window, to be read; 0
+        keeps none.
 
     Attributes
     ----------
+    behind : int
+        Tokens that the buffer still holds before the window; attention does not see them.
     recording : bool
         Keep everything until the next ``crop``, so that it can go back past the window.
     seen : int
@@ -47,12 +55,16 @@ class WindowSequence:
     recording: bool = False
     version: object = field(default_factory=object)
     draft_start: int | None = None
+    chunk: int = 0
+    behind: int = 0
 
     @classmethod
-    def empty(cls, layer: LayerLayout, window: int, device: torch.device, ledger: Ledger) -> WindowSequence:
+    def empty(
+        cls, layer: LayerLayout, window: int, device: torch.device, ledger: Ledger, *, chunk: int = 0
+    ) -> WindowSequence:
         """A sequence without tokens; its buffer is allocated and counted."""
-        keys, values = _buffers(layer, window - 1 + _SLACK, device, ledger)
-        return cls(layer=layer, window=window, device=device, ledger=ledger, keys=keys, values=values)
+        keys, values = _buffers(layer, window - 1 + _SLACK + chunk, device, ledger)
+        return cls(layer=layer, window=window, device=device, ledger=ledger, keys=keys, values=values, chunk=chunk)
 
     @property
     def length(self) -> int:
@@ -69,6 +81,11 @@ class WindowSequence:
         """Position of the newest token held; None when there is none."""
         return int(self.positions[-1]) if self.length else None
 
+    @property
+    def _least(self) -> int:
+        """Tokens that the buffer has room for at least."""
+        return self.window - 1 + _SLACK + self.chunk
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one, at ascending ``positions`` [1, n]."""
         fresh = positions[0]
@@ -76,8 +93,8 @@ class WindowSequence:
             self._keep_last(self.window - 1)
         end = self.start + self.length
         if end + fresh.size > self.keys.shape[1]:
-            self._move(max(self.length + fresh.size, self.window - 1 + _SLACK))
-            end = self.length
+            self._move(max(self.behind + self.length + fresh.size, self._least))
+            end = self.start + self.length
         self.keys[:, end : end + fresh.size] = keys
         self.values[:, end : end + fresh.size] = values
         self.positions = np.concatenate([self.positions, fresh])
@@ -90,6 +107,23 @@ class WindowSequence:
             span = slice(self.start, self.start + self.length)
             yield Segment(0, self.length, self.keys[None, :, span], self.values[None, :, span])
 
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Views of tokens ``start`` to ``stop``, counted from the first ever appended; None when some slid out."""
+        first = self.seen - self.length - self.behind
+        if not first <= start <= stop <= self.seen:
+            return None
+        origin = self.start - self.behind - first
+        span = slice(origin + start, origin + stop)
+        return self.keys[:, span], self.values[:, span]
+
+    def pass_over(self, tokens: int) -> None:
+        """Count tokens that were appended in another run and slid out of the window; the sequence must be empty."""
+        if self.length:
+            raise SessionStateError(f"{self.length} tokens are held; only an empty window can pass over tokens")
+        self.seen += tokens
+        self.behind, self.start = 0, 0
+        self.version = object()
+
     def settle(self) -> None:
         """Shrink an outgrown buffer back; called when the step that needed it is over."""
         if not self.recording and self.draft_start is None:
@@ -98,7 +132,7 @@ class WindowSequence:
     def fork(self) -> WindowSequence:
         """A second sequence with the same tokens, copied."""
         keys, values = _buffers(self.layer, self.keys.shape[1], self.device, self.ledger)
-        span = slice(self.start, self.start + self.length)
+        span = slice(self.start - self.behind, self.start + self.length)
         keys[:, span], values[:, span] = self.keys[:, span], self.values[:, span]
         return WindowSequence(
             layer=self.layer,
@@ -113,6 +147,8 @@ class WindowSequence:
             recording=self.recording,
             version=self.version,
             draft_start=self.draft_start,
+            chunk=self.chunk,
+            behind=self.behind,
         )
 
     def check_crop(self, remove: int) -> None:
@@ -156,17 +192,22 @@ class WindowSequence:
 
     def _shrink(self) -> None:
         self._keep_last(self.window - 1)
-        if self.keys.shape[1] > self.window - 1 + _SLACK:
-            self._move(self.window - 1 + _SLACK)
+        if self.keys.shape[1] > self._least:
+            self._move(self._least)
 
     def _keep_last(self, tokens: int) -> None:
         excess = self.length - tokens
         if excess > 0:
             self.start += excess
             self.positions = self.positions[excess:]
+            self.behind += excess
+        if self.behind:
+            unfinished = self.seen % self.chunk if self.chunk else 0
+            self.behind = min(self.behind, max(0, unfinished - self.length))
 
     def _move(self, capacity: int) -> None:
-        span = slice(self.start, self.start + self.length)
+        """To a buffer of ``capacity`` tokens, or to the start of this one."""
+        span = slice(self.start - self.behind, self.start + self.length)
         held_keys, held_values = self.keys[:, span], self.values[:, span]
         if capacity == self.keys.shape[1]:
             held_keys, held_values = held_keys.clone(), held_values.clone()
@@ -174,8 +215,9 @@ class WindowSequence:
             old = self.keys.shape[1]
             self.keys, self.values = _buffers(self.layer, capacity, self.device, self.ledger)
             self.ledger.give(_PURPOSE, old * self.layer.token_bytes)
-        self.keys[:, : self.length], self.values[:, : self.length] = held_keys, held_values
-        self.start = 0
+        held = self.behind + self.length
+        self.keys[:, :held], self.values[:, :held] = held_keys, held_values
+        self.start = self.behind
 
 
 def _buffers(

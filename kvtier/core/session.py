@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,10 +15,12 @@ import torch
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
-from kvtier.core.checks import check_keys, check_queries, layer_of
+from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.prompt import PromptTracker
-from kvtier.core.report import SessionReport
+from kvtier.core.readout import read_tokens
+from kvtier.core.report import SessionReport, session_report
+from kvtier.core.restore import Restoration
 from kvtier.core.step import Step
 from kvtier.errors import InputError, SessionStateError
 
@@ -278,27 +279,33 @@ class Session:
         self._batch.record(recording)
 
     @_guarded
+    def read(self, layer: int, row: int, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Copy ``tokens`` of a row, whole pages, into ``keys`` [Hk, n, Dk] and ``values``; whether all are here."""
+        return read_tokens(self._batch.rows[row][layer], tokens.start, tokens.stop, keys, values)
+
+    @_guarded
+    def restoring(self, rows: int, *, coming: int) -> Restoration:
+        """Begin to put tokens of another session into this empty one, of ``coming`` a row; ``restored`` must follow."""
+        if self.rows:
+            raise SessionStateError(f"only an empty session can be restored, and this one holds {self.rows} rows")
+        with self._or_unusable("a restoration"):
+            self._open(rows)
+            self.memory.plan(self._name, rows, held=0, coming=coming, chunk=self.memory.layout.chunk_tokens)
+        return Restoration(self._batch)
+
+    @_guarded
+    def restored(self, columns: int, spans: Sequence[slice]) -> None:
+        """The restoration is complete: ``columns`` are seen, with the tokens of each row where ``spans`` says."""
+        with self._or_unusable("a restoration"):
+            real = spans_of(spans, self.rows, columns)
+            Restoration(self._batch).check([span.stop - span.start for span in real])
+        self._history.note(columns, tuple((span.start, span.stop) for span in real))
+        self._columns = [columns] * len(self._columns)
+
+    @_guarded
     def report(self) -> SessionReport:
         """What this session and the memory under it hold, read and spent."""
-        memory = self.memory
-        kept = [sequence.length for sequence in self._batch.sequences]
-        held = Counter[str]()
-        for ledger in memory.ledgers.values():
-            held.update(ledger.by_purpose)
-        return SessionReport(
-            policy=memory.policy.label,
-            tenant=memory.tenant,
-            lossless=memory.policy.lossless,
-            rows=self.rows,
-            tokens=self.length,
-            kept=max(kept, default=0),
-            bytes=memory.tier_reports(),
-            device_bytes=dict(held),
-            moved=memory.moved(),
-            pages_read=self._batch.pages_read,
-            pages_held=self._batch.pages_held,
-            seconds=dict(self._seconds),
-        )
+        return session_report(self._batch, tokens=self.length, seconds=self._seconds)
 
     def close(self) -> None:
         """Free what no fork shares; idempotent."""

@@ -12,6 +12,7 @@ import pytest
 RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
 POLICIES = ["kvtier: full", "kvtier: quest", "kvtier: snapkv"]
 STOCK, SDPA, GROUPED = "transformers: update and sdpa", "transformers: sdpa alone", "grouped matmul"
+DID = ["published", "loaded"]
 STREAMS = ["read stream", "copy stream"]
 
 pytestmark = pytest.mark.skipif(not RUN.exists(), reason="a source distribution has no benchmarks, only a checkout has")
@@ -45,7 +46,7 @@ def test_list_names_every_benchmark(tmp_path: Path) -> None:
     done = run("--list", cwd=tmp_path)
 
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["decode", "engines", "store"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["decode", "engines", "prefix", "store"]
 
 
 def test_list_does_not_import_torch(tmp_path: Path) -> None:
@@ -173,3 +174,16 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], str]) -> None:
         assert name in screen
     for name in POLICIES:
         assert f"{name}, float32, 256 generated" in screen, "a profile for every policy"
+
+
+def test_a_quick_run_of_prefixes_loads_what_it_published(tmp_path: Path) -> None:
+    done = run("prefix", "--quick", "--json", "result.json", "--folder", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["results"]
+    rows = {row["name"]: row for row in case["rows"]}
+
+    assert rows.keys() == {"no store", *(f"{kind}: {what}" for kind in ("host", "segment") for what in DID)}
+    for name, row in rows.items():
+        assert row["tokens_saved"] == (256 if name.endswith("loaded") else 0)
+        assert row["median_s"] > 0
+    assert "First token of a prompt" in done.stdout

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,30 @@ def test_nvme_takes_what_host_memory_cannot(saved: Any, tmp_path: Path, capsys: 
     assert summary["answer"] == saved.planted.needles[0].answer
     assert 0 < summary["bytes"]["host"] <= 2**18
     assert summary["bytes"]["nvme"] > 0
+
+
+def test_the_next_run_finds_the_document_in_the_store(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(saved, store=tmp_path / "prefixes", store_bytes="64MiB")
+    assert run([*line, "--json"]) == 0
+    cold = json.loads(capsys.readouterr().out)
+    told = subprocess.run([sys.executable, "-m", "kvtier.cli", *line, "--json"], capture_output=True, text=True)
+    warm = json.loads(told.stdout)
+    assert run([*line, "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert run([*line, "--json", "--tenant", "somebody-else"]) == 0
+    other = json.loads(capsys.readouterr().out)
+
+    full = saved.planted.context // 256 * 256
+    assert cold["answer"] == warm["answer"] == other["answer"] == saved.planted.needles[0].answer
+    assert cold["tokens_saved"] == other["tokens_saved"] == 0
+    assert cold["report"]["prefix"]["chunks_published"] == full // 256
+    assert warm["report"]["prefix"]["tokens_matched"] == full > 0
+    assert warm["tokens_saved"] == min(full, saved.planted.context - 1), "the last token is run for its logits"
+    assert warm["report"]["prefix"]["first_token_s"] > 0
+    assert f"{warm['tokens_saved']} tokens, loaded in" in table
+    assert "first token after" in table
 
 
 def test_answer_and_table(saved: Any, capsys: pytest.CaptureFixture[str]) -> None:

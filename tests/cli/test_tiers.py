@@ -29,6 +29,24 @@ def test_nvme_alone(tmp_path: Path) -> None:
     assert [tier.name for tier in config.tiers] == ["nvme"]
 
 
+def test_a_directory_of_prefixes_takes_the_nvme_tier(tmp_path: Path) -> None:
+    config = load_config(store_of("1MiB", None, None, prefixes=tmp_path))
+    sized = load_config(store_of(None, None, None, prefixes=tmp_path, prefix_bytes="64MiB"))
+
+    assert [(tier.name, tier.backend, tier.capacity) for tier in config.tiers] == [
+        ("host", "host", 2**20),
+        ("nvme", "segment", 2**33),
+    ]
+    assert sized.tiers[0].capacity == 2**26
+
+
+def test_prefixes_need_a_directory_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--store-bytes SIZE is the size of --store DIR"):
+        store_of(None, None, None, prefix_bytes="1GiB")
+    with pytest.raises(InputError, match="both take the NVMe tier"):
+        store_of(None, tmp_path, "1GiB", prefixes=tmp_path)
+
+
 @pytest.mark.parametrize("words", [(None, Path(), None), (None, None, "1GiB")])
 def test_directory_and_size_go_together(words: tuple[None, Path | None, str | None]) -> None:
     with pytest.raises(InputError, match="go together"):

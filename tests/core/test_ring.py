@@ -17,15 +17,29 @@ CPU = torch.device("cpu")
 SLACK = 64
 
 
-def opened(window: int, ledger: Ledger | None = None) -> WindowSequence:
+def opened(window: int, ledger: Ledger | None = None, *, chunk: int = 0) -> WindowSequence:
     layer = LayerLayout(num_query_heads=2, num_kv_heads=2, key_dim=3, value_dim=2, dtype="float64", window=window)
-    return WindowSequence.empty(layer, window, CPU, ledger or Ledger("cpu", None))
+    return WindowSequence.empty(layer, window, CPU, ledger or Ledger("cpu", None), chunk=chunk)
+
+
+def contents(names: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [2, n, 3] and V [2, n, 2] that tell the names of their tokens."""
+    content = torch.tensor(names, dtype=torch.float64)[None, :, None] + torch.tensor([0.0, 0.25])[:, None, None]
+    return content.expand(2, -1, 3), -content.expand(2, -1, 2)
 
 
 def append(sequence: WindowSequence, names: list[int]) -> None:
     """Tokens whose contents and positions tell their name; names ascend."""
-    content = torch.tensor(names, dtype=torch.float64)[None, :, None] + torch.tensor([0.0, 0.25])[:, None, None]
-    sequence.append(content.expand(2, -1, 3), -content.expand(2, -1, 2), 2 * np.array([names], dtype=np.int64))
+    sequence.append(*contents(names), 2 * np.array([names], dtype=np.int64))
+
+
+def reads(sequence: WindowSequence, names: list[int], start: int, stop: int) -> bool:
+    """Whether tokens ``start`` to ``stop`` can be read, after a check that they are the ones of these names."""
+    got = sequence.read(start, stop)
+    if got is None:
+        return False
+    assert all(torch.equal(*pair) for pair in zip(got, contents(names[start:stop]), strict=True))
+    return True
 
 
 def held(sequence: WindowSequence) -> list[int]:
@@ -34,10 +48,10 @@ def held(sequence: WindowSequence) -> list[int]:
     segments = list(sequence.segments())
     assert len(segments) == (1 if names else 0)
     for segment in segments:
-        content = torch.tensor(names, dtype=torch.float64)[None, :, None] + torch.tensor([0.0, 0.25])[:, None, None]
+        keys, values = contents(names)
         assert (segment.start, segment.stop) == (0, len(names))
-        assert torch.equal(segment.keys[0], content.expand(2, -1, 3))
-        assert torch.equal(segment.values[0], -content.expand(2, -1, 2))
+        assert torch.equal(segment.keys[0], keys)
+        assert torch.equal(segment.values[0], values)
     return names
 
 
@@ -53,6 +67,37 @@ def test_at_every_length_the_window_before_each_step_is_held(window: int) -> Non
         assert sequence.last_position == (2 * (seen - 1) if window > 1 else None)
         assert sequence.seen == seen
         assert sequence.keys.shape[1] == window - 1 + SLACK, "an outgrown buffer shrinks back"
+
+
+@pytest.mark.parametrize("window", [1, 3, 40])
+@pytest.mark.parametrize("chunk", [4, 32, 200])
+def test_the_open_chunk_can_be_read_until_the_step_that_fills_it_is_over(window: int, chunk: int) -> None:
+    ledger = Ledger("cpu", None)
+    sequence, names = opened(window, ledger, chunk=chunk), list[int]()
+    bytes_held = ledger.in_use
+    for tokens in [1, 1, 3, 70, 1, 2, 350, *[1] * 70, 7, chunk, 1]:
+        first = len(names) // chunk * chunk
+        names += range(len(names), len(names) + tokens)
+        append(sequence, names[-tokens:])
+        assert held(sequence) == names[max(0, len(names) - tokens - window + 1) :], "what attention sees is the window"
+        assert reads(sequence, names, first, len(names))
+        sequence.settle()
+        assert reads(sequence, names, len(names) // chunk * chunk, len(names))
+        assert ledger.in_use == bytes_held
+    assert sequence.read(0, 1) is None
+    assert sequence.read(len(names) - 1, len(names) + 1) is None
+
+
+def test_tokens_that_slid_out_elsewhere_are_only_counted() -> None:
+    sequence, names = opened(4, chunk=8), list(range(30))
+    sequence.pass_over(21)
+    append(sequence, names[21:26])
+
+    assert (sequence.seen, sequence.croppable) == (26, 2)
+    assert reads(sequence, names, 21, 26)
+    assert sequence.read(20, 26) is None
+    with pytest.raises(SessionStateError, match="5 tokens are held"):
+        sequence.pass_over(1)
 
 
 def test_a_step_beyond_the_budget_is_refused_with_the_window_whole() -> None:
@@ -95,11 +140,12 @@ class WindowMachine(RuleBasedStateMachine):
     """Appends, crops, drafts, forks and recordings against the list of all tokens ever appended."""
 
     window = 6
+    chunk = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger("cpu", None)
-        self.pairs: list[tuple[WindowSequence, list[int]]] = [(opened(self.window, self.ledger), [])]
+        self.pairs: list[tuple[WindowSequence, list[int]]] = [(opened(self.window, self.ledger, chunk=self.chunk), [])]
         self.draft: int | None = None
         self.next = 0
 
@@ -183,6 +229,15 @@ class WindowMachine(RuleBasedStateMachine):
             assert after >= self.window - 1 or sequence.croppable == len(tokens), "a crop must leave a whole window"
 
     @invariant()
+    def what_can_be_read_is_right(self) -> None:
+        for sequence, tokens in self.pairs:
+            count = len(tokens)
+            assert reads(sequence, tokens, count - len(held(sequence)), count)
+            start = count // self.chunk * self.chunk if self.chunk else 0
+            for stop in (start, (start + count) // 2, count):
+                reads(sequence, tokens, start, stop)
+
+    @invariant()
     def buffers_are_counted(self) -> None:
         size = sum(sequence.keys.nbytes + sequence.values.nbytes for sequence, _ in self.pairs)
         assert self.ledger.in_use == size
@@ -193,6 +248,12 @@ class WindowMachine(RuleBasedStateMachine):
         assert self.ledger.in_use == 0
 
 
+class ChunkMachine(WindowMachine):
+    """The chunk that is not full yet stays behind a window shorter than it."""
+
+    chunk = 24
+
+
 class NarrowWindowMachine(WindowMachine):
     """A window of one token: a query sees itself only."""
 
@@ -200,4 +261,5 @@ class NarrowWindowMachine(WindowMachine):
 
 
 TestWindowMachine = WindowMachine.TestCase
+TestChunkMachine = ChunkMachine.TestCase
 TestNarrowWindowMachine = NarrowWindowMachine.TestCase
