@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 
 from kvtier.core.load_worth import RecomputeRate
+from kvtier.core.policy import Need
 from kvtier.core.resume import StoredRow, resume
 from kvtier.errors import CapacityError, ConfigError, UnsupportedModelError
 from kvtier.integrations.hf.fingerprint import fingerprint, rope_kinds
@@ -114,7 +115,8 @@ class PrefixCache:
         prompt = StoredPrompt(fed.ids, fed.real)
         if not prompt.left_padded or not torch.equal(fed.positions.masked_fill(~fed.real, 0), prompt.positions):
             return 0
-        restored = self._restore(state, space, prompt, leave=self._leave())
+        leave = prompt.columns if self._asks_about_all() else self._leave()
+        restored = self._restore(state, space, prompt, leave=leave)
         state.prefix = PrefixUse(self._trail(space, restored, end=fed.length, spread=1))
         state.prefix.restored = restored
         state.prefix.resume_publishing()
@@ -139,10 +141,11 @@ class PrefixCache:
         if reason or isinstance(stored, str) or isinstance(space, str):
             return PrefixUse(reason=reason or str(stored))
         spread = prompt.rows // stored.ids.shape[0]
-        leave = prompt.columns if drafts else self._leave()
+        whole = _DRAFTS if drafts else self._asks_about_all()
+        leave = prompt.columns if whole else self._leave()
         restored = self._restore(state, space, stored.repeated(spread), leave=leave, spread=spread)
         trail = self._trail(space, restored, end=prompt.columns - int(drafts), spread=spread)
-        use = PrefixUse(trail, _DRAFTS if drafts and restored.tokens_matched else "")
+        use = PrefixUse(trail, whole if restored.tokens_matched else "")
         use.restored = restored
         return use
 
@@ -190,6 +193,13 @@ class PrefixCache:
         selection = self.memory.policy.selection
         asked = selection.window_queries if selection is not None and self.memory.policy.keep is not None else 1
         return max(1, asked)
+
+    def _asks_about_all(self) -> str:
+        """Why every token of a prompt must run; empty when it need not."""
+        selection = self.memory.policy.selection
+        if selection is None or self.memory.policy.keep is None or Need.COLUMN_SUMS not in selection.needs:
+            return ""
+        return f"{selection.name} asks about the attention of every token of a prompt, so all of them must run"
 
     def _restore(
         self, state: CacheState, space: Namespace, prompt: StoredPrompt, *, leave: int, spread: int = 1

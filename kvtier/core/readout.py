@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
@@ -12,7 +13,11 @@ __all__ = ["read_tokens"]
 
 
 def read_tokens(
-    sequence: LayerSequence | WindowSequence, start: int, stop: int, keys: torch.Tensor, values: torch.Tensor
+    sequence: LayerSequence | WindowSequence | KeptSequence,
+    start: int,
+    stop: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
 ) -> bool:
     """Copy tokens ``start`` to ``stop`` of a sequence, counted from its first, in whatever tier they live.
 
@@ -40,6 +45,8 @@ def read_tokens(
         keys.copy_(held[0])
         values.copy_(held[1])
         return True
+    if isinstance(sequence, KeptSequence):
+        return False
     page = sequence.group.page_tokens
     if sequence.evicted_length or stop > sequence.sealed or start % page or stop % page:
         return False

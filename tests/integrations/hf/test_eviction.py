@@ -1,0 +1,66 @@
+"""Policies that evict while a model decodes, or merge, under transformers: with room for all they change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kvtier
+from kvtier.core.kept import KeptSequence
+from kvtier.testing.tiny_models import left_padded, tiny_model
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+POLICIES = ["streamingllm", "h2o(recent=4)", "tova", "pyramidkv(window=4)", "d2o(sinks=1, recent=4)"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 9}], ids=str)
+def test_with_room_for_all_tokens_are_those_of_the_model(family: str, policy: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    right = model.generate(**left_padded((31, 20)), **GREEDY, **options)
+    with kvtier.patch(model, policy, keep=1000):
+        assert torch.equal(model.generate(**left_padded((31, 20)), **GREEDY, **options), right)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_in_a_batch_are_what_they_are_alone(policy: str) -> None:
+    model = tiny_model("llama")
+    inputs = left_padded((60, 37))
+    with kvtier.patch(model, policy, keep=16):
+        together = model.generate(**inputs, **GREEDY)
+        for row, length in enumerate((60, 37)):
+            ids = inputs["input_ids"][row : row + 1, -length:]
+            alone = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+            assert torch.equal(alone[0, -12:], together[row, -12:])
+
+
+@pytest.mark.parametrize("policy", ["h2o(recent=4)", "tova", "streamingllm"])
+def test_budgets_hold_while_it_decodes(policy: str) -> None:
+    model = tiny_model("llama")
+    with kvtier.patch(model, policy, keep=16) as handle:
+        cache = handle.new_cache()
+        model.generate(**left_padded((60,)), **GREEDY, past_key_values=cache)
+        held = cache.session._batch.sequences  # type: ignore[attr-defined]
+        assert held
+        assert all(isinstance(sequence, KeptSequence) and sequence.length == 16 for sequence in held)
+        assert handle.report().to_dict()["kept"] == 16
+
+
+def test_a_policy_that_asks_about_every_token_runs_every_token() -> None:
+    model = tiny_model("llama")
+    tiers = {"tiers": [{"name": "host", "backend": "host", "capacity": "64MiB"}], "page_tokens": 4, "block_tokens": 8}
+    inputs = left_padded((100,))
+    with kvtier.open_store({**tiers, "chunk_tokens": 16}) as store:
+        outputs = []
+        for _ in range(2):
+            with kvtier.patch(model, "h2o(recent=4)", keep=32, store=store) as handle:
+                outputs.append(model.generate(**inputs, **GREEDY))
+                store.flush()
+                prefix = handle.report().prefix  # type: ignore[attr-defined]
+        assert torch.equal(*outputs)
+        assert prefix.tokens_saved == 0
+        assert prefix.tokens_matched > 0
+        assert "asks about the attention of every token" in prefix.reason
