@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "D2O",
+    "H2O",
+    "TOVA",
     "Budgets",
     "CapacityError",
     "CompositionError",
@@ -28,6 +31,7 @@ __all__ = [
     "PagesLostError",
     "PolicyError",
     "PutReport",
+    "PyramidKV",
     "Quest",
     "RecomputeRate",
     "RecordFormatError",
@@ -39,6 +43,7 @@ __all__ = [
     "StoreConfig",
     "StoreInUseError",
     "StoreStats",
+    "StreamingLLM",
     "TenantConfig",
     "TierConfig",
     "UnsupportedModelError",
@@ -79,7 +84,12 @@ if TYPE_CHECKING:
     )
     from kvtier.integrations.hf.fingerprint import fingerprint
     from kvtier.integrations.hf.patch import patch
+    from kvtier.policies.eviction.d2o import D2O
+    from kvtier.policies.eviction.h2o import H2O
+    from kvtier.policies.eviction.pyramidkv import PyramidKV
     from kvtier.policies.eviction.snapkv import SnapKV
+    from kvtier.policies.eviction.streamingllm import StreamingLLM
+    from kvtier.policies.eviction.tova import TOVA
     from kvtier.policies.full import Full
     from kvtier.policies.retrieval.quest import Quest
     from kvtier.types import Budgets, KVLayout, LayerLayout
@@ -87,7 +97,9 @@ else:
     # At run time only: a module `__getattr__` would make type checkers believe every misspelt name.
     _HOMES = {
         "Budgets": "kvtier.types",
+        "D2O": "kvtier.policies.eviction.d2o",
         "Full": "kvtier.policies.full",
+        "H2O": "kvtier.policies.eviction.h2o",
         "Hit": "kvtier.core.hit",
         "KVChunk": "kvtier.core.chunks",
         "KVLayout": "kvtier.types",
@@ -95,6 +107,7 @@ else:
         "Memory": "kvtier.core.memory",
         "Namespace": "kvtier.core.namespace",
         "PutReport": "kvtier.core.store_stats",
+        "PyramidKV": "kvtier.policies.eviction.pyramidkv",
         "Quest": "kvtier.policies.retrieval.quest",
         "RecomputeRate": "kvtier.core.load_worth",
         "Session": "kvtier.core.session",
@@ -102,6 +115,8 @@ else:
         "Store": "kvtier.core.store",
         "StoreConfig": "kvtier.config",
         "StoreStats": "kvtier.core.store_stats",
+        "StreamingLLM": "kvtier.policies.eviction.streamingllm",
+        "TOVA": "kvtier.policies.eviction.tova",
         "TenantConfig": "kvtier.config",
         "TierConfig": "kvtier.config",
         "fingerprint": "kvtier.integrations.hf.fingerprint",
