@@ -19,12 +19,12 @@ def names_for_checkers() -> dict[str, str]:
     return {alias.asname or alias.name: str(node.module) for node in imports for alias in node.names}
 
 
-def test_all_is_sorted_and_without_repeats() -> None:
-    assert kvtier.__all__ == sorted(set(kvtier.__all__))
+def test_all_is_without_repeats() -> None:
+    assert len(kvtier.__all__) == len(set(kvtier.__all__))
 
 
 def test_checkers_see_the_same_names() -> None:
-    assert sorted(names_for_checkers()) == PROMISED
+    assert set(names_for_checkers()) == set(PROMISED)
 
 
 @pytest.mark.parametrize("name", PROMISED)
