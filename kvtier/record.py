@@ -253,12 +253,15 @@ def parse_header(data: Buffer, seed: int) -> RecordHeader:
     view = memoryview(data)[:size]
     (
         magic, _, version, kind, _, epoch, sequence, created, payload, extent, extents, key, namespace, codec,
-        tenant_bytes, meta_bytes, _,
+        tenant_bytes, meta_bytes, reserved,
     ) = _HEADER.unpack_from(view)  # fmt: skip
     _check_start(view, magic, RECORD_MAGIC, version, RECORD_VERSION, seed)
     _check_sizes(size, kind, payload, extent, extents, tenant_bytes, meta_bytes)
     meta_at = _HEADER.size + tenant_bytes
     digests_at = meta_at + meta_bytes
+    padding = view[digests_at + extents * DIGEST_BYTES :]
+    if reserved or padding != bytes(padding.nbytes):
+        raise RecordFormatError("bytes without a meaning must be 0; the record is of a version from the future")
     try:
         tenant = str(view[_HEADER.size : meta_at], "utf-8")
     except UnicodeDecodeError as error:
