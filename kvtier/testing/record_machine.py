@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
+import xxhash
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -29,6 +30,7 @@ Fault: TypeAlias = Callable[[RecordStore | None, Path, random.Random], None]
 _THREADS = 3
 _TRIES = 20
 _FLOOD = 40
+_FILLERS = [500, *range(1000, 1000 + _FLOOD)]
 _WAIT_S = 60
 _SIZES = st.sampled_from([16, 4096, 5000, 65_536, 70_001, 150_000])
 _NUMBERS = st.integers(0, 9)
@@ -63,7 +65,9 @@ class RecordMachine(RuleBasedStateMachine):
     """Puts, reads, deletes, leases, reopens and damages at random; a dict says what every read must give.
 
     A record may be missing only if the store says that it evicted it, or if a fault came after it was stored. It is
-    never wrong. Once a fault is healed and the store reopened, it keeps what it takes again.
+    never wrong. What was deleted, or was found damaged, stays away; only where two different files were damaged, one of
+    them since, may an opening find it again, for its tombstone and the index are both lost then. Once a fault is healed
+    and the store reopened, it keeps what it takes again.
 
     Parameters
     ----------
@@ -93,6 +97,9 @@ class RecordMachine(RuleBasedStateMachine):
         self.store = opens(self.directory, capacity_bytes)
         self.persistent = self.store.capabilities().persistent
         self.kept: dict[int, _Kept] = {}
+        self.gone: list[tuple[int, _Kept]] = []
+        self.revivable: list[tuple[int, _Kept]] = []
+        self.damaged: set[str] = set()
         self.leases: list[Lease] = []
         self.generation = 0
         self.flooded = False
@@ -143,7 +150,7 @@ class RecordMachine(RuleBasedStateMachine):
     @rule(numbers=st.lists(_NUMBERS, max_size=4))
     def delete(self, numbers: list[int]) -> None:
         """Deleted records are gone, and were counted."""
-        kept = [self.kept.pop(number) for number in set(numbers) if number in self.kept]
+        kept = [self._lose(number) for number in set(numbers) if number in self.kept]
         count = self.store.delete([sample_key(number) for number in numbers])
         note(f"delete {numbers}: {count}")
         assert len(kept) - sum(one.doubtful for one in kept) <= count <= len(kept)
@@ -153,7 +160,8 @@ class RecordMachine(RuleBasedStateMachine):
     def clear(self, tenant: str | None) -> None:
         """A tenant's records are gone, the other's are not."""
         self.store.clear(tenant)
-        self.kept = {n: one for n, one in self.kept.items() if tenant not in {None, one.tenant}}
+        for number in [n for n, one in self.kept.items() if tenant in {None, one.tenant}]:
+            self._lose(number)
 
     @rule(numbers=st.lists(_NUMBERS, max_size=4))
     def lease(self, numbers: list[int]) -> None:
@@ -180,7 +188,7 @@ class RecordMachine(RuleBasedStateMachine):
         pinned = [n for n, one in self.kept.items() if sample_key(n) in leased and not one.doubtful]
         for turn in range(_FLOOD):
             self.store.put([sample_record(1000 + turn, self.capacity_bytes // 32)])
-        self.store.delete([sample_key(1000 + turn) for turn in range(_FLOOD)])
+        self.store.delete([sample_key(number) for number in _FILLERS])
         self._settle_evictions()
         assert all(number in self.kept for number in pinned), "a leased record was evicted"
 
@@ -204,8 +212,7 @@ class RecordMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         """Closed and opened, it holds the same."""
         self._close()
-        self.heal()
-        self.store, self.evicted, self.unsteady = self.opens(self.directory, self.capacity_bytes), 0, False
+        self._open_again()
         note(f"reopened, kept {sorted(self.kept)}")
 
     @precondition(lambda self: self.faults and self.persistent)
@@ -214,8 +221,7 @@ class RecordMachine(RuleBasedStateMachine):
         """Damaged while it was closed, it opens, and what it holds is right."""
         self._close()
         self._hurt(None, seed)
-        self.heal()
-        self.store, self.evicted, self.unsteady = self.opens(self.directory, self.capacity_bytes), 0, False
+        self._open_again()
 
     @precondition(lambda self: self.faults)
     @rule(seed=st.integers(0, 2**32 - 1))
@@ -245,7 +251,8 @@ class RecordMachine(RuleBasedStateMachine):
         """Within the bound, and consistent with each other."""
         stats = self.store.stats()
         assert stats.held_bytes <= stats.capacity_bytes <= self.capacity_bytes
-        assert sum(stats.tenants.values()) == stats.live_bytes <= stats.held_bytes
+        assert sum(stats.tenants.values()) == stats.live_bytes
+        assert stats.live_bytes <= stats.held_bytes or self.damaged, "a file cut short holds less than is claimed of it"
         assert stats.records <= len(self.kept)
         certain = sum(not one.doubtful for one in self.kept.values())
         assert stats.records >= certain
@@ -293,6 +300,10 @@ class RecordMachine(RuleBasedStateMachine):
             assert generation in ({before.generation} if before and not deleted and not stored else possible)
             tenant = before.tenant if before and generation == before.generation else _TENANTS[0]
             self.kept[number] = _Kept(generation, len(left), tenant)
+        sizes = dict.fromkeys(stored, _Kept(0, 9000, _TENANTS[0])) | ({before.generation: before} if before else {})
+        self.gone += [
+            (number, one._replace(generation=g)) for g, one in sizes.items() if left is None or g != generation
+        ]
         missing = (before is not None) + len(stored) - deleted - (left is not None)
         assert missing >= 0, f"record {number} came from nowhere"
         return missing
@@ -324,7 +335,7 @@ class RecordMachine(RuleBasedStateMachine):
         """A record is missing: a fault may have taken it, or the law is broken. What is gone stays away."""
         assert self.kept[number].doubtful, f"record {number} is missing, and nothing happened to it"
         if not self.store.contains([sample_key(number)])[0]:
-            self.kept.pop(number)
+            self._lose(number)
         else:
             assert self.unsteady, f"record {number} is damaged, and still claimed"
 
@@ -338,8 +349,41 @@ class RecordMachine(RuleBasedStateMachine):
 
     def _hurt(self, store: RecordStore | None, seed: int) -> None:
         rng = random.Random(seed)
+        before = self._files()
         rng.choice(self.faults)(store, self.directory, rng)
+        after = self._files()
+        self.damaged |= {name.split(".")[0] for name in before if before[name] != after.get(name)}
+        self.revivable, self.gone = self.revivable + self.gone, []
         self.kept = {number: one._replace(doubtful=True) for number, one in self.kept.items()}
+
+    def _files(self) -> dict[str, bytes]:
+        """Digests of the files: one and its companions, such as a log, share the name up to the first dot."""
+        paths = [path for path in self.directory.rglob("*") if path.is_file()]
+        return {path.name: xxhash.xxh3_64_digest(path.read_bytes()) for path in paths}
+
+    def _lose(self, number: int) -> _Kept:
+        """It is gone by request, or because it was damaged."""
+        kept = self.kept.pop(number)
+        self.gone.append((number, kept))
+        return kept
+
+    def _open_again(self) -> None:
+        self.heal()
+        self.store, self.evicted, self.unsteady = self.opens(self.directory, self.capacity_bytes), 0, False
+        if len(self.damaged) > 1:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """What two damages together brought back is kept again; fillers are not wanted."""
+        self.store.delete([sample_key(number) for number in _FILLERS])
+        for number in {number for number, _ in self.revivable}:
+            data = self._fetch(number)
+            if data is None:
+                continue
+            generation = generation_of(number, data)
+            for other, one in self.revivable:
+                if other == number and one.generation == generation:
+                    self.kept[number] = one._replace(doubtful=True)
 
     def _close(self) -> None:
         self.leases.clear()

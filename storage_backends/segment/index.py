@@ -9,16 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from kvtier.errors import StorageError
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.segment.changes import Changes, SegmentMark
 from kvtier.storage_backends.segment.options import Geometry
+from kvtier.storage_backends.segment.packs import (
+    TOMBSTONE,
+    TOMBSTONES,
+    GravePack,
+    Pack,
+    graves_digest,
+    pack_digest,
+    packs_of,
+    to_blob,
+    to_number,
+)
 from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows
+from kvtier.storage_backends.segment.seal import Seal
 
 __all__ = ["INDEX_NAME", "IndexContents", "SegmentIndex", "remove_index"]
 
@@ -27,11 +37,10 @@ failpoints.NAMES |= {"index.before-commit", "index.after-commit", "index.before-
 INDEX_NAME = "index.sqlite"
 
 _APPLICATION_ID = 0x4B565469  # "KVTi"
-_VERSION = 1
+_VERSION = 2
 _PAGE_BYTES = 4096
-_RECORDS, _TOMBSTONES = 0, 1
+_SEAL, _SEAL_BYTES = "seal", 16
 _TENANT, _NAMESPACE = 0, 1
-_TOMBSTONE = np.dtype("<u8")
 _SCHEMA = """
 CREATE TABLE store(name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE segments(number INTEGER PRIMARY KEY, epoch INTEGER, upto INTEGER, least_sequence BLOB);
@@ -41,24 +50,6 @@ CREATE TABLE graves(id INTEGER PRIMARY KEY, before BLOB, rows BLOB, digest BLOB)
 CREATE INDEX packs_of_segment ON packs(segment);
 """
 _logger = logging.getLogger("kvtier.storage_backends.segment")
-
-
-class _Pack(NamedTuple):
-    """Rows of one segment."""
-
-    segment: int
-    epoch: int
-    kind: int
-    rows: bytes
-    digest: bytes
-
-
-class _GravePack(NamedTuple):
-    """Rows of deleted records, all with sequence numbers below ``before``."""
-
-    before: bytes
-    rows: bytes
-    digest: bytes
 
 
 @dataclass(slots=True)
@@ -106,6 +97,8 @@ class SegmentIndex:
 
     def __init__(self, directory: Path, geometry: Geometry) -> None:
         self._geometry = geometry
+        self._seal = Seal()
+        self._values: dict[str, bytes] = {}
         with _translated("open"):
             self._db = sqlite3.connect(
                 directory / INDEX_NAME, isolation_level=None, check_same_thread=False, cached_statements=32
@@ -130,38 +123,29 @@ class SegmentIndex:
             It is damaged.
         """
         with _translated("read"):
-            values = dict(self._db.execute("SELECT name, value FROM store"))
-            if not values:
+            self._values = dict(self._db.execute("SELECT name, value FROM store"))
+            sealed = self._values.pop(_SEAL, bytes(_SEAL_BYTES))
+            self._seal.replace("store", self._values.items())
+            marks = self._marks()
+            rows, tombstones = self._packs(epochs)
+            graves = list(self._graves())
+            tenants, namespaces = self._names(_TENANT), self._names(_NAMESPACE)
+            if sealed != self._seal.value:
+                raise StorageError("the index is not what was written: rows are damaged, or missing")
+            if not self._values:
                 return None
-            marks = {
-                number: SegmentMark(epoch, upto, _number(least))
-                for number, epoch, upto, least in self._db.execute("SELECT * FROM segments")
-            }
-            records: list[bytes] = []
-            tombstones: list[tuple[int, int]] = []
-            for segment, epoch, kind, packed, digest in self._db.execute(
-                "SELECT segment, epoch, kind, rows, digest FROM packs ORDER BY id"
-            ):
-                if digest != _digest(segment, epoch, kind, packed):
-                    raise StorageError(f"the index has damaged rows of segment {segment}")
-                if epochs.get(segment) != epoch:
-                    continue
-                if kind == _TOMBSTONES:
-                    tombstones += [(segment, at) for at in np.frombuffer(packed, _TOMBSTONE).tolist()]
-                else:
-                    records.append(packed)
             return IndexContents(
-                store=bytes(values["store"]),
-                clean=values["clean"] == b"\1",
-                rows=np.frombuffer(b"".join(records), dtype=ROW),
-                graves=np.frombuffer(b"".join(self._graves()), dtype=GRAVE),
+                store=bytes(self._values["store"]),
+                clean=self._values["clean"] == b"\1",
+                rows=np.frombuffer(b"".join(rows), dtype=ROW),
+                graves=np.frombuffer(b"".join(graves), dtype=GRAVE),
                 tombstones=tombstones,
                 marks=marks,
-                tenants=self._names(_TENANT),
-                namespaces=self._names(_NAMESPACE),
-                sequence=_number(values["sequence"]),
-                epoch=_number(values["epoch"]),
-                heat=np.frombuffer(values.get("heat", b""), dtype=HEAT),
+                tenants=tenants,
+                namespaces=namespaces,
+                sequence=to_number(self._values["sequence"]),
+                epoch=to_number(self._values["epoch"]),
+                heat=np.frombuffer(self._values.get("heat", b""), dtype=HEAT),
             )
 
     def begin(self, store: bytes) -> None:
@@ -171,7 +155,7 @@ class SegmentIndex:
         ------
         StorageError
         """
-        self._mark({"store": store, "clean": b"\0"}, default={"sequence": _blob(1), "epoch": _blob(1)})
+        self._mark({"store": store, "clean": b"\0"}, default={"sequence": to_blob(1), "epoch": to_blob(1)})
 
     def finish(self, heat: Rows) -> None:
         """Say that nothing was written after the last commit, and which records were read most; durable on return.
@@ -200,12 +184,12 @@ class SegmentIndex:
         """
         epochs = {number: mark.epoch for number, mark in changes.marks.items()}
         with _translated("write"):
-            for pack in _packs(changes, epochs, self.rows_per_commit):
-                with self._transaction():
+            for pack in packs_of(changes, epochs, self.rows_per_commit):
+                with self._sealing():
                     self._drop(changes)
                     self._write_names(changes)
                     self._insert(pack)
-            with self._transaction():
+            with self._sealing():
                 self._drop(changes)
                 self._write_names(changes)
                 self._write_marks(changes)
@@ -255,50 +239,97 @@ class SegmentIndex:
 
     def _mark(self, values: dict[str, bytes], default: dict[str, bytes] | None = None) -> None:
         with _translated("write"):
-            with self._transaction():
-                self._db.executemany("INSERT OR IGNORE INTO store VALUES(?, ?)", (default or {}).items())
-                self._db.executemany("INSERT OR REPLACE INTO store VALUES(?, ?)", values.items())
+            with self._sealing():
+                self._set({**(default or {}), **self._values, **values})
             self.sync()
+
+    def _set(self, values: dict[str, bytes]) -> None:
+        self._values.update(values)
+        self._db.executemany("INSERT OR REPLACE INTO store VALUES(?, ?)", values.items())
+        self._seal.replace("store", self._values.items())
+
+    def _marks(self) -> dict[int, SegmentMark]:
+        rows = self._db.execute("SELECT number, epoch, upto, least_sequence FROM segments").fetchall()
+        self._seal.replace("segments", rows)
+        return {number: SegmentMark(epoch, upto, to_number(least)) for number, epoch, upto, least in rows}
+
+    def _packs(self, epochs: dict[int, int]) -> tuple[list[bytes], list[tuple[int, int]]]:
+        """Rows of records, and places of tombstones, in segments that are in these epochs."""
+        records: list[bytes] = []
+        tombstones: list[tuple[int, int]] = []
+        for number, *pack in self._db.execute("SELECT id, segment, epoch, kind, rows, digest FROM packs ORDER BY id"):
+            segment, epoch, kind, packed, digest = pack
+            if digest != pack_digest(segment, epoch, kind, packed):
+                raise StorageError(f"the index has damaged rows of segment {segment}")
+            self._seal.add("packs", (number, segment, epoch, kind, digest))
+            if epochs.get(segment) != epoch:
+                continue
+            if kind == TOMBSTONES:
+                tombstones += [(segment, at) for at in np.frombuffer(packed, TOMBSTONE).tolist()]
+            else:
+                records.append(packed)
+        return records, tombstones
 
     def _names(self, kind: int) -> list[bytes]:
         rows = self._db.execute("SELECT number, value FROM names WHERE kind=? ORDER BY number", (kind,)).fetchall()
         if [number for number, _ in rows] != list(range(len(rows))):
             raise StorageError("the index lacks names of tenants or namespaces")
+        for row in rows:
+            self._seal.add("names", (kind, *row))
         return [bytes(value) for _, value in rows]
 
     def _graves(self) -> Iterator[bytes]:
-        for before, packed, digest in self._db.execute("SELECT before, rows, digest FROM graves"):
-            if digest != xxhash.xxh3_64_digest(before + packed):
+        for number, before, packed, digest in self._db.execute("SELECT id, before, rows, digest FROM graves"):
+            if digest != graves_digest(before, packed):
                 raise StorageError("the index has damaged rows of deleted records")
+            self._seal.add("graves", (number, before, digest))
             yield packed
 
     def _drop(self, changes: Changes) -> None:
         """Forget segments that are gone, and graves of which no segment can hold the dead any more."""
         if changes.dropped:
-            self._db.executemany("DELETE FROM packs WHERE segment=?", [(number,) for number in changes.dropped])
+            for number in changes.dropped:
+                self._delete("packs", "id, segment, epoch, kind, digest", "segment = ?", number)
             least = min((mark.min_sequence for mark in changes.marks.values()), default=1 << 63)
-            self._db.execute("DELETE FROM graves WHERE before <= ?", (_blob(least),))
+            self._delete("graves", "id, before, digest", "before <= ?", to_blob(least))
             changes.dropped.clear()
 
-    def _insert(self, pack: _Pack | _GravePack) -> None:
-        if len(pack) == len(_Pack._fields):
-            self._db.execute("INSERT INTO packs(segment, epoch, kind, rows, digest) VALUES(?, ?, ?, ?, ?)", pack)
+    def _delete(self, table: str, sealed: str, which: str, value: int | bytes) -> None:
+        """Remove rows; what was ``sealed`` of them leaves the seal."""
+        query = f"DELETE FROM {table} WHERE {which} RETURNING {sealed}"  # noqa: S608 - words of this file
+        for row in self._db.execute(query, (value,)).fetchall():
+            self._seal.remove(table, row)
+
+    def _insert(self, pack: Pack | GravePack) -> None:
+        run = self._db.execute
+        if isinstance(pack, Pack):
+            at = run("INSERT INTO packs(segment, epoch, kind, rows, digest) VALUES(?, ?, ?, ?, ?)", pack).lastrowid
+            self._seal.add("packs", (at, pack.segment, pack.epoch, pack.kind, pack.digest))
         else:
-            self._db.execute("INSERT INTO graves(before, rows, digest) VALUES(?, ?, ?)", pack)
+            at = run("INSERT INTO graves(before, rows, digest) VALUES(?, ?, ?)", pack).lastrowid
+            self._seal.add("graves", (at, pack.before, pack.digest))
 
     def _write_names(self, changes: Changes) -> None:
         for kind, names in ((_TENANT, changes.tenants), (_NAMESPACE, changes.namespaces)):
-            self._db.executemany("INSERT OR REPLACE INTO names VALUES(?, ?, ?)", [(kind, *name) for name in names])
+            rows = [(kind, *name) for name in names]
+            self._db.executemany("INSERT INTO names VALUES(?, ?, ?)", rows)
+            for row in rows:
+                self._seal.add("names", row)
             names.clear()
 
     def _write_marks(self, changes: Changes) -> None:
+        rows = [(number, mark.epoch, mark.upto, to_blob(mark.min_sequence)) for number, mark in changes.marks.items()]
         self._db.execute("DELETE FROM segments")
-        self._db.executemany(
-            "INSERT INTO segments VALUES(?, ?, ?, ?)",
-            [(number, mark.epoch, mark.upto, _blob(mark.min_sequence)) for number, mark in changes.marks.items()],
-        )
-        numbers = [("sequence", _blob(changes.sequence)), ("epoch", _blob(changes.epoch))]
-        self._db.executemany("INSERT OR REPLACE INTO store VALUES(?, ?)", numbers)
+        self._db.executemany("INSERT INTO segments VALUES(?, ?, ?, ?)", rows)
+        self._seal.replace("segments", rows)
+        self._set({"sequence": to_blob(changes.sequence), "epoch": to_blob(changes.epoch)})
+
+    @contextmanager
+    def _sealing(self) -> Iterator[None]:
+        """A transaction that leaves the index sealed; after one that failed the index is of no use any more."""
+        with self._transaction():
+            yield
+            self._db.execute("INSERT OR REPLACE INTO store VALUES(?, ?)", (_SEAL, self._seal.value))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -324,49 +355,12 @@ def remove_index(directory: Path) -> None:
         (directory / f"{INDEX_NAME}{suffix}").unlink(missing_ok=True)
 
 
-def _packs(changes: Changes, epochs: dict[int, int], most: int) -> Iterator[_Pack | _GravePack]:
-    """Blobs of rows, those of records by segment; rows of segments that are gone are left out."""
-    rows = np.concatenate(changes.rows) if changes.rows else np.empty(0, dtype=ROW)
-    for segment in np.unique(rows["at"]["segment"]).tolist():
-        mine = rows[rows["at"]["segment"] == segment]
-        for at in range(0, len(mine), most):
-            if segment in epochs:
-                yield _pack(segment, epochs[segment], _RECORDS, mine[at : at + most].tobytes())
-    for segment, offset in changes.tombstones:
-        if segment in epochs:
-            yield _pack(segment, epochs[segment], _TOMBSTONES, np.asarray([offset], dtype=_TOMBSTONE).tobytes())
-    graves = np.concatenate(changes.graves) if changes.graves else np.empty(0, dtype=GRAVE)
-    for at in range(0, len(graves), most):
-        some = graves[at : at + most]
-        before, packed = _blob(int(some["before"].max())), some.tobytes()
-        yield _GravePack(before, packed, xxhash.xxh3_64_digest(before + packed))
-
-
-def _pack(segment: int, epoch: int, kind: int, rows: bytes) -> _Pack:
-    return _Pack(segment, epoch, kind, rows, _digest(segment, epoch, kind, rows))
-
-
-def _digest(segment: int, epoch: int, kind: int, rows: bytes) -> bytes:
-    hasher = xxhash.xxh3_64(struct.pack("<QQQ", segment, epoch, kind))
-    hasher.update(rows)
-    return hasher.digest()
-
-
-def _blob(number: int) -> bytes:
-    """Numbers of 64 bits without a sign, which SQLite's integers are not; blobs compare like the numbers."""
-    return number.to_bytes(8, "big")
-
-
-def _number(blob: bytes) -> int:
-    return int.from_bytes(blob, "big")
-
-
 @contextmanager
 def _translated(verb: str) -> Iterator[None]:
     """Turn what SQLite raises into one error of ours."""
     try:
         yield
-    except (sqlite3.Error, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (sqlite3.Error, struct.error, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"cannot {verb} the index: {error}") from error

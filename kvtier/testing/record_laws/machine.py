@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.testing.record_laws.base import LAW, Fault, LawsBase, file_damage
@@ -18,7 +18,8 @@ __all__ = ["MachineLaws"]
 _SMALLER = 4
 """The machine floods the store: with a part of the capacity it does so in a part of the time."""
 
-_LONG = settings(LAW, stateful_step_count=30)
+# Shrinking runs stores and threads for minutes, and races make it flaky: the first failing run is shown as it was.
+_LONG = settings(LAW, stateful_step_count=30, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 class MachineLaws(LawsBase):

@@ -13,6 +13,7 @@ import pytest
 from kvtier.errors import ConfigError, StorageError, StoreInUseError
 from kvtier.storage_backends.records import PutState
 from kvtier.storage_backends.segment import DirectoryLock, SegmentOptions, SegmentRecords, options_of
+from kvtier.storage_backends.segment.index import SegmentIndex
 from kvtier.testing.record_samples import physical_bytes, sample_key, sample_record
 from kvtier.testing.small_segments import CAPACITY, MIB, open_store, put, served
 
@@ -22,6 +23,18 @@ def filled(directory: Path) -> None:
     with open_store(directory) as store:
         put(store, *range(20))
         assert store.delete([sample_key(3), sample_key(4)]) == 2
+
+
+def keep_as_behind(directory: Path) -> None:
+    """Copy the index as it is at the start of the next opening: it says that more may follow."""
+    old = directory / "old"
+    old.mkdir()
+    shutil.copy(directory / "index.sqlite", old)
+    index = SegmentIndex(old, SegmentOptions(capacity=CAPACITY).geometry())
+    contents = index.load({})
+    assert contents is not None
+    index.begin(contents.store)
+    index.close()
 
 
 def check(directory: Path, *, rebuilt: bool) -> None:
@@ -70,6 +83,16 @@ def test_a_damaged_index_is_rebuilt(tmp_path: Path, damage: str) -> None:
     check(tmp_path, rebuilt=True)
 
 
+@pytest.mark.parametrize("table", ["store", "segments", "names", "packs", "graves"])
+def test_an_index_that_lacks_a_row_is_not_believed(tmp_path: Path, table: str) -> None:
+    """Rows that went together with their digests, as when a page of the database is lost."""
+    filled(tmp_path)
+    with sqlite3.connect(tmp_path / "index.sqlite") as database:
+        database.execute(f"DELETE FROM {table}")  # noqa: S608 - names from above
+    database.close()
+    check(tmp_path, rebuilt=True)
+
+
 def test_the_index_of_another_store_is_not_believed(tmp_path: Path) -> None:
     filled(tmp_path / "one")
     with open_store(tmp_path / "two") as store:
@@ -93,15 +116,12 @@ def test_an_old_index_does_not_hide_or_revive(tmp_path: Path) -> None:
     """What happened after the index was written is found by looking through the segments."""
     with open_store(tmp_path) as store:
         put(store, *range(10))
-    shutil.copy(tmp_path / "index.sqlite", tmp_path / "old")
-    with sqlite3.connect(tmp_path / "old") as database:
-        database.execute("UPDATE store SET value = x'00' WHERE name = 'clean'")
-    database.close()
+    keep_as_behind(tmp_path)
     with open_store(tmp_path) as store:
         store.delete([sample_key(number) for number in range(5)])
         put(store, 0, generation=1)
         put(store, *range(10, 15))
-    shutil.move(tmp_path / "old", tmp_path / "index.sqlite")
+    shutil.move(tmp_path / "old" / "index.sqlite", tmp_path / "index.sqlite")
     with open_store(tmp_path) as store:
         assert not store.recovery.rebuilt
         assert store.recovery.scanned > 0
@@ -112,15 +132,12 @@ def test_an_old_index_does_not_hide_or_revive(tmp_path: Path) -> None:
 def test_an_index_from_before_a_segment_was_used_again_is_not_believed(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         put(store, *range(10))
-    shutil.copy(tmp_path / "index.sqlite", tmp_path / "old")
+    keep_as_behind(tmp_path)
     with open_store(tmp_path) as store:
         put(store, *range(100, 400))
         assert not store.contains([sample_key(0)])[0]
         kept = [number for number in range(100, 400) if store.contains([sample_key(number)])[0]]
-    with sqlite3.connect(tmp_path / "old") as database:
-        database.execute("UPDATE store SET value = x'00' WHERE name = 'clean'")
-    database.close()
-    shutil.move(tmp_path / "old", tmp_path / "index.sqlite")
+    shutil.move(tmp_path / "old" / "index.sqlite", tmp_path / "index.sqlite")
     with open_store(tmp_path) as store:
         assert not any(served(store, number) for number in range(10)), "a record of an earlier life came back"
         assert all(served(store, number) for number in kept)
