@@ -360,7 +360,7 @@ def _translated(verb: str) -> Iterator[None]:
     """Turn what SQLite raises into one error of ours."""
     try:
         yield
-    except (sqlite3.Error, struct.error, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (sqlite3.Error, struct.error, OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"cannot {verb} the index: {error}") from error
