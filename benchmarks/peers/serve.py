@@ -26,6 +26,8 @@ SEED: Final = 20260101
 
 SAMPLE_BYTES: Final = 32
 
+_HUGE_PAGE_BYTES: Final = 2 << 20
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -53,7 +55,11 @@ class Store(Protocol):
 
 
 class Arena:
-    """Page-aligned memory that is there, cut into pieces of any size."""
+    """Page-aligned memory that is there, cut into pieces of any size.
+
+    Private and in huge pages where the system has them, as kvtier's host tier is, for every store alike: direct I/O
+    from small pages, each pinned by itself, was measured at little more than half of the rate.
+    """
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -61,7 +67,10 @@ class Arena:
     def need(self, size: int, fill: Callable[[Bytes], None]) -> None:
         """Have ``size`` bytes at least; ``fill`` them when they are new."""
         if self._bytes.size < size:
-            self._bytes = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if size >= _HUGE_PAGE_BYTES:
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            self._bytes = np.frombuffer(mapping, np.uint8)
             fill(self._bytes)
 
     def piece(self, index: int, size: int) -> Bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -120,7 +121,9 @@ def _output(words: Sequence[str]) -> dict[str, Any]:
     found = shutil.which("fio")
     if found is None:
         raise FioError("fio is not installed (apt-get install fio)")
-    done = subprocess.run([found, *words], capture_output=True, text=True, check=False)
+    # Its buffers in huge pages, as those of the stores are: 16 MiB at a time go half as fast again.
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    done = subprocess.run([found, *words], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise FioError(lines[-1] if lines else f"fio exited with {done.returncode}")

@@ -47,9 +47,11 @@ class Flusher:
         self._unsynced_problem = ""
         self._unsynced: dict[int, Segment] = {}
         self._unsynced_bytes = 0
+        self._syncing_bytes = 0
         self._turn = threading.Lock()
         self._syncing = threading.Lock()
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-flush", daemon=True)
 
     def start(self) -> None:
@@ -63,15 +65,21 @@ class Flusher:
         return "; ".join(filter(None, (self._unsynced_problem, self._unindexed)))
 
     def wrote(self, drafts: Sequence[Draft]) -> None:
-        """Note records that were written and not synced, before they are shown; syncs them when they are many."""
+        """Note records that were written and not synced, before they are shown.
+
+        The thread syncs from half of ``sync_bytes`` on, beside the next puts; a put that reaches ``sync_bytes``, with
+        what is being synced, waits until everything is on the medium.
+        """
         with self._catalog.lock:
             for draft in drafts:
                 if draft.segment is not None:
                     self._unsynced[draft.segment.number] = draft.segment
                     self._unsynced_bytes += draft.record_bytes
-            due = self._unsynced_bytes >= self._options.sync_bytes
-        if due:
+            unsynced, syncing = self._unsynced_bytes, self._syncing_bytes
+        if unsynced + syncing >= self._options.sync_bytes:
             self._sync()
+        elif unsynced >= self._options.sync_bytes // 2:
+            self._wake.set()
 
     def flush(self) -> None:
         """Sync data, then tell the index; what fails is noted in `problem`."""
@@ -103,6 +111,7 @@ class Flusher:
     def close(self) -> None:
         """Stop the thread, flush, and say in the index that it is complete."""
         self._stop.set()
+        self._wake.set()
         self._thread.join()
         self._again_at = 0.0
         with self._turn:
@@ -118,15 +127,25 @@ class Flusher:
             self._index.close()
 
     def _run(self) -> None:
-        while not self._stop.wait(min(self._options.sync_seconds, self._options.index_seconds)):
-            self.flush()
+        period = min(self._options.sync_seconds, self._options.index_seconds)
+        due = time.monotonic() + period
+        while True:
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            if time.monotonic() < due:
+                self._sync()
+            else:
+                self.flush()
+                due = time.monotonic() + period
 
     def _sync(self) -> None:
         """Wait until all that was written before is on the medium, also what another thread is syncing already."""
         with self._syncing:
             with self._catalog.lock:
                 segments, self._unsynced = list(self._unsynced.values()), {}
-                self._unsynced_bytes = 0
+                self._syncing_bytes, self._unsynced_bytes = self._unsynced_bytes, 0
             problem = ""
             for segment in segments:
                 try:
@@ -134,6 +153,7 @@ class Flusher:
                 except OSError as error:
                     self._catalog.counters.failed += 1
                     problem = f"the medium does not sync: {error.strerror or error}"
+            self._syncing_bytes = 0
             self._unsynced_problem = problem
 
     def _commit(self, changes: Changes) -> None:

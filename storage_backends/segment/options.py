@@ -49,7 +49,7 @@ class SegmentOptions:
     capacity: int
     segment_bytes: int | None = None
     durability: Durability = "durable"
-    sync_bytes: int = 64 << 20
+    sync_bytes: int = 256 << 20
     sync_seconds: float = 1.0
     extent_bytes: int = DEFAULT_EXTENT_BYTES
     index_seconds: float = 1.0

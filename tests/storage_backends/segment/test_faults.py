@@ -10,6 +10,7 @@ import pytest
 from kvtier.storage_backends.engines import PosixEngine
 from kvtier.storage_backends.records import ByteRange, PutState
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
+from kvtier.storage_backends.segment.flusher import Flusher
 from kvtier.storage_backends.segment.sync import GroupSync
 from kvtier.testing.faults import FaultyEngine, ReadFault, WriteFault
 from kvtier.testing.record_samples import fetch, sample_key, sample_record
@@ -137,7 +138,30 @@ def test_damage_is_found_by_verify_and_stays_out(tmp_path: Path) -> None:
         assert not store.contains([sample_key(1)])[0]
 
 
+def test_relaxed_puts_are_synced_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    synced = threading.Event()
+    real = GroupSync.wait
+
+    def noted(self: GroupSync) -> None:
+        threads.append(threading.current_thread().name)
+        real(self)
+        synced.set()
+
+    options = SegmentOptions(
+        capacity=CAPACITY, durability="relaxed", sync_bytes=200_000, sync_seconds=3600, index_seconds=3600
+    )
+    with SegmentRecords(tmp_path, options) as store:
+        monkeypatch.setattr(GroupSync, "wait", noted)
+        put(store, 1)
+        assert threads == [], "not a half of the bound is waiting"
+        put(store, 2)
+        assert synced.wait(30), "half of the bound is waiting and nobody synced it"
+        assert threads == ["kvtier-flush"]
+
+
 def test_relaxed_puts_are_synced_within_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flusher, "_run", lambda _: None)  # nobody syncs in the background
     synced: list[int] = []
     real = GroupSync.wait
 
