@@ -150,6 +150,11 @@ class Catalog:
             self.remove(found, forever=forever)
             return int(found.size)
 
+    def tell_graves(self, graves: Rows) -> None:
+        """Have the index told of graves `GRAVE` [n] of records that are out already, or were never in."""
+        with self.lock:
+            self._changes.graves.append(graves)
+
     def put_aside(self, key: bytes, sequence: int) -> None:
         """Take out a record that is in doubt, if it is still that one: it is never served again."""
         with self.lock:

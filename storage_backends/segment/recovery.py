@@ -195,8 +195,11 @@ def _bury(catalog: Catalog, contents: IndexContents | None, scans: Sequence[_Sca
     """Take out what was deleted or put aside."""
     graves = [grave for _, _, scan in scans for grave in scan.graves]
     if graves:
-        keys = join_keys([grave.key for grave in graves])
-        catalog.bury(keys, np.asarray([grave.before for grave in graves], dtype=GRAVE["before"]), forever=True)
+        found = np.empty(len(graves), dtype=GRAVE)
+        found["key"], found["before"] = join_keys([grave.key for grave in graves]), [grave.before for grave in graves]
+        catalog.bury(found["key"], found["before"], forever=False)
+        # All of them, also those that find nothing now: behind a newer record an older one may lie in the index.
+        catalog.tell_graves(found)
     if contents is not None:
         catalog.bury(contents.graves["key"], contents.graves["before"], forever=False)
         for number, offset in contents.tombstones:

@@ -14,8 +14,8 @@ from kvtier.errors import ConfigError, StorageError, StoreInUseError
 from kvtier.storage_backends.records import PutState
 from kvtier.storage_backends.segment import DirectoryLock, SegmentOptions, SegmentRecords, options_of
 from kvtier.storage_backends.segment.index import SegmentIndex
-from kvtier.testing.record_samples import physical_bytes, sample_key, sample_record
-from kvtier.testing.small_segments import CAPACITY, MIB, open_store, put, served
+from kvtier.testing.record_samples import fetch, physical_bytes, sample_key, sample_record
+from kvtier.testing.small_segments import CAPACITY, MIB, SIZE, open_store, put, served
 
 
 def filled(directory: Path) -> None:
@@ -127,6 +127,26 @@ def test_an_old_index_does_not_hide_or_revive(tmp_path: Path) -> None:
         assert store.recovery.scanned > 0
         assert served(store, 0, generation=1)
         assert [served(store, number) for number in range(1, 15)] == [False] * 4 + [True] * 10
+
+
+def test_what_was_deleted_behind_a_newer_record_stays_deleted_when_that_is_evicted(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        put(store, *range(10))
+    keep_as_behind(tmp_path)
+    with open_store(tmp_path) as store:
+        store.delete([sample_key(0)])
+        put(store, *range(100, 120))
+        put(store, 0, generation=1)
+    shutil.move(tmp_path / "old" / "index.sqlite", tmp_path / "index.sqlite")
+    with open_store(tmp_path) as store:
+        assert store.contains([sample_key(0)]).all()  # not read: what was read is carried on
+        with store.lease([sample_key(5)], owner="test", seconds=600):  # the first segment stays, the second goes
+            put(store, *range(200, 340))
+            assert served(store, 5)
+            assert not store.contains([sample_key(0)]).any()
+    with open_store(tmp_path) as store:
+        assert not store.recovery.rebuilt
+        assert fetch(store, 0, SIZE) is None, "a deleted record is back"
 
 
 def test_an_index_from_before_a_segment_was_used_again_is_not_believed(tmp_path: Path) -> None:
