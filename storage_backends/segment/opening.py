@@ -64,6 +64,8 @@ def open_directory(
             _logger.warning("the index in %s belongs to another store; it is rebuilt", directory)
             _remove(index, directory)
             index, contents = None, None
+        if contents is not None:
+            pool.miss(found, contents.marks)
         pool.store = store or (contents.store if contents is not None else uuid.uuid4().bytes)
         adopt_segments(pool, found)
         index = _begun(index, directory, pool.store)

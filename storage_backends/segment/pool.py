@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,6 +143,13 @@ class SegmentPool:
             self.segments[segment.number] = segment
             found.append((segment, self._superblock(segment)))
         return found
+
+    def miss(self, found: Sequence[tuple[Segment, Superblock | None]], known: Container[int]) -> None:
+        """Count segments without a word about themselves as damaged, where the index has ``known`` them in use."""
+        for segment, superblock in found:
+            name = segment.file.path.name
+            if superblock is None and segment.number in known and name not in self.damaged:
+                self.damaged.append(name)
 
     def adopt(self, segment: Segment, superblock: Superblock | None) -> None:
         """Go on with a life that was found, or with none."""
