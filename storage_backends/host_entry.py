@@ -11,7 +11,7 @@ from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ReadRequest, Record, RecordInfo
 
-__all__ = ["HostCounts", "HostEntry", "index_bytes", "info_of"]
+__all__ = ["HostEntry", "index_bytes", "info_of"]
 
 _ENTRY_BYTES = 1152  # what Python keeps for a record, beside its digests and metadata
 
@@ -52,21 +52,6 @@ class HostEntry:
     def held_bytes(self) -> int:
         """What it takes in all, padding included."""
         return self.place.nbytes + self.index_bytes
-
-
-@dataclass(slots=True)
-class HostCounts:
-    """Counters since the store was opened; the names are those of `RecordStats`."""
-
-    hits: int = 0
-    misses: int = 0
-    damaged: int = 0
-    failed: int = 0
-    evicted: int = 0
-    refused: int = 0
-    stored: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
 
 
 def index_bytes(info: RecordInfo) -> int:

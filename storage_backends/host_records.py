@@ -15,10 +15,11 @@ import torch
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.host_arena import HostArena
-from kvtier.storage_backends.host_entry import HostCounts, HostEntry, index_bytes, info_of
+from kvtier.storage_backends.host_entry import HostEntry, index_bytes, info_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.order import LeastRecentlyUsed, RecordOrder
+from kvtier.storage_backends.record_counts import RecordCounts
 from kvtier.storage_backends.records import (
     BoolArray,
     Lease,
@@ -85,7 +86,7 @@ class HostRecords(RecordStore):
         self._index_bytes = 0
         self._leases = LeaseBook()
         self._sequence = itertools.count(1)
-        self._counts = HostCounts()
+        self._counts = RecordCounts()
         self._closed = False
 
     def put(self, records: Sequence[Record]) -> list[PutOutcome]:

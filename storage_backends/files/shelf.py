@@ -25,7 +25,7 @@ from kvtier.storage_backends.files.ledger import Ledger
 from kvtier.storage_backends.files.options import FileOptions
 from kvtier.storage_backends.files.table import Entry, FileTable
 from kvtier.storage_backends.leases import LeaseBook
-from kvtier.storage_backends.segment.catalog import Counters
+from kvtier.storage_backends.record_counts import RecordCounts
 from kvtier.types import format_bytes
 
 __all__ = ["FIXED_BYTES", "SLACK_BYTES", "Shelf", "sync_directories"]
@@ -46,7 +46,7 @@ class Shelf:
     ----------
     table : FileTable
         Behind ``lock``.
-    counters : Counters
+    counters : RecordCounts
         Behind ``lock``.
     lock : RLock
         Never held while waiting for the ledger's; the ledger's may be held while waiting for it.
@@ -60,7 +60,7 @@ class Shelf:
         self.directory = directory
         self.options = options
         self.table = FileTable()
-        self.counters = Counters()
+        self.counters = RecordCounts()
         self.lock = threading.RLock()
         self.ledger = Ledger(directory / LEDGER, self.count_all)
         self.quarantined = 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from kvtier.record import SegmentKind
+from kvtier.storage_backends.record_counts import RecordCounts
 from kvtier.storage_backends.records import BoolArray
 from kvtier.storage_backends.segment.changes import Changes, Names, SegmentMark
 from kvtier.storage_backends.segment.leases import LeaseBook, SegmentLease
@@ -17,24 +17,9 @@ from kvtier.storage_backends.segment.pool import Segment
 from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows, join_keys, record_bytes
 from kvtier.storage_backends.segment.table import NOWHERE, IndexArray, KeyArray, RecordTable
 
-__all__ = ["Catalog", "Counters"]
+__all__ = ["Catalog"]
 
 _HEAT_ROWS = 512
-
-
-@dataclass(slots=True)
-class Counters:
-    """Counts since the store was opened; see `RecordStats`."""
-
-    hits: int = 0
-    misses: int = 0
-    damaged: int = 0
-    failed: int = 0
-    evicted: int = 0
-    refused: int = 0
-    stored: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
 
 
 class Catalog:
@@ -54,7 +39,7 @@ class Catalog:
         self.table = RecordTable()
         self.tenants = Names()
         self.namespaces = Names()
-        self.counters = Counters()
+        self.counters = RecordCounts()
         self.leases = LeaseBook(self.table, self.lock)
         self.live_bytes: defaultdict[int, int] = defaultdict(int)
         self.tenant_bytes: defaultdict[int, int] = defaultdict(int)

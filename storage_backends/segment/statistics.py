@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from kvtier.record import SUPERBLOCK_BYTES, SegmentKind
 from kvtier.storage_backends.records import RecordStats
 from kvtier.storage_backends.segment.catalog import Catalog
@@ -15,7 +17,6 @@ def collect_stats(
 ) -> RecordStats:
     """What `RecordStats` says, consistent with itself."""
     with catalog.lock:
-        counters = catalog.counters
         live = sum(catalog.live_bytes.values())
         cache = [segment for segment in list(pool.segments.values()) if segment.kind is SegmentKind.CACHE]
         written = sum(segment.cursor - SUPERBLOCK_BYTES for segment in cache)
@@ -29,15 +30,7 @@ def collect_stats(
             held_bytes=held_bytes,
             capacity_bytes=capacity_bytes,
             leased_bytes=catalog.leased_bytes(),
-            hits=counters.hits,
-            misses=counters.misses,
-            damaged=counters.damaged,
-            failed=counters.failed,
-            evicted=counters.evicted,
-            refused=counters.refused,
-            stored=counters.stored,
-            read_bytes=counters.read_bytes,
-            written_bytes=counters.written_bytes,
             degraded=degraded,
             tenants=tenants,
+            **asdict(catalog.counters),
         )
