@@ -11,8 +11,8 @@ __all__ = ["RELAXED_BYTES", "RELAXED_LOSS_BYTES", "RELAXED_LOSS_SECONDS", "RELAX
 RELAXED_BYTES = 256 << 10
 RELAXED_SECONDS = 0.5
 
-RELAXED_LOSS_BYTES = 2 * RELAXED_BYTES
-"""What a power loss may take: twice the bound, as puts go on in other threads while the sync that it calls for runs."""
+RELAXED_LOSS_BYTES = RELAXED_BYTES
+"""What a power loss may take of what was acknowledged: a put that would pass the bound waits before it returns."""
 
 RELAXED_LOSS_SECONDS = RELAXED_SECONDS + 5.0
 """Age of what a power loss may take, with patience for a busy machine."""
