@@ -43,13 +43,14 @@ def _attend(
     biased: bool = False,
     ragged: bool = False,
     tree: bool = False,
+    unified: bool = False,
 ) -> Variant:
     """Attention of ``rows`` folded queries over 32K keys on a chip of 132 multiprocessors."""
     element_bytes = _BYTES[dtype]
     cut = plan(heads=8, rows=rows, keys=32768, dim=max(dims), element_bytes=element_bytes, processors=132)
     words = ["pages" if paged else "run", dtype, f"{dims[0]}x{dims[1]}", f"{rows} rows"]
     options = {"positions": positions, "window": windowed, "softcap": capped}
-    options |= {"bias": biased, "ragged": ragged, "tree": tree}
+    options |= {"bias": biased, "ragged": ragged, "tree": tree, "unified": unified}
     words += [word for word, on in options.items() if on]
     pointers = dict.fromkeys(("frames_ptr", "q_pos_ptr", "k_pos_ptr", "lengths_ptr", "ancestors_ptr"), "i64")
     pointers |= dict.fromkeys(("bias_ptr", "out_ptr", "lse_ptr"), "fp32")
@@ -69,6 +70,7 @@ def _attend(
         "BIASED": biased,
         "RAGGED": ragged,
         "TREE": tree,
+        "UNIFIED": unified,
         "UPCAST": False,
         "PRECISION": "tf32x3",
     }
@@ -127,6 +129,7 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), biased=True, ragged=True),
         _attend("fp32", (128, 128), biased=True, ragged=True, tree=True),
         _attend("bf16", (128, 128), rows=256, paged=False, positions=True, tree=True),
+        _attend("bf16", (128, 128), unified=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
     "page_scores": (_box_scores("bf16"), _box_scores("fp32")),

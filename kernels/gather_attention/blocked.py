@@ -6,7 +6,7 @@ The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 ea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, TypedDict, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoade
 from kvtier.kernels.gather_attention.ragged import over_pieces
 from kvtier.kernels.gather_attention.sources import PageSource, RunSource
 from kvtier.kernels.gather_attention.streamed import streamed_part
+from kvtier.kernels.gather_attention.unified import unified_part
 from kvtier.kernels.heads import accumulation_dtype, fold_bias, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
 from kvtier.kernels.scratch import KEPT_BYTES
@@ -160,6 +161,16 @@ def _fused_serves(q: torch.Tensor, key_dim: int, value_dim: int, softcap: float 
     return extras.bias is None and extras.unified_max is None and fused_fits(q, key_dim, value_dim, softcap)
 
 
+class _SpanOptions(TypedDict):
+    """What both streamed forms are given about a span."""
+
+    block: int
+    scale: float
+    softcap: float | None
+    hidden: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
 class _Attention:
     """One problem with folded heads: q [H, G, Tq, Dk] of the accumulation type, keys and values [H, N, ...]."""
 
@@ -179,6 +190,7 @@ class _Attention:
         self.scale = scale
         self.softcap = softcap
         self.visible = visible
+        self.unified_max = extras.unified_max
         self.heads, self.group, self.queries, _ = q.shape
         self.few = self.group * self.queries <= (COPIED_STREAMED_ROWS if keys.copies else STREAMED_ROWS)
         self.fused = _fused_serves(q, keys.dim, values.dim, softcap, extras)
@@ -255,18 +267,19 @@ class _Attention:
 
     def _streamed(self, q: torch.Tensor, rows: Rows, span: Span) -> Partial:
         cache = CACHE_BYTES if q.device.type == "cpu" else SCRATCH_BYTES
-        return streamed_part(
-            q,
-            self.keys,
-            self.values,
-            span.start,
-            span.stop,
-            block=_multiple(max(cache // self.key_bytes, 1), self.keys.align),
-            scale=self.scale,
-            softcap=self.softcap,
-            hidden=self._hidden(rows, span),
-            bias=None if self.bias is None else self.bias[..., span.start : span.stop],
-        )
+        span_of = (q, self.keys, self.values, span.start, span.stop)
+        options: _SpanOptions = {
+            "block": _multiple(max(cache // self.key_bytes, 1), self.keys.align),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "hidden": self._hidden(rows, span),
+            "bias": None if self.bias is None else self.bias[..., span.start : span.stop],
+        }
+        if self.unified_max is not None:
+            part = unified_part(*span_of, base=self.unified_max, **options)
+            if part is not None:
+                return part
+        return streamed_part(*span_of, **options)
 
     def _hidden(self, rows: Rows, span: Span) -> torch.Tensor | None:
         if span.kind != "masked" or self.visible is None:

@@ -9,10 +9,13 @@ import torch
 from kvtier.errors import InputError
 from kvtier.types import Tree
 
-__all__ = ["MOST_DRAFTS", "PLAIN", "Extras", "check_extras", "drafts_hidden"]
+__all__ = ["MOST_DRAFTS", "PLAIN", "UNIFIED_TOTALS", "Extras", "check_extras", "drafts_hidden"]
 
 MOST_DRAFTS: Final = 64
 """Drafted tokens of a tree: the bits of an int64."""
+
+UNIFIED_TOTALS: Final = (2.0**-64, 2.0**64)
+"""Between these a sum of ``exp(logit - unified_max)`` is as exact as any: what vanishes is below its rounding."""
 
 
 class Extras(NamedTuple):

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Any mix of options; at least one of them."""
+    """Any mix of options."""
     bounds = ((1, 2), (1, 3), (1, 3), (1, 12), (1, 9), (1, 6))
     sizes = tuple(draw(st.integers(low, high)) for low, high in bounds)
     return Problem(
@@ -35,6 +35,7 @@ def problems(draw: st.DrawFn) -> Problem:
         bias=draw(st.sampled_from([None, "kv", "query"])),
         uneven=draw(st.booleans()),
         drafts=draw(st.integers(0, min(64, sizes[4] * sizes[5]))),
+        unified_max=draw(st.sampled_from([None, 0.0, 3.0, -300.0, 300.0])),
     )
 
 

@@ -82,6 +82,7 @@ def test_any_split_of_any_problem(device: torch.device, data: st.DataObject) -> 
         bias=data.draw(st.sampled_from([None, "kv", "query"])),
         uneven=data.draw(st.booleans()),
         drafts=data.draw(st.sampled_from([0, 1])),
+        unified_max=data.draw(st.sampled_from([None, 0.0, 3.0, -300.0, 300.0])),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvtier.kernels.gather_attention.plan.LEAST_SPLIT", 40)
