@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from kvtier.kernels.column_sums.triton import column_sums_kernel
-from kvtier.kernels.gather_attention.plan import plan
+from kvtier.kernels.gather_attention.table import TILES, shape_of
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
 from kvtier.kernels.page_scores.triton import box_scores_kernel
@@ -45,9 +45,9 @@ def _attend(
     tree: bool = False,
     unified: bool = False,
 ) -> Variant:
-    """Attention of ``rows`` folded queries over 32K keys on a chip of 132 multiprocessors."""
+    """Attention of ``rows`` folded queries over keys."""
     element_bytes = _BYTES[dtype]
-    cut = plan(heads=8, rows=rows, keys=32768, dim=max(dims), element_bytes=element_bytes, processors=132)
+    tile = TILES[shape_of(rows=rows, padded_dim=padded(max(dims)), element_bytes=element_bytes)]
     words = ["pages" if paged else "run", dtype, f"{dims[0]}x{dims[1]}", f"{rows} rows"]
     options = {"positions": positions, "window": windowed, "softcap": capped}
     options |= {"bias": biased, "ragged": ragged, "tree": tree, "unified": unified}
@@ -60,11 +60,11 @@ def _attend(
         "DV": dims[1],
         "BLOCK_DK": padded(dims[0]),
         "BLOCK_DV": padded(dims[1]),
-        "BLOCK_M": cut.block_rows,
-        "BLOCK_N": cut.block_keys,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
         "PAGED": paged,
         "POSITIONS": positions,
-        "SKIP": cut.skip,
+        "SKIP": tile.skip,
         "WINDOWED": windowed,
         "CAPPED": capped,
         "BIASED": biased,
@@ -75,7 +75,7 @@ def _attend(
         "PRECISION": "tf32x3",
     }
     pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)
-    return Variant(" ".join(words), attend_kernel, pointers, constants, cut.warps, cut.stages)
+    return Variant(" ".join(words), attend_kernel, pointers, constants, tile.warps, tile.stages)
 
 
 def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:

@@ -1,6 +1,7 @@
 """Attention in blocks: fused for many queries or few keys, streamed for few queries over many keys.
 
-The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; README.md has the numbers.
+The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; README.md has the numbers. Which of
+the two is chosen is in `table.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoade
 from kvtier.kernels.gather_attention.ragged import over_pieces
 from kvtier.kernels.gather_attention.sources import PageSource, RunSource
 from kvtier.kernels.gather_attention.streamed import streamed_part
+from kvtier.kernels.gather_attention.table import COPIES, VIEWS
 from kvtier.kernels.gather_attention.unified import unified_part
 from kvtier.kernels.heads import accumulation_dtype, fold_bias, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
@@ -28,11 +30,8 @@ __all__ = ["attend_pages", "attend_run"]
 
 S = TypeVar("S", RunSource, PageSource)
 
-STREAMED_ROWS: Final = 8
-COPIED_STREAMED_ROWS: Final = 16
-"""Up to this many queries per KV head the streamed form is the quicker one; the second where keys are copied anyway."""
 CACHE_BYTES: Final = 4 * 2**20
-"""Keys that fit in here are fused even for few queries, and blocks that are copied or multiplied are of this size."""
+"""Blocks of keys that are copied or multiplied are of this size."""
 FUSED_ROWS: Final = 4096
 """Queries per fused call where no mask is needed; also the most keys that are copied for one."""
 BLOCK: Final = 512
@@ -153,7 +152,8 @@ def _one_call(
     if not _fused_serves(q, key_dim, value_dim, softcap, extras) or not keys or not q.numel():
         return False
     key_bytes = batch * kv_heads * key_dim * dtype.itemsize
-    return keys * key_bytes <= CACHE_BYTES or (views and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
+    point, rows = VIEWS if views else COPIES, q.shape[1] // kv_heads * q.shape[2]
+    return point.fused(rows, keys * key_bytes) and (views or keys * key_bytes <= CACHE_BYTES)
 
 
 def _fused_serves(q: torch.Tensor, key_dim: int, value_dim: int, softcap: float | None, extras: Extras) -> bool:
@@ -192,7 +192,8 @@ class _Attention:
         self.visible = visible
         self.unified_max = extras.unified_max
         self.heads, self.group, self.queries, _ = q.shape
-        self.few = self.group * self.queries <= (COPIED_STREAMED_ROWS if keys.copies else STREAMED_ROWS)
+        self.point = COPIES if keys.copies else VIEWS
+        self.few = self.group * self.queries <= self.point.rows
         self.fused = _fused_serves(q, keys.dim, values.dim, softcap, extras)
         self.bias = None if extras.bias is None else fold_bias(extras.bias, self.heads, q.dtype)
         self.block = BLOCK // 2 if visible is not None and (visible.window or 4 * BLOCK) < 4 * BLOCK else BLOCK
@@ -237,8 +238,8 @@ class _Attention:
         q = self.q[:, :, rows.start : rows.stop]
         parts: list[Partial] = []
         for span in rows.spans:
-            cached = (span.stop - span.start) * self.key_bytes <= CACHE_BYTES
-            fused = self.fused and (cached or not self.few)
+            span_bytes = (span.stop - span.start) * self.key_bytes
+            fused = self.fused and self.point.fused(self.group * self.queries, span_bytes)
             for piece in span.pieces(self._most_keys(span, q, fused)):
                 parts.append(self._fused(q, rows, piece) if fused else self._streamed(q, rows, piece))
                 if len(parts) == PARTS_HELD:

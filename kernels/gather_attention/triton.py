@@ -16,6 +16,7 @@ from kvtier.kernels.device import MOST, logits, seen_pairs, softmax_end, softmax
 from kvtier.kernels.gather_attention import blocked
 from kvtier.kernels.gather_attention.extras import PLAIN, UNIFIED_TOTALS, Extras
 from kvtier.kernels.gather_attention.plan import plan
+from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.merge_partials.triton import merge_splits
 from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded, processors
 from kvtier.types import Partial, Visibility
@@ -238,7 +239,9 @@ def _attend(
         dim=max(key_dim, value_dim),
         element_bytes=max(q.element_size(), keys.k.element_size(), keys.v.element_size()),
         processors=processors(q.device),
+        splits=SPLITS,
     )
+    tile = cut.tile
     q = dense_channels(q)
     out = q.new_empty(cut.splits, *q.shape[:3], value_dim, dtype=torch.float32)
     lse = q.new_empty(cut.splits, *q.shape[:3], dtype=torch.float32)
@@ -246,7 +249,7 @@ def _attend(
     q_pos, k_pos = (q, q) if visible is None else (visible.q_pos.contiguous(), visible.k_pos.contiguous())
     window = 0 if visible is None or visible.window is None else visible.window
     bias, lengths, tree = extras.bias, extras.lengths, extras.tree
-    grid = (-(-rows // cut.block_rows), cut.splits, batch * keys.heads)
+    grid = (-(-rows // tile.rows), cut.splits, batch * keys.heads)
     attend_kernel[grid](
         q, keys.k, keys.v, q if keys.frames is None else keys.frames, q_pos, k_pos,
         q if bias is None else bias.float().contiguous(), q if lengths is None else lengths.contiguous(),
@@ -257,14 +260,14 @@ def _attend(
         0 if tree is None else tree.first, float(extras.unified_max or 0.0),
         *q.stride()[:3], *keys.k_strides, *keys.v_strides,
         P=keys.slots, DK=key_dim, DV=value_dim, BLOCK_DK=padded(key_dim), BLOCK_DV=padded(value_dim),
-        BLOCK_M=cut.block_rows, BLOCK_N=cut.block_keys,
-        PAGED=keys.frames is not None, POSITIONS=visible is not None, SKIP=cut.skip,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+        PAGED=keys.frames is not None, POSITIONS=visible is not None, SKIP=tile.skip,
         WINDOWED=window > 0, CAPPED=softcap is not None,
         BIASED=bias is not None, RAGGED=lengths is not None, TREE=tree is not None,
         # The weights of fp16 values are multiplied in fp16, whose exponents do not reach that far.
         UNIFIED=extras.unified_max is not None and keys.v.dtype != torch.float16,
         UPCAST=launch.upcast or not q.dtype == keys.k.dtype == keys.v.dtype, PRECISION=launch.precision,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if cut.splits == 1:
         return Partial(out[0], lse[0])
