@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,15 @@ def contest(competitors: Sequence[Competitor], *, limits: Limits, between: Calla
 def _timed(competitor: Competitor, turn: int, between: Callable[[], object]) -> float:
     call = competitor.prepare(turn)
     between()
+    _settle()
     started = time.perf_counter()
     call()
+    _settle()
     return time.perf_counter() - started
+
+
+def _settle() -> None:
+    """Wait for what a GPU still has to do, where one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

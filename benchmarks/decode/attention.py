@@ -50,10 +50,10 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
     BenchmarkError
         When kvtier's exact attention is not exact, or a policy reads more than its budget.
     """
-    shape = Shape(dtype=dtype)
+    shape = Shape(dtype=dtype, device=settings.device)
     layer_bytes = context * shape.token_bytes
     sets = min(_MOST_SETS, max(2, math.ceil(settings.data_sets_bytes / layer_bytes)))
-    reason = refusal((sets * _COPIES + 2) * layer_bytes)
+    reason = refusal((sets * _COPIES + 2) * layer_bytes, settings.device)
     if reason is not None:
         return {"skipped": reason}
     with ExitStack() as stack:
@@ -100,7 +100,7 @@ def _errors(data: DataSet, shape: Shape, context: int) -> dict[str, float]:
     """Largest distance from fp64 of those that claim to be exact, before anything was appended."""
     query, session = shape.queries(1), data.tiered["full"].session
     exact = exact_attention(query, data.stock.held, shape)
-    ours = session.attend(0, query, torch.tensor([[context - 1]]), scale=shape.scale)
+    ours = session.attend(0, query, torch.tensor([[context - 1]], device=shape.device), scale=shape.scale)
     outs = {
         "kvtier: full": ours,
         SDPA: data.stock.attend(query),

@@ -23,8 +23,8 @@ class Streams:
         Bytes that ``flush`` reads, at least twice the last-level cache.
     """
 
-    def __init__(self, nbytes: int, flush_bytes: int) -> None:
-        self._buffer = torch.rand(nbytes // 8 * 2)
+    def __init__(self, nbytes: int, flush_bytes: int, device: str = "cpu") -> None:
+        self._buffer = torch.rand(nbytes // 8 * 2, device=device)
         self._flushed = self._buffer[: flush_bytes // 4]
         self._halves = self._buffer.chunk(2)
 
