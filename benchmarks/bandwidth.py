@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 
 from benchmarks.machine import last_level_cache_bytes
 from benchmarks.registry import BenchmarkError
+from benchmarks.timing import event_seconds, wall_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,21 +100,5 @@ def _across(device: torch.device, quick: bool) -> list[Move]:
 
 def _median(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, by the clock of the device."""
-    seconds = [(_cuda_seconds if device.type == "cuda" else _seconds)(call) for _ in range(_ROUNDS + 2)]
-    return statistics.median(seconds[2:])
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    clock = event_seconds if device.type == "cuda" else wall_seconds
+    return statistics.median([clock(call) for _ in range(_ROUNDS + 2)][2:])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from benchmarks.decode.clock import clock_of
 from benchmarks.machine import last_level_cache_bytes
 from benchmarks.registry import BenchmarkError
 from benchmarks.timing import Competitor, Limits, contest
@@ -76,17 +77,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(seconds=0.05, least=3, most=3, warm_up=1) if options.quick else _limits(device)
     flushed = torch.empty((1 << 20 if options.quick else 4 * last_level_cache_bytes()) // 4, device=device)
 
-    def between() -> None:
-        flushed.zero_()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     rows = []
     with torch.no_grad():
         for case in _cases(device, options.quick):
             attend = case.attend(device)
             ways = _gpu_ways(case, attend) if device.type == "cuda" else _cpu_ways(attend)
-            timings = contest(ways, limits=limits, between=between)
+            timings = contest(ways, limits=limits, between=flushed.zero_, clock=clock_of(options.device))
             best = min(timings, key=lambda name: timings[name].median_s)
             nbytes = 2 * HEADS * case.keys * DIM * DTYPE_BYTES[case.dtype]
             per_call = {name: timing.median_s / _calls(device) for name, timing in timings.items()}
@@ -175,7 +171,6 @@ def _gpu_ways(case: Case, attend: Callable[..., object]) -> list[Competitor]:
             try:
                 for _ in range(_LAUNCHES):
                     attend(**options)
-                torch.cuda.synchronize()
             finally:
                 TILES[shape] = usual
                 plan.cache_clear()

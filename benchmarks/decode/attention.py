@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.decode.clock import clock_of
 from benchmarks.decode.settings import Settings, refusal
 from benchmarks.peers.grouped import exact_attention, grouped_attention
 from benchmarks.peers.stock import StockLayer
@@ -60,7 +61,10 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
         data = [DataSet(shape, context, settings.generated, stack) for _ in range(sets)]
         errors = _errors(data[0], shape, context)
         timings = contest(
-            [*_competitors(data, shape), *streams.competitors], limits=settings.limits, between=streams.flush
+            [*_competitors(data, shape), *streams.competitors],
+            limits=settings.limits,
+            between=streams.flush,
+            clock=clock_of(settings.device),
         )
         traffic = _traffic(data, streams)
     rows = [_row(name, timing, traffic[name], timings, streams) for name, timing in timings.items()]

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvtier
+from benchmarks.decode.clock import clock_of
 from benchmarks.decode.settings import Settings, most_that_fit, refusal
 from benchmarks.peers.streams import Streams
 from benchmarks.peers.tiered import Traffic, TrafficMeter, treatment
@@ -65,7 +66,10 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
         difference = _check(runners, dtype)
         meters = {name: runner.meter() for name, runner in runners.items()}
         timings = contest(
-            [runner.competitor(name) for name, runner in runners.items()], limits=settings.limits, between=streams.flush
+            [runner.competitor(name) for name, runner in runners.items()],
+            limits=settings.limits,
+            between=streams.flush,
+            clock=clock_of(settings.device),
         )
         traffic = {name: meters[name]() for name in runners}
     rows = []
