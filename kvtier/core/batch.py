@@ -71,10 +71,14 @@ class Batch:
 
         This is how beams, which start as copies of one prompt, come to store it once.
         """
+        if len(self.rows) == 1:
+            for row in step.rows:
+                self.rows[0][layer].append(row.of(keys), row.of(values), row.host)
+            return
         leaders: dict[object, tuple[Row, AnySequence]] = {}
         for row in step.rows:
             sequence = self.rows[row.number][layer]
-            origin = sequence.version if len(self.rows) > 1 and sequence.length else None
+            origin = sequence.version if sequence.length else None
             leader = leaders.get(origin)
             if leader is not None and _same(keys, values, row, leader[0]):
                 sequence.release()

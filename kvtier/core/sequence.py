@@ -109,17 +109,17 @@ class LayerSequence:
         CapacityError
             When no tier has room; tokens before the one that found none are kept.
         """
-        added, done = keys.shape[-2], 0
+        added, done, store = keys.shape[-2], 0, self.group.store
         if not added:
             return
         if self.draft_start is not None:
             self._make_room(self.raw.length + added)
-        if self.draft_start is not None or not self.group.store.bounded:
-            self.group.store.tick()
+        if self.draft_start is not None or not store.bounded:
+            store.tick()
             self._append_piece(keys, values, positions)
             return
         while done < added:
-            self.group.store.tick()
+            store.tick()
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
             self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])

@@ -66,8 +66,7 @@ class Step:
     def __init__(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> None:
         check_positions(positions, rows, tokens)
         self.positions, self.spans, self.shape = positions, spans, (rows, tokens)
-        on_host = positions if positions.is_cpu else positions.cpu()
-        real, host = spans_of(spans, rows, tokens), on_host.numpy().astype(np.int64)
+        real, host = spans_of(spans, rows, tokens), np.array(positions.tolist(), dtype=np.int64)
         self.rows: list[Row] = []
         for number, span in enumerate(real):
             count = span.stop - span.start
