@@ -190,9 +190,10 @@ class Session:
         Tensor
             [B, Hq, Tq, Dv] in the dtype of the query; zeros on padding.
         """
-        started, batch, rows, columns = time.perf_counter(), self._batch, self.rows, self._columns[layer]
+        started, batch, rows = time.perf_counter(), self._batch, self.rows
         check_queries(layer_of(self.memory.layout, layer), layer, rows, query)
         step = self._step_of(positions, spans, rows, query.shape[2])
+        columns = self._columns[layer]
         if not columns:
             raise SessionStateError(f"nothing was appended to layer {layer}; append() its keys and values first")
         decoding = batch.prompt.decoding(columns)
