@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.decode import attention, overhead, step, tables
 from benchmarks.decode.settings import LEAST_CONTEXT, PARTS, Settings, settings_of
+from benchmarks.options import contexts, words
 from benchmarks.peers.streams import Streams
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ _MEASURES: Mapping[str, Callable[[Settings, Streams, int, DTypeName], dict[str, 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Contexts, dtypes and parts."""
-    parser.add_argument("--contexts", type=_contexts, help="tokens in the cache, separated by commas")
-    parser.add_argument("--dtypes", type=_words("float32", "bfloat16"), help="float32, bfloat16 or both (the default)")
+    parser.add_argument("--contexts", type=contexts(LEAST_CONTEXT), help="tokens in the cache, separated by commas")
+    parser.add_argument("--dtypes", type=words("float32", "bfloat16"), help="float32, bfloat16 or both (the default)")
     parser.add_argument("--generated", type=int, help="tokens of the context that came one at a time (default: 256)")
-    parser.add_argument("--parts", type=_words(*PARTS), help=f"which of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--parts", type=words(*PARTS), help=f"which of {', '.join(PARTS)}; all by default")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -57,21 +58,3 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for part, cases in result["results"].items():
         for table in tables.TABLES[part](cases):
             console.print(table)
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    contexts = tuple(int(word) for word in text.split(","))
-    if min(contexts) < LEAST_CONTEXT:
-        raise argparse.ArgumentTypeError(f"each must be at least {LEAST_CONTEXT} tokens, got {min(contexts)}")
-    return contexts
-
-
-def _words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
-    def words(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        unknown = [word for word in found if word not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}, got {', '.join(unknown)}")
-        return found
-
-    return words

@@ -97,8 +97,9 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
         frames = slab.frames.gather(2, chosen)
         query, scale, softcap = queries.query, queries.scale, queries.softcap
         partials = [attend_pages(query, slab.keys, slab.values, frames, scale=scale, softcap=softcap)]
-    tail = [sequence.tail()] if raw.length else []
-    return _over(tail, queries, None if all_seen else sequence.positions.view, sequence, partials), count
+    if raw.length:
+        partials.append(_over([sequence.tail()], queries, None if all_seen else sequence.positions.view, sequence))
+    return _merged(partials, queries, sequence), count
 
 
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
@@ -128,10 +129,9 @@ def _over(
     queries: Queries,
     positions: IntArray | None,
     sequence: AnySequence,
-    partials: Sequence[Partial] = (),
 ) -> Partial:
-    """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen; and partials."""
-    found = list(partials)
+    """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen."""
+    found: list[Partial] = []
     for segment in segments:
         seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
         found.append(
@@ -141,10 +141,15 @@ def _over(
         )
         if len(found) >= _MERGE_WIDTH:
             found = [merge_partials(found)]
-    if not found:
+    return _merged(found, queries, sequence)
+
+
+def _merged(partials: Sequence[Partial], queries: Queries, sequence: AnySequence) -> Partial:
+    """Partials over all that was read, of which there may be nothing."""
+    if not partials:
         layer = sequence.layer if isinstance(sequence, WindowSequence) else sequence.group.layer
         return empty_partial(queries.query, layer.value_dim)
-    return found[0] if len(found) == 1 else merge_partials(found)
+    return partials[0] if len(partials) == 1 else merge_partials(partials)
 
 
 def _over_chosen(sequence: LayerSequence, queries: Queries, chosen: torch.Tensor, *, all_seen: bool) -> list[Partial]:
