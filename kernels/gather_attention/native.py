@@ -27,7 +27,7 @@ MOST_ROWS: Final = 16
 """Queries of a KV head, as in ``native.c``; for more the fused kernel of torch is the quicker one."""
 MOST_DIM: Final = 256
 """Channels, as in ``native.c``."""
-_LEAST_SPLIT: Final = 512
+LEAST_SPLIT: Final = 512
 """Keys below which a split costs more in the merge than it gains."""
 _TASKS_A_THREAD: Final = 32
 """So many splits that a thread that was held up does not hold up the others."""
@@ -115,7 +115,7 @@ def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None) -
     value_dim, size = keys.v.shape[-1], keys.k.element_size()
     rows, all_heads = query_heads // keys.heads * queries, batch * keys.heads
     threads = threads_for(all_heads * keys.length * rows * (dim + value_dim))
-    splits = max(1, min(keys.length // _LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
+    splits = max(1, min(keys.length // LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
     q = q.contiguous()
     out = q.new_empty(batch, query_heads, queries, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, query_heads, queries, dtype=torch.float32)

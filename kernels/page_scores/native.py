@@ -23,7 +23,7 @@ LANES: Final = 16
 MOST_FLOATS: Final = 4096
 """Queries of a KV head times channels, as in ``native.c``."""
 _REDUCTIONS: Final[dict[GroupReduce, int]] = {"mean": 0, "max": 1, "sum": 2}
-_LEAST_SPLIT: Final = 256
+LEAST_SPLIT: Final = 256
 _TASKS_A_THREAD: Final = 32
 
 
@@ -39,7 +39,7 @@ def box_scores(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_re
     batch, heads, pages, dim = kmin.shape
     rows, all_heads, size = q.shape[1] // heads, batch * heads, kmin.element_size()
     threads = threads_for(2 * all_heads * pages * rows * dim)
-    splits = max(1, min(pages // _LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
+    splits = max(1, min(pages // LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
     q = q.contiguous()
     scores = q.new_empty(batch, heads, pages, dtype=torch.float32)
     _function()(

@@ -73,7 +73,7 @@ class Batch:
         """
         if len(self.rows) == 1:
             for row in step.rows:
-                self.rows[0][layer].append(row.of(keys), row.of(values), row.host)
+                _append(self.rows[0][layer], keys, values, row)
             return
         leaders: dict[object, tuple[Row, AnySequence]] = {}
         for row in step.rows:
@@ -84,7 +84,7 @@ class Batch:
                 sequence.release()
                 self.rows[row.number][layer] = leader[1].fork()
                 continue
-            sequence.append(row.of(keys), row.of(values), row.host)
+            _append(sequence, keys, values, row)
             leaders[origin] = (row, sequence)
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
@@ -249,6 +249,13 @@ def _fork_rows(rows: Rows) -> Rows:
 def _release(sequences: Sequence[AnySequence]) -> None:
     for sequence in sequences:
         sequence.release()
+
+
+def _append(sequence: AnySequence, keys: torch.Tensor, values: torch.Tensor, row: Row) -> None:
+    if isinstance(sequence, LayerSequence):
+        sequence.append(row.of(keys), row.of(values), row.host, newest=row.last)
+    else:
+        sequence.append(row.of(keys), row.of(values), row.host)
 
 
 def _same(keys: torch.Tensor, values: torch.Tensor, row: Row, leader: Row) -> bool:

@@ -392,7 +392,8 @@ class Session:
 def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
     """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
     if outs and step.rows[0].whole:
-        return outs[0] if outs[0].dtype == query.dtype else outs[0].to(query.dtype)
+        out = outs[0]
+        return out if out.dtype == query.dtype else query.new_empty(out.shape).copy_(out)
     joined = query.new_zeros(*query.shape[:3], value_dim)
     for row, out in zip(step.rows, outs, strict=True):
         joined[row.number, :, row.span] = out[0]
