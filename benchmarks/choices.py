@@ -13,9 +13,10 @@ from benchmarks.decode.clock import clock_of
 from benchmarks.machine import last_level_cache_bytes
 from benchmarks.registry import BenchmarkError
 from benchmarks.timing import Competitor, Limits, contest
-from kvtier.kernels.gather_attention import attend_pages, attend_run, blocked
+from kvtier.kernels.gather_attention import blocked, native
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras
 from kvtier.kernels.gather_attention.plan import plan
-from kvtier.kernels.gather_attention.table import TILES, BreakEven, shape_of
+from kvtier.kernels.gather_attention.table import TILES, BreakEven, Tile, shape_of
 from kvtier.kernels.tiles import padded
 from kvtier.types import DTYPE_BYTES, DTypeName
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_options", "run", "show"]
 
+_PLAINLY: Final[dict[str, Any]] = {"scale": 128**-0.5, "softcap": None, "visible": None}
 HEADS, GROUP, DIM, SLOTS = 8, 4, 128, 16
-UNIFIED_MAX: Final = 4.0
+UNIFIED: Final = Extras(unified_max=4.0)
 """Near the greatest of thousands of normal logits."""
 _ALWAYS: Final = {"fused": BreakEven(rows=0, key_bytes=1 << 60), "streamed": BreakEven(rows=1 << 30, key_bytes=0)}
 _LAUNCHES: Final = 20
@@ -45,17 +47,19 @@ class Case(NamedTuple):
         """Queries per KV head."""
         return GROUP * self.queries
 
-    def attend(self, device: torch.device) -> Callable[..., object]:
-        """The call on random keys."""
+    def on(self, device: torch.device) -> Callable[..., object]:
+        """Attention over random keys, to be called with an implementation."""
         dtype = getattr(torch, self.dtype)
         q = torch.randn(1, HEADS * GROUP, self.queries, DIM, device=device, dtype=dtype)
         if not self.paged:
             k, v = (torch.randn(1, HEADS, self.keys, DIM, device=device, dtype=dtype) for _ in range(2))
-            return lambda **options: attend_run(q, k, v, scale=DIM**-0.5, **options)
+            return lambda implementation, extras=PLAIN: implementation.attend_run(q, k, v, **_PLAINLY, extras=extras)
         pages = HEADS * self.keys // SLOTS
         k, v = (torch.randn(pages, SLOTS, DIM, device=device, dtype=dtype) for _ in range(2))
         frames = torch.randperm(pages, device=device).view(1, HEADS, -1)
-        return lambda **options: attend_pages(q, k, v, frames, scale=DIM**-0.5, **options)
+        return lambda implementation, extras=PLAIN: implementation.attend_pages(
+            q, k, v, frames, **_PLAINLY, extras=extras
+        )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with torch.no_grad():
         for case in _cases(device, options.quick):
-            attend = case.attend(device)
+            attend = case.on(device)
             ways = _gpu_ways(case, attend) if device.type == "cuda" else _cpu_ways(attend)
             timings = contest(ways, limits=limits, between=flushed.zero_, clock=clock_of(options.device))
             best = min(timings, key=lambda name: timings[name].median_s)
@@ -131,17 +135,20 @@ def _calls(device: torch.device) -> int:
 
 
 def _cpu_ways(attend: Callable[..., object]) -> list[Competitor]:
-    """Fused and streamed, and streamed in one pass relative to a number."""
+    """In C where that is built; in torch fused and streamed, and streamed in one pass relative to a number."""
 
-    def way(point: BreakEven, **options: float) -> Callable[[int], Callable[[], object]]:
+    def way(point: BreakEven, extras: Extras = PLAIN) -> Callable[[int], Callable[[], object]]:
         def call() -> None:
             with _points(point):
-                attend(**options)
+                attend(blocked, extras)
 
         return lambda _: call
 
     found = [Competitor(name, way(point)) for name, point in _ALWAYS.items()]
-    return [*found, Competitor("unified", way(_ALWAYS["streamed"], unified_max=UNIFIED_MAX))]
+    found.append(Competitor("unified", way(_ALWAYS["streamed"], UNIFIED)))
+    if native.obstacle(torch.device("cpu")) is None:
+        found.append(Competitor("native", lambda _: lambda: attend(native)))
+    return found
 
 
 @contextmanager
@@ -164,13 +171,15 @@ def _gpu_ways(case: Case, attend: Callable[..., object]) -> list[Competitor]:
     tiles += [usual._replace(warps=warps) for warps in (4, 8) if warps != usual.warps]
     tiles += [usual._replace(stages=stages) for stages in (2, 3, 4) if stages != usual.stages]
 
-    def launches(tile: Any, **options: float) -> Callable[[int], Callable[[], object]]:
+    from kvtier.kernels.gather_attention import triton
+
+    def launches(tile: Tile, extras: Extras = PLAIN) -> Callable[[int], Callable[[], object]]:
         def call() -> None:
             TILES[shape] = tile
             plan.cache_clear()
             try:
                 for _ in range(_LAUNCHES):
-                    attend(**options)
+                    attend(triton, extras)
             finally:
                 TILES[shape] = usual
                 plan.cache_clear()
@@ -178,4 +187,4 @@ def _gpu_ways(case: Case, attend: Callable[..., object]) -> list[Competitor]:
         return lambda _: call
 
     found = [Competitor(f"{tile.keys} keys {tile.warps} warps {tile.stages} stages", launches(tile)) for tile in tiles]
-    return [*found, Competitor("unified", launches(usual, unified_max=UNIFIED_MAX))]
+    return [*found, Competitor("unified", launches(usual, UNIFIED))]

@@ -125,7 +125,8 @@ def test_bandwidth_is_measured() -> None:
 
 def test_every_way_of_attending_is_timed() -> None:
     measured = benchmark("choices").run(argparse.Namespace(device="cpu", quick=True))
-    assert [set(case["median_s"]) for case in measured["cases"]] == [{"fused", "streamed", "unified"}] * 2
+    assert len(measured["cases"]) == 2
+    assert all(set(case["median_s"]) >= {"fused", "streamed", "unified"} for case in measured["cases"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

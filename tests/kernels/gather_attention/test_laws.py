@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.kernels.gather_attention import blocked, native, reference
 from kvtier.kernels.gather_attention.extras import Extras
 from kvtier.kernels.merge_partials import merge_partials
 from kvtier.testing.attention_problems import Problem
@@ -18,7 +18,7 @@ Oracle = Callable[..., Partial]
 Check = Callable[[Partial, Partial, torch.dtype], None]
 
 CPU = torch.device("cpu")
-IMPLEMENTATIONS = [blocked, reference]
+IMPLEMENTATIONS = [blocked, reference, native]
 
 
 @st.composite
@@ -107,7 +107,7 @@ def test_the_order_of_pages_is_irrelevant(
     check(got, problem.expected(0.4), torch.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["blocked", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["blocked", "reference", "native"])
 @pytest.mark.parametrize("how", ["bias", "lengths"])
 def test_masked_heads_contribute_nothing(implementation: ModuleType, how: str) -> None:
     problem = Problem(sizes=(2, 3, 2, 2, 5, 4), dims=(8, 8), dtype=torch.float32, device=CPU)
@@ -126,7 +126,7 @@ def test_masked_heads_contribute_nothing(implementation: ModuleType, how: str) -
     torch.testing.assert_close(got.lse[~blind], whole.lse[~blind])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["blocked", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["blocked", "reference", "native"])
 @pytest.mark.parametrize("queries", [1, 30])
 def test_nothing_is_read_past_a_page(implementation: ModuleType, queries: int, check: Check) -> None:
     problem = Problem(sizes=(1, 2, 2, queries, 90, 16), dims=(16, 16), dtype=torch.float32, device=CPU)
