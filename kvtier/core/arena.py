@@ -144,8 +144,8 @@ class Arena:
     def allocate(self, heads: int, columns: int, *, spare: int = 0) -> IntArray:
         """Frame ids [heads, columns], in runs as long as free memory allows, one run a head, heads at equal distance.
 
-        Behind each head's run ``spare`` columns stay free for ``extend``, if one free run holds them all; they are not
-        kept from others.
+        Behind each head's run up to ``spare`` columns stay free for ``extend``, as far as one free run has them; others
+        may take them.
 
         Raises
         ------
@@ -155,9 +155,10 @@ class Arena:
         if heads * columns > self.free_frames:
             raise CapacityError(f"{heads * columns} page frames were needed, {self.free_frames} are free")
         frames = np.empty((heads, columns), dtype=np.int64)
-        roomy = self._roomy_run(heads, columns + spare, spare) if spare else None
+        roomy = self._roomy_run(heads, columns, spare) if spare else None
         if roomy is not None:
-            frames[:] = roomy + np.arange(heads)[:, None] * (columns + spare) + np.arange(columns)
+            first, width = roomy
+            frames[:] = first + np.arange(heads)[:, None] * width + np.arange(columns)
             self._take(frames.ravel())
             return frames
         done = 0
@@ -303,15 +304,19 @@ class Arena:
                 best_first, best = slab.first + int(starts[longest]), int(lengths[longest])
         return best_first, best
 
-    def _roomy_run(self, heads: int, columns: int, spare: int) -> int | None:
-        """First frame of a free run for heads of so many columns, ``spare`` free frames behind what lies before it."""
+    def _roomy_run(self, heads: int, columns: int, spare: int) -> tuple[int, int] | None:
+        """First frame, and frames a head, of a run with up to ``spare`` columns more; None when none has any more.
+
+        What lies before it keeps as many frames to grow into.
+        """
+        best: tuple[int, int] | None = None
         for slab in self._slabs:
-            first, taken = self._longest_run(1, heads * columns + spare, (slab,))
-            if taken == heads * columns + spare:
-                return first if first == slab.first else first + spare
-            if slab.free[: heads * columns].all() and slab.frames >= heads * columns:
-                return slab.first
-        return None
+            first, taken = self._longest_run(1, heads * (columns + spare) + spare, (slab,))
+            before = 0 if first == slab.first else spare
+            width = min(columns + spare, (taken - before) // heads)
+            if width > (columns if best is None else best[1]):
+                best = first + before, width
+        return best
 
     def _scattered(self, count: int) -> IntArray:
         free = np.concatenate([np.flatnonzero(slab.free) + slab.first for slab in self._slabs])[:count]
