@@ -29,11 +29,19 @@ class Segment(NamedTuple):
 
 
 class SlabFrames(NamedTuple):
-    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N]."""
+    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N].
+
+    ``first`` [1, Hk, 1] are those of column 0 where the others follow one by one.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     frames: torch.Tensor
+    first: torch.Tensor | None
+
+    def at(self, columns: torch.Tensor) -> torch.Tensor:
+        """Frames of page columns [1, Hk, n]."""
+        return self.frames.gather(2, columns) if self.first is None else columns + self.first
 
 
 @dataclass(slots=True)
@@ -150,15 +158,16 @@ class LayerSequence:
             return None
         slabs: list[SlabFrames] | None = arena.kept.get((views, "slabs"))
         if slabs is None:
-            slabs = arena.kept[views, "slabs"] = self._slabs()
+            slabs = arena.kept[views, "slabs"] = self._slabs(one_run=len(views.runs) == 1 and not views.loose.size)
         return slabs[0] if len(slabs) == 1 else None
 
-    def _slabs(self) -> list[SlabFrames]:
-        frames = self.group.store.frames(self.pages.view)
-        return [
-            SlabFrames(slab.keys, slab.values, torch.from_numpy(frames - slab.first).to(slab.keys.device)[None])
-            for slab in self.group.arena.slabs_of(frames)
-        ]
+    def _slabs(self, *, one_run: bool) -> list[SlabFrames]:
+        held = self.group.store.frames(self.pages.view)
+        slabs = []
+        for slab in self.group.arena.slabs_of(held):
+            frames = torch.from_numpy(held - slab.first).to(slab.keys.device)[None]
+            slabs.append(SlabFrames(slab.keys, slab.values, frames, frames[:, :, :1].clone() if one_run else None))
+        return slabs
 
     def tail(self) -> Segment:
         """The slots in the tail."""
@@ -292,7 +301,7 @@ class LayerSequence:
     def _seal(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """Make pages of the tail followed by new tokens, ``tokens`` in all."""
         group, (tail_keys, tail_values) = self.group, self.raw.view()
-        pages = group.store.new_pages(group.heads, tokens // group.page_tokens)
+        pages = group.store.new_pages(group.heads, tokens // group.page_tokens, self.pages.view)
         self.pages.append(pages)
         runs, rest = group.arena.runs(group.store.frames(pages))
         page = group.page_tokens
