@@ -44,8 +44,8 @@ class _Keys(NamedTuple):
     heads: int
     length: int
     slots: int
-    k_strides: tuple[int, int, int]
-    v_strides: tuple[int, int, int]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
 
 
 def obstacle(device: torch.device) -> str | None:
