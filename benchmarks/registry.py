@@ -46,6 +46,8 @@ class Entry:
 
 
 BENCHMARKS: Final[Mapping[str, Entry]] = {
+    "bandwidth": Entry("benchmarks.bandwidth", "how fast memory is read and copied, and the way between host and GPU"),
+    "choices": Entry("benchmarks.choices", "which way of attending is the quickest for which shape"),
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),

@@ -209,24 +209,29 @@ static void finish(const Shape *shape, float *states, int64_t head, int64_t spli
             total += share * state.total[r];
             for (int64_t d = 0; d < shape->dv; d++) o[d] += share * state.out[r * shape->dv + d];
         }
-        for (int64_t d = 0; d < shape->dv; d++) o[d] /= total;
-        lse[r] = peak + logf(total);
+        for (int64_t d = 0; total > 0 && d < shape->dv; d++) o[d] /= total;
+        lse[r] = total > 0 ? peak + logf(total) : -INFINITY;
     }
 }
 
 /* Queries q [batch * heads][rows][dk] of `q_type`; out [batch * heads][rows][dv] and lse [batch * heads][rows]. Strides
    are bytes. A run has no frames and slots of one key; pages are `length` / `slots` frames of a head, each below
-   `arena`. `states` has room for rows * (dv + 2) floats of every split of every head. 0, or 1 for a frame out of range. */
+   `arena`. With `lengths` a head has the first so many of its keys, and only the frames of those are looked at.
+   `states` has room for rows * (dv + 2) floats of every split of every head. 0; 1 for a frame out of range; 2 for a
+   length. */
 int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int type, const int64_t *frames,
-                  int64_t arena, int64_t batch, int64_t heads, int64_t length, int64_t slots, int64_t rows, int64_t dk,
+                  const int64_t *lengths, int64_t arena, int64_t batch, int64_t heads, int64_t length, int64_t slots, int64_t rows, int64_t dk,
                   int64_t dv, int64_t k_outer, int64_t k_head, int64_t k_slot, int64_t v_outer, int64_t v_head,
                   int64_t v_slot, float scale, float softcap, int64_t splits, int threads, float *states, float *out,
                   float *lse) {
     const Shape shape = {rows, dk, dv, scale, softcap};
     const int64_t pages = length / slots, tasks = batch * heads * splits, each = (pages + splits - 1) / splits * slots;
-    if (frames)
-        for (int64_t i = 0; i < batch * heads * pages; i++)
-            if (frames[i] < 0 || frames[i] >= arena) return 1;
+    for (int64_t head = 0; head < batch * heads; head++) {
+        const int64_t held = lengths ? lengths[head] : length;
+        if (held < 0 || held > length) return 2;
+        for (int64_t page = 0; frames && page * slots < held; page++)
+            if (frames[head * pages + page] < 0 || frames[head * pages + page] >= arena) return 1;
+    }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t head = task / splits, split = task % splits;
@@ -243,7 +248,8 @@ int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int t
             keys.k += head / heads * k_outer + head % heads * k_head;
             keys.v += head / heads * v_outer + head % heads * v_head;
         }
-        const int64_t start = split * each, stop = start + each < length ? start + each : length;
+        const int64_t held = lengths ? lengths[head] : length;
+        const int64_t start = split * each, stop = start + each < held ? start + each : held;
         if (start < stop) (type == BF16 ? attend_bf16 : attend_f32)(query, &shape, &keys, start, stop, &state);
     }
     for (int64_t head = 0; head < batch * heads; head++)

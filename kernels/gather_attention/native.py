@@ -14,6 +14,7 @@ import torch
 
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras
 from kvtier.kernels.native import ELEMENT_TYPES, built, function, threads_for
 from kvtier.kernels.scratch import scratch
 from kvtier.kernels.spans import all_seen
@@ -32,6 +33,8 @@ LEAST_SPLIT: Final = 512
 _TASKS_A_THREAD: Final = 32
 """So many splits that a thread that was held up does not hold up the others."""
 
+_FRAME, _LENGTH = 1, 2
+"""What the C code returns for what is out of range."""
 _TRIAL_LIMIT: Final = 1e-4
 
 
@@ -63,12 +66,13 @@ def attend_run(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv]."""
-    if not _served(q, k, v, k.shape[1], k.shape[2], visible):
-        return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+    if not _served(q, k, v, k.shape[1], k.shape[2], visible, extras):
+        return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
     keys = _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
-    return _attend(q, keys, scale, softcap)
+    return _attend(q, keys, extras.lengths, scale, softcap)
 
 
 def attend_pages(
@@ -80,22 +84,31 @@ def attend_pages(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv]."""
     slots, heads = k_arena.shape[1], frames.shape[1]
     length = frames.shape[2] * slots
-    if frames.dtype != torch.int64 or not _served(q, k_arena, v_arena, heads, length, visible):
-        return blocked.attend_pages(q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible)
+    if frames.dtype != torch.int64 or not _served(q, k_arena, v_arena, heads, length, visible, extras):
+        return blocked.attend_pages(
+            q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible, extras=extras
+        )
     k_strides = (k_arena.stride(0), 0, k_arena.stride(1))
     v_strides = (v_arena.stride(0), 0, v_arena.stride(1))
     keys = _Keys(k_arena, v_arena, frames.contiguous(), heads, length, slots, k_strides, v_strides)
-    return _attend(q, keys, scale, softcap)
+    return _attend(q, keys, extras.lengths, scale, softcap)
 
 
 def _served(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, length: int, visible: Visibility | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    length: int,
+    visible: Visibility | None,
+    extras: Extras,
 ) -> bool:
-    """Whether the C code is for these: few queries that see every one of at least one key."""
+    """Whether the C code is for these: few queries that see every key, of which heads may have different numbers."""
     q_shape, dim, value_dim = q.shape, k.shape[-1], v.shape[-1]
     return (
         0 < q_shape[1] // heads * q_shape[2] <= MOST_ROWS
@@ -106,28 +119,32 @@ def _served(
         and not (dim % LANES or value_dim % LANES)
         and max(dim, value_dim) <= MOST_DIM
         and k.stride(-1) == v.stride(-1) == 1
+        and extras.only_lengths
         and (visible is None or all_seen(visible))
     )
 
 
-def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None) -> Partial:
+def _attend(q: torch.Tensor, keys: _Keys, lengths: torch.Tensor | None, scale: float, softcap: float | None) -> Partial:
     batch, query_heads, queries, dim = q.shape
     value_dim, size = keys.v.shape[-1], keys.k.element_size()
     rows, all_heads = query_heads // keys.heads * queries, batch * keys.heads
     threads = threads_for(all_heads * keys.length * rows * (dim + value_dim))
     splits = max(1, min(keys.length // LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
-    q = q.contiguous()
+    q, lengths = q.contiguous(), None if lengths is None else lengths.contiguous()
     out = q.new_empty(batch, query_heads, queries, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, query_heads, queries, dtype=torch.float32)
     states = scratch("splits", (all_heads * splits * rows * (value_dim + 2),), torch.float32, q.device)
     outside = _function()(
         q.data_ptr(), ELEMENT_TYPES[q.dtype], keys.k.data_ptr(), keys.v.data_ptr(), ELEMENT_TYPES[keys.k.dtype],
-        None if keys.frames is None else keys.frames.data_ptr(), keys.k.shape[0],
+        None if keys.frames is None else keys.frames.data_ptr(), None if lengths is None else lengths.data_ptr(),
+        keys.k.shape[0],
         batch, keys.heads, keys.length, keys.slots, rows, dim, value_dim,
         *(stride * size for stride in (*keys.k_strides, *keys.v_strides)),
         scale, softcap or 0.0, splits, threads, states.data_ptr(), out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
-    if outside:
+    if outside == _LENGTH:
+        raise InputError(f"lengths must lie in [0, {keys.length}], and some do not")
+    if outside == _FRAME:
         raise InputError(
             f"frames must lie in [0, {keys.k.shape[0]}), and some do not; a page table is stale or damaged"
         )
@@ -137,7 +154,7 @@ def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None) -
 @functools.cache
 def _function() -> Callable[..., int]:
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    arguments = [pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, *[long] * 14]
+    arguments = [pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, pointer, *[long] * 14]
     arguments += [number, number, long, ctypes.c_int, pointer, pointer, pointer]
     return function("gather_attention", "kvtier_attend", arguments, ctypes.c_int)
 
