@@ -107,13 +107,10 @@ class LayerSequence:
         """Slots that a crop may take: those since the last eviction."""
         return self.length - self.evicted_length
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, newest: int | None = None
-    ) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; seal the blocks that became full.
 
-        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``; ``newest`` is the greatest, for whom
-        it is at hand: all layers of a step share it.
+        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
 
         Raises
         ------
@@ -127,14 +124,24 @@ class LayerSequence:
             self._make_room(self.raw.length + added)
         if self.draft_start is not None or not store.bounded:
             store.tick()
-            self._append_piece(keys, values, positions, newest)
+            self._append_piece(keys, values, positions)
             return
         while done < added:
             store.tick()
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
-            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece], None)
+            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])
             done += part
+
+    def append_token(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """``append`` one token K [1, Hk, 1, Dk], V [1, Hk, 1, Dv], as a decode step does; most of them seal nothing."""
+        if self.raw.length + 1 >= self.group.block_tokens:
+            self.append(keys, values, np.array([[position]], dtype=np.int64))
+            return
+        self.group.store.tick()
+        self.raw.extend(keys, values)
+        self.positions.append_one(position)
+        self.version, self.last_position = object(), position
 
     @property
     def loose_columns(self) -> int:
@@ -279,7 +286,7 @@ class LayerSequence:
         most = max(block, self.group.piece_tokens() // block * block)
         return max(1, most - self.tail_length) if wanted + self.tail_length > most else wanted
 
-    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, newest: int | None) -> None:
+    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         block = self.group.block_tokens
         total = self.raw.length + keys.shape[-2]
         sealing = 0 if self.draft_start is not None else total // block * block
@@ -292,7 +299,7 @@ class LayerSequence:
                 self._views = None
         self.raw.extend(keys, values)
         self.positions.append(positions)
-        self.version, self.last_position = object(), _newest(positions) if newest is None else newest
+        self.version, self.last_position = object(), _newest(positions)
 
     def _truncate_positions(self, length: int) -> None:
         self.positions.truncate(length)
