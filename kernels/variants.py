@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+import torch
+
 from kvtier.kernels.column_sums.triton import column_sums_kernel
+from kvtier.kernels.encoded_attention.formats import BitPlanes, BlockFormat, Fp8, Int8, KiviKeys, KiviValues, Kv4
+from kvtier.kernels.encoded_attention.side import Side, cut_blocks
+from kvtier.kernels.encoded_attention.triton import encoded_kernel
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
@@ -67,6 +72,39 @@ def _attend(
     return Variant(" ".join(words), attend_kernel, pointers, constants, cut.warps, cut.stages)
 
 
+def _encoded(
+    dtype: str, k_format: BlockFormat, v_format: BlockFormat, *, rows: int = 4, positions: bool = False
+) -> Variant:
+    """Attention of ``rows`` folded queries over 32K keys in blocks on a chip of 132 multiprocessors."""
+    k_side, v_side = Side.of(k_format), Side.of(v_format)
+    if k_side is None or v_side is None:
+        raise ValueError(f"the kernel does not serve {k_format} and {v_format}")
+    cut = cut_blocks(k_side, v_side, heads=8, rows=rows, keys=32768, processors=132)
+    words = [_told(k_format), _told(v_format), dtype, f"{k_format.dim}x{v_format.dim}", f"{rows} rows"]
+    scales = {torch.float16: "fp16", torch.float32: "fp32"}
+    pointers = {"q_ptr": dtype, "k_ptr": "u8", "v_ptr": "u8", "frames_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
+    pointers |= {"k_scales_ptr": scales[k_format.scale_dtype], "v_scales_ptr": scales[v_format.scale_dtype]}
+    pointers |= {"q_pos_ptr": "i64", "k_pos_ptr": "i64"}
+    constants = {
+        "K": k_side,
+        "V": v_side,
+        "P": k_format.slots,
+        "BLOCK_M": cut.block_rows,
+        "BLOCK_N": cut.block_keys,
+        "POSITIONS": positions,
+        "WINDOWED": positions,
+        "CAPPED": positions,
+        "EXACT": dtype == "bf16" and not k_side.by_channel,
+        "UPCAST": False,
+        "PRECISION": "tf32x3",
+    }
+    return Variant(" ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, cut.warps, cut.stages)
+
+
+def _told(layout: BlockFormat) -> str:
+    return layout.name.replace(" ", "-") + (f"-{layout.bits}" if layout.has_minima else "")
+
+
 def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:
     constants = {
         "D": 128,
@@ -105,6 +143,16 @@ def _page_bounds(dtype: str) -> Variant:
 
 VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
     "column_sums": (_column_sums("bf16", 32, positions=False), _column_sums("fp32", 32, positions=True)),
+    "encoded_attention": (
+        _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), KiviValues(slots=64, dim=128, group=64)),
+        _encoded("fp16", KiviKeys(slots=128, dim=128, bits=2), KiviValues(slots=128, dim=128, bits=2)),
+        _encoded("bf16", Kv4(slots=64, dim=128), Kv4(slots=64, dim=128)),
+        _encoded("bf16", Int8(slots=64, dim=128), Int8(slots=64, dim=128), positions=True),
+        _encoded("fp16", Fp8(slots=16, dim=64), Fp8(slots=16, dim=64)),
+        _encoded("bf16", BitPlanes(slots=64, dim=128, planes=4), Kv4(slots=64, dim=128)),
+        _encoded("fp32", Kv4(slots=64, dim=256), Int8(slots=64, dim=256)),
+        _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), Kv4(slots=64, dim=128), rows=4096, positions=True),
+    ),
     "gather_attention": (
         _attend("bf16", (128, 128)),
         _attend("fp16", (64, 64)),
