@@ -37,7 +37,7 @@ def seen_pairs(b_at, b_place, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def softmax_weights(b_s, b_m, b_l):
-    """Take logits [M, N] into the running maximum [M] and sum [M]; also weights [M, N], and what outputs shrink by [M]."""
+    """Weights [M, N] of logits, and what earlier outputs shrink by [M]; the running maximum [M] and sum [M] again."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
     # Of a row that has seen no key yet the maximum is -inf, and -inf - -inf would be NaN.
     b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)

@@ -20,6 +20,7 @@ OPERATORS: Final = (
     "encoded_attention",
     "gather_attention",
     "merge_partials",
+    "pack_pages",
     "page_scores",
     "page_summaries",
     "top_pages",

@@ -13,6 +13,7 @@ from kvtier.kernels.encoded_attention.triton import encoded_kernel
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
+from kvtier.kernels.pack_pages.triton import pages_kernel
 from kvtier.kernels.page_scores.triton import box_scores_kernel
 from kvtier.kernels.page_summaries.triton import page_bounds_kernel
 from kvtier.kernels.tiles import padded
@@ -98,7 +99,9 @@ def _encoded(
         "UPCAST": False,
         "PRECISION": "tf32x3",
     }
-    return Variant(" ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, cut.warps, cut.stages)
+    return Variant(
+        " ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, cut.warps, cut.stages
+    )
 
 
 def _told(layout: BlockFormat) -> str:
@@ -134,6 +137,12 @@ def _box_scores(dtype: str) -> Variant:
     return Variant(f"{dtype} 128", box_scores_kernel, pointers, constants, 4, 3)
 
 
+def _pages(word: str, *, pack: bool) -> Variant:
+    constants = {"KEYS": 2048, "VALUES": 2048, "BLOCK": 4096, "PACK": pack}
+    pointers = dict.fromkeys(("k_ptr", "v_ptr", "rows_ptr"), word) | {"frames_ptr": "i64"}
+    return Variant(f"{'pack' if pack else 'unpack'} {word} 16x128", pages_kernel, pointers, constants, 4, 3)
+
+
 def _page_bounds(dtype: str) -> Variant:
     constants = {"P": 16, "D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
     return Variant(
@@ -146,12 +155,10 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
     "encoded_attention": (
         _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), KiviValues(slots=64, dim=128, group=64)),
         _encoded("fp16", KiviKeys(slots=128, dim=128, bits=2), KiviValues(slots=128, dim=128, bits=2)),
-        _encoded("bf16", Kv4(slots=64, dim=128), Kv4(slots=64, dim=128)),
-        _encoded("bf16", Int8(slots=64, dim=128), Int8(slots=64, dim=128), positions=True),
-        _encoded("fp16", Fp8(slots=16, dim=64), Fp8(slots=16, dim=64)),
-        _encoded("bf16", BitPlanes(slots=64, dim=128, planes=4), Kv4(slots=64, dim=128)),
-        _encoded("fp32", Kv4(slots=64, dim=256), Int8(slots=64, dim=256)),
         _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), Kv4(slots=64, dim=128), rows=4096, positions=True),
+        _encoded("bf16", BitPlanes(slots=64, dim=128, planes=4), Kv4(slots=64, dim=128)),
+        _encoded("bf16", Int8(slots=64, dim=256), Int8(slots=64, dim=256), positions=True),
+        _encoded("fp32", Fp8(slots=16, dim=64), Fp8(slots=16, dim=64)),
     ),
     "gather_attention": (
         _attend("bf16", (128, 128)),
@@ -165,6 +172,7 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (96, 96), rows=512, positions=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
+    "pack_pages": (_pages("i16", pack=True), _pages("i16", pack=False)),
     "page_scores": (_box_scores("bf16"), _box_scores("fp32")),
     "page_summaries": (_page_bounds("bf16"), _page_bounds("fp32")),
 }

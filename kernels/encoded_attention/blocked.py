@@ -1,4 +1,4 @@
-"""Attention over encoded blocks in plain torch: as many blocks as the cache holds are decoded, multiplied, forgotten."""
+"""Attention over encoded blocks in plain torch: as many as the cache holds are decoded, multiplied and forgotten."""
 
 from __future__ import annotations
 
@@ -54,6 +54,4 @@ def attend_encoded(
     dtype = accumulation_dtype(q)
     folded = frames.flatten(0, 1)
     keys, values = BlockLoader(k_arena, folded, k_format, dtype), BlockLoader(v_arena, folded, v_format, dtype)
-    return attend_loaded(
-        q, frames.shape[1], keys, values, dtype=dtype, scale=scale, softcap=softcap, visible=visible
-    )
+    return attend_loaded(q, frames.shape[1], keys, values, dtype=dtype, scale=scale, softcap=softcap, visible=visible)

@@ -89,4 +89,5 @@ def cut_blocks(keys_side: Side, values_side: Side, *, heads: int, rows: int, key
     cut = plan(heads=heads, rows=rows, keys=keys, dim=dim, element_bytes=2, processors=processors)
     slots = keys_side.plane_bytes // keys_side.columns
     groups = [side.token_group for side in (keys_side, values_side) if side.by_channel]
-    return cut._replace(block_keys=min(cut.block_keys, slots, *groups))
+    # Wide heads need the registers of 8 warps.
+    return cut._replace(block_keys=min(cut.block_keys, slots, *groups), warps=cut.warps if dim <= WIDEST else 8)

@@ -1,4 +1,4 @@
-"""Attention over encoded blocks in Triton: codes go to the tensor cores as small exact numbers, scales are applied beside.
+"""Attention over encoded blocks in Triton: codes are multiplied as small exact numbers, scales are applied beside.
 
 A program attends one tile of folded queries (row ``g * Tq + t`` is query t of head g of the group) to one split of the
 blocks of their KV head, as `gather_attention` does. README.md derives where scales and minima go.
@@ -20,16 +20,14 @@ from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_encoded"]
 
+
 @triton.jit
 def _codes(p_codes, o_place, in_columns, S: tl.constexpr):
     """Bytes of a tile, a plane each."""
     b_codes = ()
     for plane in tl.static_range(tl.constexpr(S.planes)):
         p_code = p_codes + plane * S.plane_bytes + o_place
-        if S.masked:
-            b_codes = b_codes + (tl.load(p_code, mask=in_columns, other=0),)
-        else:
-            b_codes = b_codes + (tl.load(p_code),)
+        b_codes += (tl.load(p_code, mask=in_columns, other=0) if S.masked else tl.load(p_code),)
     return b_codes
 
 
@@ -94,7 +92,7 @@ def _queries(p_q, in_rows, K: tl.constexpr, EXACT: tl.constexpr):
             b_part = tl.load(p_q[:, None] + (share * K.columns + o_j)[None, :], mask=in_tile, other=0.0)
             if not EXACT:
                 b_part = b_part.to(tl.float32)
-            b_q = b_q + (b_part,)
+            b_q += (b_part,)
     return b_q
 
 
@@ -165,7 +163,7 @@ def _add_values(
                 b_part = _product(b_p * b_scale[None, :], b_unit, b_part, False, PRECISION)
                 if V.minima:
                     b_part += tl.sum(b_p * b_minimum[None, :], 1)[:, None]
-            b_new = b_new + (b_part,)
+            b_new += (b_part,)
     return b_new
 
 
@@ -193,7 +191,7 @@ def encoded_kernel(
     b_m, b_l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_o = ()
     for _ in tl.static_range(V.chunks * V.shares):
-        b_o = b_o + (tl.zeros([BLOCK_M, V.width], tl.float32),)
+        b_o += (tl.zeros([BLOCK_M, V.width], tl.float32),)
     start = i_s * split_keys
     for at in range(start, tl.minimum(start + split_keys, keys), BLOCK_N):
         # Tiles never cross a block, and blocks are full: nothing is masked but by position.
@@ -258,9 +256,7 @@ def attend_encoded(
     launch = launch_of(q.device)
     group, keys = q.shape[1] // kv_heads, blocks * k_format.slots
     rows = group * q.shape[2]
-    cut = cut_blocks(
-        k_side, v_side, heads=batch * kv_heads, rows=rows, keys=keys, processors=processors(q.device)
-    )
+    cut = cut_blocks(k_side, v_side, heads=batch * kv_heads, rows=rows, keys=keys, processors=processors(q.device))
     q = dense_channels(q)
     out = q.new_empty(cut.splits, *q.shape[:3], v_format.dim, dtype=torch.float32)
     lse = q.new_empty(cut.splits, *q.shape[:3], dtype=torch.float32)
