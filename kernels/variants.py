@@ -10,7 +10,7 @@ from kvtier.kernels.column_sums.triton import column_sums_kernel
 from kvtier.kernels.encoded_attention.formats import BitPlanes, BlockFormat, Fp8, Int8, KiviKeys, KiviValues, Kv4
 from kvtier.kernels.encoded_attention.side import Side, cut_blocks
 from kvtier.kernels.encoded_attention.triton import encoded_kernel
-from kvtier.kernels.gather_attention.plan import plan
+from kvtier.kernels.gather_attention.table import SPLITS, TILES, shape_of
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
 from kvtier.kernels.pack_pages.triton import pages_kernel
@@ -46,31 +46,42 @@ def _attend(
     positions: bool = False,
     windowed: bool = False,
     capped: bool = False,
+    biased: bool = False,
+    ragged: bool = False,
+    tree: bool = False,
+    unified: bool = False,
 ) -> Variant:
-    """Attention of ``rows`` folded queries over 32K keys on a chip of 132 multiprocessors."""
+    """Attention of ``rows`` folded queries over keys."""
     element_bytes = _BYTES[dtype]
-    cut = plan(heads=8, rows=rows, keys=32768, dim=max(dims), element_bytes=element_bytes, processors=132)
+    tile = TILES[shape_of(rows=rows, padded_dim=padded(max(dims)), element_bytes=element_bytes)]
     words = ["pages" if paged else "run", dtype, f"{dims[0]}x{dims[1]}", f"{rows} rows"]
-    words += [word for word, on in (("positions", positions), ("window", windowed), ("softcap", capped)) if on]
-    pointers = {"frames_ptr": "i64", "q_pos_ptr": "i64", "k_pos_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
+    options = {"positions": positions, "window": windowed, "softcap": capped}
+    options |= {"bias": biased, "ragged": ragged, "tree": tree, "unified": unified}
+    words += [word for word, on in options.items() if on]
+    pointers = dict.fromkeys(("frames_ptr", "q_pos_ptr", "k_pos_ptr", "lengths_ptr", "ancestors_ptr"), "i64")
+    pointers |= dict.fromkeys(("bias_ptr", "out_ptr", "lse_ptr"), "fp32")
     constants = {
         "P": 16 if paged else 1,
         "DK": dims[0],
         "DV": dims[1],
         "BLOCK_DK": padded(dims[0]),
         "BLOCK_DV": padded(dims[1]),
-        "BLOCK_M": cut.block_rows,
-        "BLOCK_N": cut.block_keys,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
         "PAGED": paged,
         "POSITIONS": positions,
-        "SKIP": cut.skip,
+        "SKIP": tile.skip,
         "WINDOWED": windowed,
         "CAPPED": capped,
+        "BIASED": biased,
+        "RAGGED": ragged,
+        "TREE": tree,
+        "UNIFIED": unified,
         "UPCAST": False,
         "PRECISION": "tf32x3",
     }
     pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)
-    return Variant(" ".join(words), attend_kernel, pointers, constants, cut.warps, cut.stages)
+    return Variant(" ".join(words), attend_kernel, pointers, constants, tile.warps, tile.stages)
 
 
 def _encoded(
@@ -80,19 +91,20 @@ def _encoded(
     k_side, v_side = Side.of(k_format), Side.of(v_format)
     if k_side is None or v_side is None:
         raise ValueError(f"the kernel does not serve {k_format} and {v_format}")
-    cut = cut_blocks(k_side, v_side, heads=8, rows=rows, keys=32768, processors=132)
+    tile = cut_blocks(k_side, v_side, heads=8, rows=rows, keys=32768, processors=132, splits=SPLITS).tile
     words = [_told(k_format), _told(v_format), dtype, f"{k_format.dim}x{v_format.dim}", f"{rows} rows"]
     scales = {torch.float16: "fp16", torch.float32: "fp32"}
     pointers = {"q_ptr": dtype, "k_ptr": "u8", "v_ptr": "u8", "frames_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
     pointers |= {"k_scales_ptr": scales[k_format.scale_dtype], "v_scales_ptr": scales[v_format.scale_dtype]}
-    pointers |= {"q_pos_ptr": "i64", "k_pos_ptr": "i64"}
+    pointers |= {"q_pos_ptr": "i64", "k_pos_ptr": "i64", "lengths_ptr": "i64"}
     constants = {
         "K": k_side,
         "V": v_side,
         "P": k_format.slots,
-        "BLOCK_M": cut.block_rows,
-        "BLOCK_N": cut.block_keys,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
         "POSITIONS": positions,
+        "RAGGED": positions,
         "WINDOWED": positions,
         "CAPPED": positions,
         "EXACT": dtype == "bf16" and not k_side.by_channel,
@@ -100,7 +112,7 @@ def _encoded(
         "PRECISION": "tf32x3",
     }
     return Variant(
-        " ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, cut.warps, cut.stages
+        " ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, tile.warps, tile.stages
     )
 
 
@@ -170,6 +182,10 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), rows=4096, paged=False, positions=True),
         _attend("fp32", (128, 128), rows=4096, paged=False, positions=True, windowed=True),
         _attend("bf16", (96, 96), rows=512, positions=True),
+        _attend("bf16", (128, 128), biased=True, ragged=True),
+        _attend("fp32", (128, 128), biased=True, ragged=True, tree=True),
+        _attend("bf16", (128, 128), rows=256, paged=False, positions=True, tree=True),
+        _attend("bf16", (128, 128), unified=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
     "pack_pages": (_pages("i16", pack=True), _pages("i16", pack=False)),

@@ -11,6 +11,7 @@ from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.encoded_attention import blocked, reference
 from kvtier.kernels.encoded_attention.formats import BlockFormat
 from kvtier.kernels.encoded_attention.formats.base import ALIGNMENT
+from kvtier.kernels.gather_attention.extras import Extras, check_extras
 from kvtier.kernels.spans import fits
 from kvtier.kernels.tiles import triton_obstacle
 from kvtier.types import Partial, Visibility
@@ -34,6 +35,7 @@ class EncodedAttention(Protocol):
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        lengths: torch.Tensor | None,
     ) -> Partial:
         """Attention over encoded blocks."""
 
@@ -65,6 +67,7 @@ def attend_encoded(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> Partial:
     """Softmax attention of queries over what encoded blocks decode to, each KV head over its own.
 
@@ -90,6 +93,10 @@ def attend_encoded(
     visible : Visibility, optional
         q_pos [B, Tq] and k_pos [B, Hk or 1, N * slots], blocks end to end; None lets every query see every key.
 
+    lengths : Tensor, optional
+        [B, Hk] int64: KV head h has the first ``lengths[b, h]`` of the keys. A block that begins at or after that is
+        not read, and its frame may be any number.
+
     Returns
     -------
     Partial
@@ -98,8 +105,34 @@ def attend_encoded(
     Raises
     ------
     InputError
-        When shapes do not fit together, or frames are not aligned.
+        When shapes do not fit together, frames are not aligned, or a length is out of range (on a GPU only with
+        ``KVTIER_DEBUG=1``).
     """
+    _check_shapes(q, k_arena, v_arena, frames, k_format, v_format, visible)
+    check_extras(Extras(lengths=lengths), q, frames.shape[1], frames.shape[2] * k_format.slots)
+    return OPERATOR.on(q.device).attend_encoded(
+        q,
+        k_arena,
+        v_arena,
+        frames,
+        k_format=k_format,
+        v_format=v_format,
+        scale=scale,
+        softcap=softcap,
+        visible=visible,
+        lengths=lengths,
+    )
+
+
+def _check_shapes(
+    q: torch.Tensor,
+    k_arena: torch.Tensor,
+    v_arena: torch.Tensor,
+    frames: torch.Tensor,
+    k_format: BlockFormat,
+    v_format: BlockFormat,
+    visible: Visibility | None,
+) -> None:
     if not (
         q.dim() == 4
         and frames.dim() == 3
@@ -122,11 +155,9 @@ def attend_encoded(
             f"{k_format.slots} and {v_format.slots} slots"
         )
     for arena in (k_arena, v_arena):
-        if arena.dtype != torch.uint8 or arena.stride(1) != 1 or (arena.stride(0) | arena.storage_offset()) % ALIGNMENT:
+        apart = arena.stride(1) != 1 or arena.stride(0) % ALIGNMENT or arena.storage_offset() % ALIGNMENT
+        if arena.dtype != torch.uint8 or apart:
             raise InputError(
                 f"arenas of encoded blocks must be uint8 with frames at multiples of {ALIGNMENT} bytes, got "
                 f"{arena.dtype} with strides {arena.stride()} from byte {arena.storage_offset()} on"
             )
-    return OPERATOR.on(q.device).attend_encoded(
-        q, k_arena, v_arena, frames, k_format=k_format, v_format=v_format, scale=scale, softcap=softcap, visible=visible
-    )

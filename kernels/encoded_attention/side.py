@@ -9,6 +9,7 @@ from typing import Final
 from kvtier.kernels.encoded_attention.formats import BitPlanes, BlockFormat
 from kvtier.kernels.encoded_attention.formats.base import CodeKind
 from kvtier.kernels.gather_attention.plan import Plan, plan
+from kvtier.kernels.gather_attention.table import Splits
 from kvtier.kernels.tiles import padded
 
 __all__ = ["Side", "cut_blocks"]
@@ -83,11 +84,14 @@ class Side:
         )
 
 
-def cut_blocks(keys_side: Side, values_side: Side, *, heads: int, rows: int, keys: int, processors: int) -> Plan:
+def cut_blocks(
+    keys_side: Side, values_side: Side, *, heads: int, rows: int, keys: int, processors: int, splits: Splits
+) -> Plan:
     """Cut a problem as that of raw 16-bit pages; a tile of keys is within a block, and within a group of tokens."""
     dim = max(keys_side.dim, values_side.dim)
-    cut = plan(heads=heads, rows=rows, keys=keys, dim=dim, element_bytes=2, processors=processors)
+    cut = plan(heads=heads, rows=rows, keys=keys, dim=dim, element_bytes=2, processors=processors, splits=splits)
     slots = keys_side.plane_bytes // keys_side.columns
     groups = [side.token_group for side in (keys_side, values_side) if side.by_channel]
     # Wide heads need the registers of 8 warps.
-    return cut._replace(block_keys=min(cut.block_keys, slots, *groups), warps=cut.warps if dim <= WIDEST else 8)
+    warps = cut.tile.warps if dim <= WIDEST else 8
+    return cut._replace(tile=cut.tile._replace(keys=min(cut.tile.keys, slots, *groups), warps=warps))

@@ -6,6 +6,8 @@ blocks of their KV head, as `gather_attention` does. README.md derives where sca
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from kvtier.kernels.device import MOST, capped, seen_pairs, softmax_end, softmax
 from kvtier.kernels.encoded_attention import blocked
 from kvtier.kernels.encoded_attention.formats import BlockFormat
 from kvtier.kernels.encoded_attention.side import Side, cut_blocks
+from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.merge_partials.triton import merge_splits
 from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, processors
 from kvtier.types import Partial, Visibility
@@ -27,7 +30,7 @@ def _codes(p_codes, o_place, in_columns, S: tl.constexpr):
     b_codes = ()
     for plane in tl.static_range(tl.constexpr(S.planes)):
         p_code = p_codes + plane * S.plane_bytes + o_place
-        b_codes += (tl.load(p_code, mask=in_columns, other=0) if S.masked else tl.load(p_code),)
+        b_codes += (tl.load(p_code, mask=in_columns, other=0) if S.masked else tl.load(p_code),)  # type: ignore[assignment]
     return b_codes
 
 
@@ -92,7 +95,7 @@ def _queries(p_q, in_rows, K: tl.constexpr, EXACT: tl.constexpr):
             b_part = tl.load(p_q[:, None] + (share * K.columns + o_j)[None, :], mask=in_tile, other=0.0)
             if not EXACT:
                 b_part = b_part.to(tl.float32)
-            b_q += (b_part,)
+            b_q += (b_part,)  # type: ignore[assignment]
     return b_q
 
 
@@ -163,18 +166,18 @@ def _add_values(
                 b_part = _product(b_p * b_scale[None, :], b_unit, b_part, False, PRECISION)
                 if V.minima:
                     b_part += tl.sum(b_p * b_minimum[None, :], 1)[:, None]
-            b_new += (b_part,)
+            b_new += (b_part,)  # type: ignore[assignment]
     return b_new
 
 
 @triton.jit
 def encoded_kernel(
-    q_ptr, k_ptr, k_scales_ptr, v_ptr, v_scales_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, k_scales_ptr, v_ptr, v_scales_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, lengths_ptr, out_ptr, lse_ptr,
     scale, softcap, window,
     kv_heads, group, queries, keys, split_keys, blocks, heads_with_positions,
     stride_qb, stride_qh, stride_qt, stride_kf, stride_ksf, stride_vf, stride_vsf,
     K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    POSITIONS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    POSITIONS: tl.constexpr, WINDOWED: tl.constexpr, RAGGED: tl.constexpr, CAPPED: tl.constexpr,
     EXACT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries [BLOCK_M] over keys ``split * split_keys`` on; out [S, B, Hq, Tq, DV], lse [S, B, Hq, Tq]."""
@@ -191,10 +194,13 @@ def encoded_kernel(
     b_m, b_l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_o = ()
     for _ in tl.static_range(V.chunks * V.shares):
-        b_o += (tl.zeros([BLOCK_M, V.width], tl.float32),)
+        b_o += (tl.zeros([BLOCK_M, V.width], tl.float32),)  # type: ignore[assignment]
     start = i_s * split_keys
-    for at in range(start, tl.minimum(start + split_keys, keys), BLOCK_N):
-        # Tiles never cross a block, and blocks are full: nothing is masked but by position.
+    stop = tl.minimum(start + split_keys, keys)
+    if RAGGED:
+        stop = tl.minimum(stop, tl.load(lengths_ptr + i_bh).to(tl.int32))
+    for at in range(start, stop, BLOCK_N):
+        # Tiles never cross a block, and blocks are full: loads of codes need no mask.
         i_f = tl.load(frames_ptr + i_bh.to(tl.int64) * blocks + at // P)
         slot = at % P
         p_k, p_v = k_ptr + i_f * stride_kf + K.codes_at, v_ptr + i_f * stride_vf + V.codes_at
@@ -206,6 +212,8 @@ def encoded_kernel(
         if POSITIONS:
             b_place = tl.minimum(tl.load(p_place + at + tl.arange(0, BLOCK_N)), MOST).to(tl.int32)
             b_s = tl.where(seen_pairs(b_at, b_place, window, WINDOWED), b_s, float("-inf"))
+        if RAGGED:
+            b_s = tl.where((at + tl.arange(0, BLOCK_N) < stop)[None, :], b_s, float("-inf"))
         b_p, b_shrink, b_m, b_l = softmax_weights(b_s, b_m, b_l)
         b_o = _add_values(
             b_p, b_shrink, b_o, p_v, v_scales_ptr + i_f * stride_vsf, slot, V, BLOCK_M, BLOCK_N, HALF, PRECISION
@@ -232,10 +240,11 @@ def attend_encoded(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    lengths: torch.Tensor | None,
 ) -> Partial:
     """Attention over the blocks [B, Hk, N] of arenas [F, block_bytes], read where they lie."""
-    sides = Side.of(k_format), Side.of(v_format)
-    if q.dtype == torch.float64 or sides[0] is None or sides[1] is None:
+    k_side, v_side = Side.of(k_format), Side.of(v_format)
+    if q.dtype == torch.float64 or k_side is None or v_side is None:
         return blocked.attend_encoded(
             q,
             k_arena,
@@ -246,34 +255,58 @@ def attend_encoded(
             scale=scale,
             softcap=softcap,
             visible=visible,
+            lengths=lengths,
         )
-    check_frames(frames, k_arena.shape[0])
-    batch, kv_heads, blocks = frames.shape
-    if not q.numel() or not blocks:
+    check_frames(frames, k_arena.shape[0], slots=k_format.slots, lengths=lengths)
+    if not q.numel() or not frames.shape[2]:
         out = q.new_zeros(*q.shape[:3], v_format.dim, dtype=torch.float32)
         return Partial(out, q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32))
-    k_side, v_side = sides
+    # The same bytes twice: as codes, and as scales.
+    keys = _Blocks(k_arena, k_arena.view(k_format.scale_dtype), k_side)
+    values = _Blocks(v_arena, v_arena.view(v_format.scale_dtype), v_side)
+    return _attend(q, keys, values, frames, k_format.slots, scale, softcap, visible, lengths)
+
+
+class _Blocks(NamedTuple):
+    """Blocks of an arena, as bytes and as numbers of the type of their scales."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    side: Side
+
+
+def _attend(
+    q: torch.Tensor,
+    k: _Blocks,
+    v: _Blocks,
+    frames: torch.Tensor,
+    slots: int,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+    lengths: torch.Tensor | None,
+) -> Partial:
+    batch, kv_heads, blocks = frames.shape
     launch = launch_of(q.device)
-    group, keys = q.shape[1] // kv_heads, blocks * k_format.slots
-    rows = group * q.shape[2]
-    cut = cut_blocks(k_side, v_side, heads=batch * kv_heads, rows=rows, keys=keys, processors=processors(q.device))
+    group, keys = q.shape[1] // kv_heads, blocks * slots
+    rows, heads = group * q.shape[2], batch * kv_heads
+    cut = cut_blocks(k.side, v.side, heads=heads, rows=rows, keys=keys, processors=processors(q.device), splits=SPLITS)
+    tile = cut.tile
     q = dense_channels(q)
-    out = q.new_empty(cut.splits, *q.shape[:3], v_format.dim, dtype=torch.float32)
+    out = q.new_empty(cut.splits, *q.shape[:3], v.side.dim, dtype=torch.float32)
     lse = q.new_empty(cut.splits, *q.shape[:3], dtype=torch.float32)
     # Triton takes no None for a pointer: the queries stand in for what this call does not read.
     q_pos, k_pos = (q, q) if visible is None else (visible.q_pos.contiguous(), visible.k_pos.contiguous())
     window = 0 if visible is None or visible.window is None else visible.window
-    k_scales, v_scales = k_arena.view(k_format.scale_dtype), v_arena.view(v_format.scale_dtype)
-    encoded_kernel[(-(-rows // cut.block_rows), cut.splits, batch * kv_heads)](
-        q, k_arena, k_scales, v_arena, v_scales, frames.contiguous(), q_pos, k_pos, out, lse,
+    encoded_kernel[(-(-rows // tile.rows), cut.splits, heads)](
+        q, k.codes, k.scales, v.codes, v.scales, frames.contiguous(), q_pos, k_pos,
+        q if lengths is None else lengths.contiguous(), out, lse,
         scale, softcap or 1.0, window,
         kv_heads, group, q.shape[2], keys, cut.split_keys, blocks, 1 if visible is None else visible.k_pos.shape[1],
-        *q.stride()[:3], k_arena.stride(0), k_scales.stride(0), v_arena.stride(0), v_scales.stride(0),
-        K=k_side, V=v_side, P=k_format.slots, BLOCK_M=cut.block_rows, BLOCK_N=cut.block_keys,
-        POSITIONS=visible is not None, WINDOWED=window > 0, CAPPED=softcap is not None,
-        EXACT=q.dtype == torch.bfloat16 and not k_side.by_channel and not launch.upcast,
-        UPCAST=launch.upcast, PRECISION=launch.precision, num_warps=cut.warps, num_stages=cut.stages,
+        *q.stride()[:3], k.codes.stride(0), k.scales.stride(0), v.codes.stride(0), v.scales.stride(0),
+        K=k.side, V=v.side, P=slots, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+        POSITIONS=visible is not None, WINDOWED=window > 0, RAGGED=lengths is not None, CAPPED=softcap is not None,
+        EXACT=q.dtype == torch.bfloat16 and not k.side.by_channel and not launch.upcast,
+        UPCAST=launch.upcast, PRECISION=launch.precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if cut.splits == 1:
-        return Partial(out[0], lse[0])
-    return merge_splits(out, lse)
+    return Partial(out[0], lse[0]) if cut.splits == 1 else merge_splits(out, lse)

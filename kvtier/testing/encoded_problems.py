@@ -28,6 +28,7 @@ class EncodedProblem:
     device: torch.device
     seed: int = 0
     ragged: bool = False
+    uneven: bool = False
     window: int | None = None
     softcap: float | None = None
 
@@ -46,8 +47,23 @@ class EncodedProblem:
             raw += 3 * torch.randn(layout.dim, generator=generator)
             raw[:, 1], raw[:, 2] = 0, 0.7
             part[frames] = layout.encode(raw)
+        frames = frames.view(batch, kv_heads, blocks)
+        lengths = self.lengths()
+        if lengths is not None:
+            begins = torch.arange(blocks) * self.k_format.slots
+            frames = frames.masked_fill(begins >= lengths.cpu().unsqueeze(-1), 2**40)
         q, arena, frames = q.to(self.dtype).to(self.device), arena.to(self.device), frames.to(self.device)
-        return q, arena[:, :split], arena[:, split:], frames.view(batch, kv_heads, blocks)
+        return q, arena[:, :split], arena[:, split:], frames
+
+    def lengths(self) -> torch.Tensor | None:
+        """Keys of each head, the first with none; frames of blocks beyond them do not exist. None when all have all."""
+        if not self.uneven:
+            return None
+        batch, kv_heads, _, _, blocks = self.sizes
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        lengths = torch.randint(0, blocks * self.k_format.slots + 1, (batch, kv_heads), generator=generator)
+        lengths[0, 0] = 0
+        return lengths.to(self.device)
 
     def visible(self) -> Visibility | None:
         """Positions out of order, each head its own, some hidden from every query; None when all see all."""
@@ -64,6 +80,7 @@ class EncodedProblem:
     def expected(self, scale: float) -> Partial:
         """The answer by the reference in fp64."""
         q, k_arena, v_arena, frames = (tensor.cpu() for tensor in self.tensors())
+        lengths = self.lengths()
         seen = self.visible()
         if seen is not None:
             seen = Visibility(seen.q_pos.cpu(), seen.k_pos.cpu(), seen.window)
@@ -77,4 +94,5 @@ class EncodedProblem:
             scale=scale,
             softcap=self.softcap,
             visible=seen,
+            lengths=None if lengths is None else lengths.cpu(),
         )

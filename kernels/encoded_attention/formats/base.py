@@ -182,7 +182,8 @@ class BlockFormat(ABC):
         """Codes [..., stored_planes, slots, columns] as numbers into ``out`` [..., slots, dim]."""
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.channel_group)).unflatten(-3, (-1, self.token_group))
+        grouped: torch.Tensor = x.unflatten(-1, (-1, self.channel_group)).unflatten(-3, (-1, self.token_group))
+        return grouped
 
     def _stored(self, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and minima [..., gt, 1, gc, 1] out of blocks."""

@@ -88,7 +88,7 @@ class BitPlanes(BlockFormat):
     def _packed(self, units: torch.Tensor) -> torch.Tensor:
         planes = torch.stack([units >> bit & 1 for bit in range(self.stored - 1, -1, -1)], -3)
         shares = planes.unflatten(-1, (8, self.columns))
-        packed = shares[..., 0, :].clone()
+        packed: torch.Tensor = shares[..., 0, :].clone()
         for share in range(1, 8):
             packed |= shares[..., share, :] << share
         return packed

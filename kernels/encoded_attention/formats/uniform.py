@@ -40,7 +40,7 @@ class UniformFormat(BlockFormat, ABC):
 
     def _packed(self, units: torch.Tensor) -> torch.Tensor:
         shares = units.unflatten(-1, (8 // self.bits, self.columns))
-        packed = shares[..., 0, :].clone()
+        packed: torch.Tensor = shares[..., 0, :].clone()
         for share in range(1, 8 // self.bits):
             packed |= shares[..., share, :] << (share * self.bits)
         return packed.unsqueeze(-3)

@@ -36,8 +36,8 @@ def formats(slots: int, dims: tuple[int, int]) -> dict[str, tuple[BlockFormat, B
     }
 
 
-def run(implementation: ModuleType | None, problem: EncodedProblem, **changed: Any) -> None:
-    options = {"scale": SCALE, "softcap": problem.softcap, "visible": problem.visible()} | changed
+def run(implementation: ModuleType | None, problem: EncodedProblem) -> None:
+    options = {"scale": SCALE, "softcap": problem.softcap, "visible": problem.visible(), "lengths": problem.lengths()}
     call: Any = attend_encoded if implementation is None else implementation.attend_encoded
     got = call(*problem.tensors(), k_format=problem.k_format, v_format=problem.v_format, **options)
     if problem.dtype == torch.float64:
@@ -91,7 +91,7 @@ def test_the_reference_is_a_softmax_over_decoded_keys() -> None:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> EncodedProblem:
+def problems(draw: st.DrawFn, *, even: bool = False) -> EncodedProblem:
     dims = (draw(st.sampled_from([8, 24, 64])), draw(st.sampled_from([8, 24])))
     k_format, v_format = formats(draw(st.sampled_from([16, 32])), dims)[
         draw(st.sampled_from(list(formats(16, (8, 8)))))
@@ -104,6 +104,7 @@ def problems(draw: st.DrawFn) -> EncodedProblem:
         device=CPU,
         seed=draw(st.integers(0, 2**20)),
         ragged=draw(st.booleans()),
+        uneven=not even and draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 60)),
         softcap=draw(st.none() | st.just(2.0)),
     )
@@ -119,7 +120,7 @@ def test_any_problem_in_blocks(problem: EncodedProblem, tiny: bool) -> None:
         run(blocked, problem)
 
 
-@given(problems(), st.data())
+@given(problems(even=True), st.data())
 def test_any_order_and_any_split_of_the_blocks_merges_to_the_whole(
     problem: EncodedProblem, data: st.DataObject
 ) -> None:
@@ -213,6 +214,18 @@ def test_shapes_that_do_not_fit_are_refused(
             scale=1.0,
             visible=visible,
         )
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [torch.tensor([[1, 17]]), torch.tensor([[-1, 16]]), torch.tensor([16, 16])],
+    ids=["more", "less", "shape"],
+)
+def test_other_lengths_are_refused(lengths: torch.Tensor) -> None:
+    layout = Kv4(slots=16, dim=16)
+    problem = EncodedProblem(sizes=(1, 2, 2, 1, 1), k_format=layout, v_format=layout, dtype=torch.float32, device=CPU)
+    with pytest.raises(InputError, match="lengths must"):
+        attend_encoded(*problem.tensors(), k_format=layout, v_format=layout, scale=1.0, lengths=lengths)
 
 
 def test_frames_between_two_multiples_of_16_bytes_are_refused() -> None:

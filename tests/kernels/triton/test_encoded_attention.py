@@ -9,6 +9,7 @@ from kvtier.errors import InputError
 from kvtier.kernels.encoded_attention import triton as kernel
 from kvtier.kernels.encoded_attention.formats import BitPlanes, BlockFormat, Fp8, Int8, KiviKeys, KiviValues, Kv4
 from kvtier.kernels.encoded_attention.side import Side, cut_blocks
+from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.tiles import DEBUG_VARIABLE
 from kvtier.testing.attention_problems import assert_near
 from kvtier.testing.encoded_problems import EncodedProblem
@@ -41,6 +42,7 @@ def attend(problem: EncodedProblem) -> None:
         scale=SCALE,
         softcap=problem.softcap,
         visible=problem.visible(),
+        lengths=problem.lengths(),
     )
     assert_near(got, problem.expected(SCALE))
 
@@ -84,11 +86,12 @@ def test_any_split_of_any_problem(device: torch.device, data: st.DataObject) -> 
         device=device,
         seed=data.draw(st.integers(0, 2**20)),
         ragged=data.draw(st.booleans()),
+        uneven=data.draw(st.booleans()),
         window=data.draw(st.none() | st.integers(1, 60)),
         softcap=data.draw(st.none() | st.just(2.0)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvtier.kernels.gather_attention.plan.LEAST_SPLIT", 20)
+        patch.setattr(kernel, "SPLITS", SPLITS._replace(least_keys=20))
         patch.setattr(kernel, "processors", lambda _: data.draw(st.sampled_from([1, 64]), label="processors"))
         attend(problem)
 
@@ -113,7 +116,7 @@ def test_tiles_stay_within_a_block_and_within_a_group_of_tokens() -> None:
         sides = Side.of(k_format), Side.of(v_format)
         assert sides[0] is not None
         assert sides[1] is not None
-        return cut_blocks(sides[0], sides[1], heads=8, rows=4, keys=4096, processors=132).block_keys
+        return cut_blocks(sides[0], sides[1], heads=8, rows=4, keys=4096, processors=132, splits=SPLITS).tile.keys
 
     wide, sizes = {"slots": 128, "dim": 128}, {"slots": 16, "dim": 128}
     assert tile(Int8(**wide), Int8(**wide)) == 64
@@ -128,7 +131,7 @@ def test_what_has_no_whole_tiles_goes_to_torch(device: torch.device) -> None:
     for layout, dtype in ((narrow, torch.float32), (Int8(slots=16, dim=32), torch.float64)):
         problem = EncodedProblem(sizes=(1, 2, 2, 1, 2), k_format=layout, v_format=layout, dtype=dtype, device=device)
         got = kernel.attend_encoded(
-            *problem.tensors(), k_format=layout, v_format=layout, scale=SCALE, softcap=None, visible=None
+            *problem.tensors(), k_format=layout, v_format=layout, scale=SCALE, softcap=None, visible=None, lengths=None
         )
         torch.testing.assert_close(got.out.double().cpu(), problem.expected(SCALE).out, rtol=0, atol=1e-5)
 
@@ -142,7 +145,16 @@ def test_no_blocks_and_no_queries(device: torch.device) -> None:
 
     def attended(q: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return kernel.attend_encoded(
-            q, k_arena, v_arena, frames, k_format=layout, v_format=layout, scale=1.0, softcap=None, visible=None
+            q,
+            k_arena,
+            v_arena,
+            frames,
+            k_format=layout,
+            v_format=layout,
+            scale=1.0,
+            softcap=None,
+            visible=None,
+            lengths=None,
         )
 
     out, lse = attended(q, frames[:, :, :0])
@@ -164,5 +176,14 @@ def test_debug_mode_names_frames_out_of_range(
     frames[0, 1, 2] = wrong
     with pytest.raises(InputError, match=r"frames must lie in \[0, 13\)"):
         kernel.attend_encoded(
-            q, k_arena, v_arena, frames, k_format=layout, v_format=layout, scale=1.0, softcap=None, visible=None
+            q,
+            k_arena,
+            v_arena,
+            frames,
+            k_format=layout,
+            v_format=layout,
+            scale=1.0,
+            softcap=None,
+            visible=None,
+            lengths=None,
         )
