@@ -39,7 +39,7 @@ def _units(b_codes, share: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):
     """The codes of one share of each byte as whole numbers, times ``1 / S.factor``: exact in bf16."""
     b_code = b_codes[0]
     if S.kind == "signed":
-        b_unit = b_code.to(tl.int8, bitcast=True).to(tl.float32)
+        b_unit = b_code.to(tl.int8, bitcast=True)
     elif S.kind == "e4m3":
         # Sign, exponent and mantissa where fp16 has them; fp16's exponents are 8 less.
         b_wide = b_code.to(tl.uint16)
@@ -51,8 +51,11 @@ def _units(b_codes, share: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):
         # Twice the middle of what the planes that were not read leave open.
         b_size += (1 << (S.stored - S.planes)) - 2
         b_unit = tl.where(((b_code >> share) & 1) != 0, -b_size, b_size).to(tl.float32)
+    elif S.bits == 8:
+        b_unit = b_code.to(tl.float32)
     else:
-        b_unit = ((b_code >> (share * S.bits)) & ((1 << S.bits) - 1)).to(tl.float32)
+        # From int8 to bf16 there are instructions for four at once.
+        b_unit = ((b_code >> (share * S.bits)) & ((1 << S.bits) - 1)).to(tl.int8, bitcast=True)
     return b_unit.to(HALF)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["COPIES", "SPLITS", "TILES", "VIEWS", "BreakEven", "Shape", "Splits", "Tile", "shape_of"]
+__all__ = ["COPIES", "FEW_ROWS", "SPLITS", "TILES", "VIEWS", "BreakEven", "Shape", "Splits", "Tile", "shape_of"]
 
 
 class BreakEven(NamedTuple):

@@ -158,11 +158,10 @@ class BlockFormat(ABC):
         codes = blocks[..., self.codes_at : self.codes_at + self.stored_planes * self.slots * self.columns]
         self._unpack(codes.unflatten(-1, (self.stored_planes, self.slots, self.columns)), out)
         scale, minimum = self._stored(blocks, dtype)
-        grouped = self._grouped(out)
-        if minimum is None:
-            grouped.mul_(scale)
-        else:
-            torch.addcmul(minimum, grouped, scale, out=grouped)
+        # Two operations: torch's fused one is slow where a group shares one number.
+        grouped = self._grouped(out).mul_(scale)
+        if minimum is not None:
+            grouped.add_(minimum)
         return out
 
     @abstractmethod

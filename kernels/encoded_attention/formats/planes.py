@@ -96,7 +96,8 @@ class BitPlanes(BlockFormat):
     def _unpack(self, codes: torch.Tensor, out: torch.Tensor) -> None:
         unread = self.stored - self.read_planes
         for share in range(8):
+            # What the planes that are not read leave open, by half.
             part = out[..., share * self.columns : (share + 1) * self.columns].fill_((2**unread - 1) / 2)
-            for place in range(1, self.read_planes):
-                part.add_(codes[..., place, :, :] >> share & 1, alpha=2 ** (self.stored - 1 - place))
+            for plane in range(1, self.read_planes):
+                part.add_(codes[..., plane, :, :] >> share & 1, alpha=2 ** (self.stored - 1 - plane))
             part.mul_(1 - 2 * (codes[..., 0, :, :] >> share & 1).to(torch.int8))
