@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -163,7 +163,7 @@ def _over_blocks(
     scale: float,
 ) -> Call:
     arguments = query, keys, values, frames
-    chosen = {"k_format": formats[0], "v_format": formats[1], "scale": scale}
+    chosen: dict[str, Any] = {"k_format": formats[0], "v_format": formats[1], "scale": scale}
     plain = {"softcap": None, "visible": None, "lengths": None}
     return Call(
         lambda: encoded_attention.attend_encoded(*arguments, **chosen),

@@ -86,13 +86,8 @@ def attend_encoded(
         [B, Hk, N] int64: which frame holds block n of each KV head; every slot of a block takes part.
     k_format, v_format : BlockFormat
         Of as many slots each, Dk and Dv channels.
-    scale : float
-        Multiplies q k^T.
-    softcap : float, optional
-        Logits become ``softcap * tanh(logits / softcap)`` after scaling.
-    visible : Visibility, optional
-        q_pos [B, Tq] and k_pos [B, Hk or 1, N * slots], blocks end to end; None lets every query see every key.
-
+    scale, softcap, visible
+        As for :func:`kvtier.kernels.gather_attention.attend_pages`, with N * slots keys, blocks end to end.
     lengths : Tensor, optional
         [B, Hk] int64: KV head h has the first ``lengths[b, h]`` of the keys. A block that begins at or after that is
         not read, and its frame may be any number.
