@@ -71,9 +71,8 @@ def attend_encoded(
 ) -> Partial:
     """Softmax attention of queries over what encoded blocks decode to, each KV head over its own.
 
-    Frames that are not named are never read. Keys and values may be of different formats. Computed as if in fp32 (fp64
-    where q is), except that GPUs multiply q of other types than bf16, and all weights, in two bf16 parts: 16 bits of
-    each. Not differentiable: call it under ``torch.no_grad()``. Any number of threads may call it at the same time.
+    Computed as if in fp32 (fp64 where q is), except that GPUs multiply q of other types than bf16, and all weights, in
+    two bf16 parts: 16 bits of each. Threads and gradients as for :func:`kvtier.kernels.gather_attention.attend_pages`.
 
     Parameters
     ----------
@@ -83,9 +82,9 @@ def attend_encoded(
         uint8 [F, k_format.block_bytes] and [F, v_format.block_bytes]: F frames, each at a multiple of 16 bytes; they
         may be views into one arena.
     frames : Tensor
-        [B, Hk, N] int64: which frame holds block n of each KV head; every slot of a block takes part.
+        [B, Hk, N] int64: which frame holds block n of each KV head; frames that are not named are never read.
     k_format, v_format : BlockFormat
-        Of as many slots each, Dk and Dv channels.
+        Any two of as many slots each, of Dk and Dv channels.
     scale, softcap, visible
         As for :func:`kvtier.kernels.gather_attention.attend_pages`, with N * slots keys, blocks end to end.
     lengths : Tensor, optional
