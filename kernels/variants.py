@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+import torch
+
 from kvtier.kernels.column_sums.triton import column_sums_kernel
-from kvtier.kernels.gather_attention.table import TILES, shape_of
+from kvtier.kernels.encoded_attention.formats import BitPlanes, BlockFormat, Fp8, Int8, KiviKeys, KiviValues, Kv4
+from kvtier.kernels.encoded_attention.side import Side, cut_blocks
+from kvtier.kernels.encoded_attention.triton import encoded_kernel
+from kvtier.kernels.gather_attention.table import SPLITS, TILES, shape_of
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
+from kvtier.kernels.pack_pages.triton import pages_kernel
 from kvtier.kernels.page_scores.triton import box_scores_kernel
 from kvtier.kernels.page_summaries.triton import page_bounds_kernel
 from kvtier.kernels.tiles import padded
@@ -78,6 +84,42 @@ def _attend(
     return Variant(" ".join(words), attend_kernel, pointers, constants, tile.warps, tile.stages)
 
 
+def _encoded(
+    dtype: str, k_format: BlockFormat, v_format: BlockFormat, *, rows: int = 4, positions: bool = False
+) -> Variant:
+    """Attention of ``rows`` folded queries over 32K keys in blocks on a chip of 132 multiprocessors."""
+    k_side, v_side = Side.of(k_format), Side.of(v_format)
+    if k_side is None or v_side is None:
+        raise ValueError(f"the kernel does not serve {k_format} and {v_format}")
+    tile = cut_blocks(k_side, v_side, heads=8, rows=rows, keys=32768, processors=132, splits=SPLITS).tile
+    words = [_told(k_format), _told(v_format), dtype, f"{k_format.dim}x{v_format.dim}", f"{rows} rows"]
+    scales = {torch.float16: "fp16", torch.float32: "fp32"}
+    pointers = {"q_ptr": dtype, "k_ptr": "u8", "v_ptr": "u8", "frames_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
+    pointers |= {"k_scales_ptr": scales[k_format.scale_dtype], "v_scales_ptr": scales[v_format.scale_dtype]}
+    pointers |= {"q_pos_ptr": "i64", "k_pos_ptr": "i64", "lengths_ptr": "i64"}
+    constants = {
+        "K": k_side,
+        "V": v_side,
+        "P": k_format.slots,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "POSITIONS": positions,
+        "RAGGED": positions,
+        "WINDOWED": positions,
+        "CAPPED": positions,
+        "EXACT": dtype == "bf16" and not k_side.by_channel,
+        "UPCAST": False,
+        "PRECISION": "tf32x3",
+    }
+    return Variant(
+        " ".join(words) + " positions" * positions, encoded_kernel, pointers, constants, tile.warps, tile.stages
+    )
+
+
+def _told(layout: BlockFormat) -> str:
+    return layout.name.replace(" ", "-") + (f"-{layout.bits}" if layout.has_minima else "")
+
+
 def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:
     constants = {
         "D": 128,
@@ -107,6 +149,12 @@ def _box_scores(dtype: str) -> Variant:
     return Variant(f"{dtype} 128", box_scores_kernel, pointers, constants, 4, 3)
 
 
+def _pages(word: str, *, pack: bool) -> Variant:
+    constants = {"KEYS": 2048, "VALUES": 2048, "BLOCK": 4096, "PACK": pack}
+    pointers = dict.fromkeys(("k_ptr", "v_ptr", "rows_ptr"), word) | {"frames_ptr": "i64"}
+    return Variant(f"{'pack' if pack else 'unpack'} {word} 16x128", pages_kernel, pointers, constants, 4, 3)
+
+
 def _page_bounds(dtype: str) -> Variant:
     constants = {"P": 16, "D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
     return Variant(
@@ -116,6 +164,14 @@ def _page_bounds(dtype: str) -> Variant:
 
 VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
     "column_sums": (_column_sums("bf16", 32, positions=False), _column_sums("fp32", 32, positions=True)),
+    "encoded_attention": (
+        _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), KiviValues(slots=64, dim=128, group=64)),
+        _encoded("fp16", KiviKeys(slots=128, dim=128, bits=2), KiviValues(slots=128, dim=128, bits=2)),
+        _encoded("bf16", KiviKeys(slots=64, dim=128, group=64), Kv4(slots=64, dim=128), rows=4096, positions=True),
+        _encoded("bf16", BitPlanes(slots=64, dim=128, planes=4), Kv4(slots=64, dim=128)),
+        _encoded("bf16", Int8(slots=64, dim=256), Int8(slots=64, dim=256), positions=True),
+        _encoded("fp32", Fp8(slots=16, dim=64), Fp8(slots=16, dim=64)),
+    ),
     "gather_attention": (
         _attend("bf16", (128, 128)),
         _attend("fp16", (64, 64)),
@@ -132,6 +188,7 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), unified=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
+    "pack_pages": (_pages("i16", pack=True), _pages("i16", pack=False)),
     "page_scores": (_box_scores("bf16"), _box_scores("fp32")),
     "page_summaries": (_page_bounds("bf16"), _page_bounds("fp32")),
 }

@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from benchmarks.workload import KV, Shape
-from kvtier.kernels import column_sums, gather_attention, merge_partials, page_scores, page_summaries, top_pages
+from kvtier.kernels import (
+    column_sums,
+    encoded_attention,
+    gather_attention,
+    merge_partials,
+    pack_pages,
+    page_scores,
+    page_summaries,
+    top_pages,
+)
 from kvtier.kernels.column_sums import reference as sums_reference
+from kvtier.kernels.encoded_attention import reference as encoded_reference
+from kvtier.kernels.encoded_attention.formats import BlockFormat, Int8, KiviKeys, KiviValues, Kv4
 from kvtier.kernels.gather_attention import reference as attention_reference
 from kvtier.kernels.merge_partials import reference as merge_reference
+from kvtier.kernels.pack_pages import reference as rows_reference
 from kvtier.kernels.page_scores import reference as scores_reference
 from kvtier.kernels.page_summaries import reference as summaries_reference
 from kvtier.kernels.top_pages import reference as pages_reference
@@ -26,10 +39,12 @@ __all__ = ["OPERATORS", "SHARE", "Call", "Data", "Operator"]
 SHARE: Final = 16
 """Of the pages, one of so many is read by what reads a choice of them."""
 PAGE: Final = 16
+BLOCK: Final = 64
 _WINDOW: Final = 32
 _TURNS: Final = 4
 _PARTS: Final = 4
 _PROMPT: Final = 512
+_ENCODED_AT_ONCE: Final = 1024
 
 
 class Call(NamedTuple):
@@ -120,6 +135,59 @@ def _over(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, frames:
     )
 
 
+def _blocks(
+    make_keys: Callable[..., BlockFormat], make_values: Callable[..., BlockFormat]
+) -> Callable[[Data], list[Call]]:
+    """One query over a sixteenth of the blocks of 64 tokens, as they are encoded; bytes are those of the codes."""
+
+    def calls(data: Data) -> list[Call]:
+        sizes = {"slots": BLOCK, "dim": data.shape.head_dim}
+        formats = make_keys(**sizes), make_values(**sizes)
+        keys, values = (
+            torch.cat([layout.encode(part) for part in arena.split(_ENCODED_AT_ONCE)])
+            for layout, arena in zip(formats, data.arenas(BLOCK), strict=True)
+        )
+        query, scale = data.queries(1), data.shape.scale
+        frames = _choices(data, keys.shape[0], BLOCK)
+        return [_over_blocks(query, keys, values, chosen, formats, scale) for chosen in frames]
+
+    return calls
+
+
+def _over_blocks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    frames: torch.Tensor,
+    formats: tuple[BlockFormat, BlockFormat],
+    scale: float,
+) -> Call:
+    arguments = query, keys, values, frames
+    chosen: dict[str, Any] = {"k_format": formats[0], "v_format": formats[1], "scale": scale}
+    plain = {"softcap": None, "visible": None, "lengths": None}
+    return Call(
+        lambda: encoded_attention.attend_encoded(*arguments, **chosen),
+        lambda: _joined(encoded_reference.attend_encoded(*arguments, **chosen, **plain)),
+        frames.numel() * sum(layout.read_bytes for layout in formats) + frames.nbytes,
+    )
+
+
+def _packed(data: Data) -> list[Call]:
+    """A sixteenth of the pages of 16 tokens as rows: bytes read, and as many written."""
+    keys, values = data.arenas(PAGE)
+
+    def over(frames: torch.Tensor) -> Call:
+        rows = torch.empty(frames.numel(), keys[0].numel() + values[0].numel(), dtype=keys.dtype, device=keys.device)
+
+        def truth() -> torch.Tensor:
+            rows_reference.pack_pages(keys, values, frames.flatten(), rows)
+            return rows
+
+        return Call(lambda: pack_pages.pack_pages(keys, values, frames), truth, 2 * rows.nbytes)
+
+    return [over(frames) for frames in _choices(data, keys.shape[0], PAGE)]
+
+
 def _choices(data: Data, arena: int, slots: int) -> list[torch.Tensor]:
     """Frames [1, Hk, N / 16], other ones each time."""
     count = max(1, data.tokens // slots // SHARE)
@@ -208,6 +276,12 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     "attention, 1/16 of the 64-token pages": Operator(
         folder="gather_attention", calls=_pages(64), cpu_target={"float32": 0.45, "bfloat16": 0.36}
     ),
+    "attention, 1/16 of the 64-token blocks, KIVI 4 bit": Operator(
+        folder="encoded_attention", calls=_blocks(partial(KiviKeys, group=64), partial(KiviValues, group=64))
+    ),
+    "attention, 1/16 of the 64-token blocks, KV4": Operator(folder="encoded_attention", calls=_blocks(Kv4, Kv4)),
+    "attention, 1/16 of the 64-token blocks, int8": Operator(folder="encoded_attention", calls=_blocks(Int8, Int8)),
+    "1/16 of the 16-token pages, packed": Operator(folder="pack_pages", calls=_packed),
     "page scores": Operator(folder="page_scores", calls=_scores),
     "page summaries": Operator(folder="page_summaries", calls=_summaries),
     "column sums, 32 queries": Operator(folder="column_sums", calls=_sums),

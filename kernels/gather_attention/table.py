@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["COPIES", "NATIVE_ROWS", "SPLITS", "TILES", "VIEWS", "BreakEven", "Shape", "Splits", "Tile", "shape_of"]
+__all__ = [
+    "COPIES",
+    "FEW_ROWS",
+    "NATIVE_ROWS",
+    "SPLITS",
+    "TILES",
+    "VIEWS",
+    "BreakEven",
+    "Shape",
+    "Splits",
+    "Tile",
+    "shape_of",
+]
 
 
 class BreakEven(NamedTuple):
