@@ -8,8 +8,13 @@ from kvtier.kernels.column_sums.triton import column_sums_kernel
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
-from kvtier.kernels.page_scores.triton import box_scores_kernel
-from kvtier.kernels.page_summaries.triton import page_bounds_kernel
+from kvtier.kernels.page_scores.triton import (
+    box_scores_kernel,
+    landmark_scores_kernel,
+    plane_scores_kernel,
+    plane_tile,
+)
+from kvtier.kernels.page_summaries.triton import page_bounds_kernel, page_landmarks_kernel, page_planes_kernel
 from kvtier.kernels.tiles import padded
 
 __all__ = ["VARIANTS", "Variant"]
@@ -93,14 +98,38 @@ def _merge(parts: int, dim: int) -> Variant:
 def _box_scores(dtype: str) -> Variant:
     constants = {"G": 4, "D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "REDUCTION": 1}
     pointers = dict.fromkeys(("q_ptr", "kmin_ptr", "kmax_ptr"), dtype) | {"scores_ptr": "fp32"}
-    return Variant(f"{dtype} 128", box_scores_kernel, pointers, constants, 4, 3)
+    return Variant(f"box {dtype} 128", box_scores_kernel, pointers, constants, 4, 3)
+
+
+def _landmark_scores(dtype: str) -> Variant:
+    constants = {"G": 4, "D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "REDUCTION": 1}
+    pointers = dict.fromkeys(("q_ptr", "marks_ptr"), dtype) | {"scores_ptr": "fp32"}
+    return Variant(f"landmark {dtype} 128", landmark_scores_kernel, pointers, constants, 4, 3)
+
+
+def _plane_scores(dtype: str, slots: int) -> Variant:
+    constants = {"G": 4, "D": 128, "P": slots, "PLANES": 2, "BLOCK_D": 128, "BLOCK_P": slots, "REDUCTION": 2}
+    constants["BLOCK_N"], warps = plane_tile(128, slots)
+    pointers = dict.fromkeys(("q_ptr", "kmin_ptr", "kmax_ptr"), dtype) | {"planes_ptr": "u8", "scores_ptr": "fp32"}
+    return Variant(f"2 planes {dtype} {slots}x128", plane_scores_kernel, pointers, constants, warps, 3)
 
 
 def _page_bounds(dtype: str) -> Variant:
     constants = {"P": 16, "D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
-    return Variant(
-        f"{dtype} 16x128", page_bounds_kernel, dict.fromkeys(("k_ptr", "kmin_ptr", "kmax_ptr"), dtype), constants, 2, 3
-    )
+    pointers = dict.fromkeys(("k_ptr", "kmin_ptr", "kmax_ptr"), dtype)
+    return Variant(f"bounds {dtype} 16x128", page_bounds_kernel, pointers, constants, 2, 3)
+
+
+def _page_landmarks(dtype: str) -> Variant:
+    constants = {"P": 16, "D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
+    pointers = dict.fromkeys(("k_ptr", "mean_ptr"), dtype)
+    return Variant(f"landmarks {dtype} 16x128", page_landmarks_kernel, pointers, constants, 2, 3)
+
+
+def _page_planes(dtype: str) -> Variant:
+    constants = {"P": 16, "D": 128, "BITS": 4, "BLOCK_P": 16, "BLOCK_W": 16}
+    pointers = dict.fromkeys(("k_ptr", "kmin_ptr", "kmax_ptr"), dtype) | {"planes_ptr": "u8"}
+    return Variant(f"4 planes {dtype} 16x128", page_planes_kernel, pointers, constants, 2, 3)
 
 
 VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
@@ -117,7 +146,13 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (96, 96), rows=512, positions=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
-    "page_scores": (_box_scores("bf16"), _box_scores("fp32")),
-    "page_summaries": (_page_bounds("bf16"), _page_bounds("fp32")),
+    "page_scores": (
+        _box_scores("bf16"),
+        _box_scores("fp32"),
+        _landmark_scores("bf16"),
+        _plane_scores("bf16", 16),
+        _plane_scores("fp32", 64),
+    ),
+    "page_summaries": (_page_bounds("bf16"), _page_bounds("fp32"), _page_landmarks("bf16"), _page_planes("bf16")),
 }
 """Compiled by `kvtier.kernels.aot`, operator by operator."""
