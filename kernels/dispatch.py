@@ -15,7 +15,15 @@ from kvtier.errors import ConfigError
 __all__ = ["ENVIRONMENT_VARIABLE", "Candidate", "Choice", "Chosen", "Operator", "chosen"]
 
 ENVIRONMENT_VARIABLE: Final = "KVTIER_KERNELS"
-OPERATORS: Final = ("column_sums", "gather_attention", "merge_partials", "page_scores", "page_summaries", "top_pages")
+OPERATORS: Final = (
+    "column_sums",
+    "gather_attention",
+    "lowrank_keys",
+    "merge_partials",
+    "page_scores",
+    "page_summaries",
+    "top_pages",
+)
 
 K = TypeVar("K")
 

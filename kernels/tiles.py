@@ -77,8 +77,8 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def check_frames(frames: torch.Tensor, count: int) -> None:
-    """In debug mode refuse page ids outside of an arena of ``count`` frames.
+def check_frames(frames: torch.Tensor, count: int, *, what: str = "frames") -> None:
+    """In debug mode refuse page ids outside of an arena of ``count`` frames, or whatever else is looked up by number.
 
     Raises
     ------
@@ -89,4 +89,4 @@ def check_frames(frames: torch.Tensor, count: int) -> None:
         return
     low, high = (int(bound) for bound in frames.aminmax())
     if low < 0 or high >= count:
-        raise InputError(f"frames must lie in [0, {count}), got {low} to {high}; a page table is stale or damaged")
+        raise InputError(f"{what} must lie in [0, {count}), got {low} to {high}; a page table is stale or damaged")

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from kvtier.kernels.column_sums.triton import column_sums_kernel
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.triton import attend_kernel
+from kvtier.kernels.lowrank_keys.triton import lowrank_keys_kernel, tile
 from kvtier.kernels.merge_partials.triton import merge_kernel
 from kvtier.kernels.page_scores.triton import (
     box_scores_kernel,
@@ -89,6 +90,25 @@ def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:
     return Variant(f"{dtype} {rows} rows{' positions' * positions}", column_sums_kernel, pointers, constants, 8, 2)
 
 
+def _lowrank_keys(dtype: str, rank: int, dim: int, turned: int) -> Variant:
+    cut = tile(rank=rank, dim=dim, element_bytes=_BYTES[dtype])
+    pointers = dict.fromkeys(("u_ptr", "sv_ptr", "keys_ptr"), dtype) | dict.fromkeys(("cos_ptr", "sin_ptr"), "fp32")
+    pointers |= dict.fromkeys(("positions_ptr", "pages_ptr"), "i64")
+    constants = {
+        "P": 8,
+        "RANK": rank,
+        "D": dim,
+        "HALF": turned // 2,
+        "BLOCK_N": cut.tokens,
+        "BLOCK_R": cut.ranks,
+        "BLOCK_C": cut.pairs,
+        "UPCAST": False,
+        "PRECISION": "tf32x3",
+    }
+    name = f"{dtype} rank {rank} to {dim}{f', {turned} turn' * (turned < dim)}"
+    return Variant(name, lowrank_keys_kernel, pointers, constants, cut.warps, cut.stages)
+
+
 def _merge(parts: int, dim: int) -> Variant:
     constants = {"D": dim, "BLOCK_D": padded(dim), "BLOCK_S": parts, "BLOCK_R": 2048 // padded(dim)}
     pointers = dict.fromkeys(("out_ptr", "lse_ptr", "merged_out_ptr", "merged_lse_ptr"), "fp32")
@@ -144,6 +164,14 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), rows=4096, paged=False, positions=True),
         _attend("fp32", (128, 128), rows=4096, paged=False, positions=True, windowed=True),
         _attend("bf16", (96, 96), rows=512, positions=True),
+    ),
+    "lowrank_keys": (
+        _lowrank_keys("bf16", 160, 128, 128),
+        _lowrank_keys("fp16", 64, 64, 64),
+        _lowrank_keys("fp32", 160, 128, 128),
+        _lowrank_keys("bf16", 160, 128, 64),
+        _lowrank_keys("bf16", 320, 256, 256),
+        _lowrank_keys("fp32", 320, 256, 64),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
     "page_scores": (
