@@ -22,6 +22,7 @@ OPERATORS: Final = (
     "merge_partials",
     "page_scores",
     "page_summaries",
+    "prefix_attention",
     "top_pages",
 )
 

@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple
 from kvtier.kernels.column_sums.triton import column_sums_kernel
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.triton import attend_kernel
-from kvtier.kernels.lowrank_keys.triton import lowrank_keys_kernel, tile
+from kvtier.kernels.lowrank_keys.triton import lowrank_keys_kernel
+from kvtier.kernels.lowrank_keys.triton import tile as lowrank_tile
 from kvtier.kernels.merge_partials.triton import merge_kernel
 from kvtier.kernels.page_scores.triton import (
     box_scores_kernel,
@@ -16,6 +17,9 @@ from kvtier.kernels.page_scores.triton import (
     plane_tile,
 )
 from kvtier.kernels.page_summaries.triton import page_bounds_kernel, page_landmarks_kernel, page_planes_kernel
+from kvtier.kernels.prefix_attention.programs import Task
+from kvtier.kernels.prefix_attention.programs import tile as prefix_tile
+from kvtier.kernels.prefix_attention.triton import merge_requests_kernel, merge_rows, prefix_attention_kernel
 from kvtier.kernels.tiles import padded
 
 __all__ = ["VARIANTS", "Variant"]
@@ -91,7 +95,7 @@ def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:
 
 
 def _lowrank_keys(dtype: str, rank: int, dim: int, turned: int) -> Variant:
-    cut = tile(rank=rank, dim=dim, element_bytes=_BYTES[dtype])
+    cut = lowrank_tile(rank=rank, dim=dim, element_bytes=_BYTES[dtype])
     pointers = dict.fromkeys(("u_ptr", "sv_ptr", "keys_ptr"), dtype) | dict.fromkeys(("cos_ptr", "sin_ptr"), "fp32")
     pointers |= dict.fromkeys(("positions_ptr", "pages_ptr"), "i64")
     constants = {
@@ -152,6 +156,35 @@ def _page_planes(dtype: str) -> Variant:
     return Variant(f"4 planes {dtype} 16x128", page_planes_kernel, pointers, constants, 2, 3)
 
 
+def _prefix_attention(dtype: str, dims: tuple[int, int], *, rows: int, capped: bool = False) -> Variant:
+    """Attention of ``rows`` folded queries that share a prefix in pages of 16 slots."""
+    cut = prefix_tile(rows=rows, dim=max(dims), element_bytes=_BYTES[dtype])
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype) | dict.fromkeys(("out_ptr", "lse_ptr"), "fp32")
+    pointers |= dict.fromkeys(("prefix_ptr", "own_ptr"), "i64")
+    pointers |= dict.fromkeys(("tasks_ptr", "order_ptr", "parts_ptr"), "i32")
+    constants = {
+        "P": 16,
+        "DK": dims[0],
+        "DV": dims[1],
+        "BLOCK_DK": padded(dims[0]),
+        "BLOCK_DV": padded(dims[1]),
+        "BLOCK_M": cut.rows,
+        "BLOCK_N": cut.keys,
+        "FIELDS": len(Task._fields),
+        "CAPPED": capped,
+        "UPCAST": False,
+        "PRECISION": "tf32x3",
+    }
+    name = f"{dtype} {dims[0]}x{dims[1]} {rows} rows{' softcap' * capped}"
+    return Variant(name, prefix_attention_kernel, pointers, constants, cut.warps, cut.stages)
+
+
+def _merge_requests(dim: int) -> Variant:
+    constants = {"DV": dim, "BLOCK_DV": padded(dim), "BLOCK_R": merge_rows(dim)}
+    pointers = dict.fromkeys(("out_ptr", "lse_ptr", "merged_out_ptr", "merged_lse_ptr"), "fp32")
+    return Variant(f"merge of {dim}", merge_requests_kernel, pointers | {"parts_ptr": "i32"}, constants, 4, 3)
+
+
 VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
     "column_sums": (_column_sums("bf16", 32, positions=False), _column_sums("fp32", 32, positions=True)),
     "gather_attention": (
@@ -182,5 +215,15 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _plane_scores("fp32", 64),
     ),
     "page_summaries": (_page_bounds("bf16"), _page_bounds("fp32"), _page_landmarks("bf16"), _page_planes("bf16")),
+    "prefix_attention": (
+        _prefix_attention("bf16", (128, 128), rows=4),
+        _prefix_attention("bf16", (128, 128), rows=32),
+        _prefix_attention("bf16", (128, 128), rows=256),
+        _prefix_attention("fp16", (64, 64), rows=256),
+        _prefix_attention("fp32", (128, 128), rows=4),
+        _prefix_attention("fp32", (64, 64), rows=256),
+        _prefix_attention("bf16", (256, 256), rows=256, capped=True),
+        _merge_requests(128),
+    ),
 }
 """Compiled by `kvtier.kernels.aot`, operator by operator."""

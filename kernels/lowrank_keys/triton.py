@@ -19,6 +19,8 @@ __all__ = ["Tile", "lowrank_keys", "tile"]
 
 BLOCK_TOKENS: Final = 64
 MOST_RANKS: Final = 64
+WIDE_PAIRS: Final = 64
+"""Pairs of channels above which tiles are halved: two accumulators of them fill the registers."""
 
 
 @triton.jit
@@ -79,13 +81,13 @@ class Tile(NamedTuple):
 
 def tile(*, rank: int, dim: int, element_bytes: int) -> Tile:
     """Tile for factors of a rank and heads of ``dim`` channels; a smaller one for fp32, which costs three products."""
-    half = element_bytes == 2
-    pairs = padded(dim // 2)
+    half, pairs = element_bytes == 2, padded(dim // 2)
+    wide = pairs > WIDE_PAIRS
     return Tile(
-        tokens=BLOCK_TOKENS if half and pairs <= 64 else BLOCK_TOKENS // 2,
-        ranks=min(padded(rank), MOST_RANKS if half else MOST_RANKS // 2),
+        tokens=BLOCK_TOKENS >> (wide + (not half)),
+        ranks=min(padded(rank), MOST_RANKS if half and not wide else MOST_RANKS // 2),
         pairs=pairs,
-        warps=4 if half and pairs <= 64 else 8,
+        warps=4 if half and not wide else 8,
         stages=3 if half else 2,
     )
 

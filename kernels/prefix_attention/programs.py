@@ -1,0 +1,122 @@
+"""A batch with shared prefixes as programs of a GPU, about equally long: a long prefix is cut, a short list is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvtier.kernels.gather_attention.plan import DECODE_ROWS, LEAST_SPLIT, NARROW_ROW_BYTES, PREFILL_ROWS, WAVES
+from kvtier.kernels.tiles import padded, processors
+from kvtier.types import DTYPE_BYTES, LayerLayout
+
+__all__ = ["Programs", "Span", "Task", "Tile", "cut", "tile"]
+
+
+class Span(NamedTuple):
+    """Where a list of keys lies among all pages of its kind: ``length`` tokens from page ``page`` on."""
+
+    page: int
+    length: int
+
+
+class Task(NamedTuple):
+    """One tile of rows over one split of a list of keys, for every KV head; a row of the table that kernels read.
+
+    Rows are the queries of ``members`` requests, from ``first`` on in the order of groups; ``own`` is 1 where they
+    attend to a request's own keys and 0 where to a prefix; ``part`` counts the splits of a request, its prefix's first.
+    """
+
+    own: int
+    first: int
+    members: int
+    tile: int
+    page: int
+    start: int
+    stop: int
+    length: int
+    part: int
+
+
+class Tile(NamedTuple):
+    """Rows and keys that a program multiplies at once."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Programs(NamedTuple):
+    """What a launch runs over.
+
+    ``tasks`` [n, fields of Task], ``order`` [B] (requests, group by group) and ``part_starts`` [B + 1] (where the parts
+    of each request begin among all ``parts``) are int32.
+    """
+
+    tile: Tile
+    tasks: torch.Tensor
+    order: torch.Tensor
+    part_starts: torch.Tensor
+    parts: int
+
+
+class _Work(NamedTuple):
+    """A list of keys and who attends to it."""
+
+    own: int
+    first: int
+    members: int
+    span: Span
+
+
+def tile(*, rows: int, dim: int, element_bytes: int) -> Tile:
+    """Tile for at most ``rows`` rows over one list and keys of ``dim`` channels."""
+    narrow, half = element_bytes * padded(dim) <= NARROW_ROW_BYTES, element_bytes == 2
+    block_rows = min(padded(rows), PREFILL_ROWS if narrow else DECODE_ROWS)
+    decode = block_rows == DECODE_ROWS
+    return Tile(block_rows, 64 if narrow and decode else 32, 4 if half and decode else 8, 3 if half else 2)
+
+
+def cut(
+    members: Sequence[Sequence[int]],
+    prefixes: Sequence[Span],
+    owns: Sequence[Span],
+    queries: int,
+    layout: LayerLayout,
+    device: torch.device,
+) -> Programs:
+    """Tasks of a batch, the longest first, with their tables on ``device``."""
+    order = [request for group in members for request in group]
+    starts = itertools.accumulate((len(group) for group in members), initial=0)
+    work = [_Work(0, first, len(group), span) for first, group, span in zip(starts, members, prefixes, strict=False)]
+    work += [_Work(1, first, 1, owns[request]) for first, request in enumerate(order)]
+    work = [item for item in work if item.members and item.span.length]
+    member_rows = layout.group_size * queries
+    shape = tile(
+        rows=max((item.members * member_rows for item in work), default=1),
+        dim=max(layout.key_dim, layout.value_dim),
+        element_bytes=DTYPE_BYTES[layout.dtype],
+    )
+    tiles = [-(-item.members * member_rows // shape.rows) for item in work]
+    loads = sum(count * item.span.length for count, item in zip(tiles, work, strict=True)) * layout.num_kv_heads
+    split = max(LEAST_SPLIT, -(-loads // (WAVES * processors(device))))
+    split = -(-split // shape.keys) * shape.keys
+
+    tasks: list[Task] = []
+    parts = [0] * len(order)
+    for item, count in zip(work, tiles, strict=True):
+        page, length = item.span
+        requests = order[item.first : item.first + item.members]
+        for start in range(0, length, split):
+            stop, part = min(start + split, length), parts[requests[0]]
+            tasks += [Task(*item[:3], at, page, start, stop, length, part) for at in range(count)]
+            for request in requests:
+                parts[request] += 1
+    tasks.sort(key=lambda task: task.start - task.stop)
+    table = torch.tensor(tasks, dtype=torch.int32).view(-1, len(Task._fields))
+    part_starts = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32)
+    numbers = (table, torch.tensor(order, dtype=torch.int32), part_starts)
+    return Programs(shape, *(x.to(device) for x in numbers), sum(parts))
