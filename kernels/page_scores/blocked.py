@@ -84,11 +84,11 @@ def best_of_clusters(scores: torch.Tensor, clusters: torch.Tensor) -> torch.Tens
 
 
 class _Queries(NamedTuple):
-    """Queries of folded heads, [H, R, Dk] with R = G * Tq."""
+    """Queries of folded heads, [H, R, Dk]: R rows are those of a ``group`` of heads with ``each`` its Tq queries."""
 
     flat: torch.Tensor
     group: int
-    count: int
+    each: int
 
     @classmethod
     def of(cls, q: torch.Tensor, kv_heads: int, dtype: torch.dtype) -> _Queries:
@@ -103,7 +103,7 @@ class _Queries(NamedTuple):
 
     def reduced(self, scores: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
         """Scores [H, n, R] to [H, n]: the group to one, and of the queries the greatest."""
-        scores = scores.unflatten(2, (self.group, self.count))
+        scores = scores.unflatten(2, (self.group, self.each))
         if group_reduce == "max":
             return scores.amax((2, 3))
         return (scores.mean(2) if group_reduce == "mean" else scores.sum(2)).amax(-1)

@@ -19,7 +19,9 @@ def page_bounds(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def page_landmarks(k: torch.Tensor) -> torch.Tensor:
     """The slots one by one, added in fp64."""
-    total = sum(slot.to(torch.float64) for slot in k.unbind(dim=-2))
+    total = torch.zeros(k.shape[:-2] + k.shape[-1:], dtype=torch.float64, device=k.device)
+    for slot in k.unbind(dim=-2):
+        total = total + slot
     return (total / k.shape[-2]).to(k.dtype)
 
 

@@ -75,9 +75,11 @@ class _Work(NamedTuple):
 def tile(*, rows: int, dim: int, element_bytes: int) -> Tile:
     """Tile for at most ``rows`` rows over one list and keys of ``dim`` channels."""
     narrow, half = element_bytes * padded(dim) <= NARROW_ROW_BYTES, element_bytes == 2
-    block_rows = min(padded(rows), PREFILL_ROWS if narrow else DECODE_ROWS)
-    decode = block_rows == DECODE_ROWS
-    return Tile(block_rows, 64 if narrow and decode else 32, 4 if half and decode else 8, 3 if half else 2)
+    # Products of fp32 are three of tf32, and hold twice the registers.
+    most = (PREFILL_ROWS if half else PREFILL_ROWS // 2) if narrow else DECODE_ROWS
+    block_rows = min(padded(rows), most)
+    decode = narrow and block_rows == DECODE_ROWS
+    return Tile(block_rows, 64 if decode else 32, 4 if half and decode else 8, 3 if half else 2)
 
 
 def cut(
@@ -118,5 +120,10 @@ def cut(
     tasks.sort(key=lambda task: task.start - task.stop)
     table = torch.tensor(tasks, dtype=torch.int32).view(-1, len(Task._fields))
     part_starts = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32)
-    numbers = (table, torch.tensor(order, dtype=torch.int32), part_starts)
-    return Programs(shape, *(x.to(device) for x in numbers), sum(parts))
+    return Programs(
+        tile=shape,
+        tasks=table.to(device),
+        order=torch.tensor(order, dtype=torch.int32, device=device),
+        part_starts=part_starts.to(device),
+        parts=sum(parts),
+    )
