@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Final, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ __all__ = ["box_scores", "centroid_scores", "landmark_scores", "plane_scores"]
 
 CACHE_BYTES: Final = 4 * 2**20
 DEVICE_BYTES: Final = 256 * 2**20
+_COPIES: Final = sum(1 << 9 * i for i in range(8)) - (1 << 64)
+_ONES: Final = 0x0101010101010101
 
 
 def box_scores(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_reduce: GroupReduce) -> torch.Tensor:
@@ -50,7 +51,7 @@ def plane_scores(
         half = span * 0.5 ** (count + 1)
         bounds = torch.bmm(base + half, queries).baddbmm_(half, sizes)
         if count:
-            offsets = _fractions(bits[:, part], span).flatten(1, 2)
+            offsets = _offsets(bits[:, part], span).flatten(1, 2)
             bounds += torch.bmm(offsets, queries).unflatten(1, (-1, slots)).amax(2)
         scores[:, part] = folded.reduced(bounds, group_reduce)
     return scores.view(kmin.shape[:3])
@@ -109,20 +110,17 @@ class _Queries(NamedTuple):
         return (scores.mean(2) if group_reduce == "mean" else scores.sum(2)).amax(-1)
 
 
-def _fractions(planes: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+def _offsets(planes: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     """Where cells begin above kmin [H, n, P, Dk], from planes [H, n, b, P, W] and spans [H, n, Dk]."""
-    words = _words(planes.device)
-    codes = words.new_zeros(())
-    for plane in planes.unbind(2):
-        # Eight codes of a byte each go through one 64-bit word; none overflows, for there are at most 8 planes.
-        codes = codes * 2 + words.index_select(0, plane.flatten().to(torch.int32)).view(plane.shape)
-    offsets = codes.view(torch.uint8)[..., : span.shape[-1]].to(span.dtype)
+    first, *others = (_spread(plane) for plane in planes.unbind(2))
+    for bits in others:
+        # Eight codes lie in a word; none overflows its byte, for there are at most 8 planes.
+        first.bitwise_left_shift_(1).bitwise_or_(bits)
+    offsets = first.view(torch.uint8)[..., : span.shape[-1]].to(span.dtype)
     return offsets.mul_((span * 0.5 ** planes.shape[2]).unsqueeze(-2))
 
 
-@functools.cache
-def _words(device: torch.device) -> torch.Tensor:
-    """Of every byte its 8 bits, the highest first, as the 8 bytes of one word: [256] int64."""
-    values = torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(1)
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")
-    return ((values >> places) & 1).view(torch.int64).flatten().to(device)
+def _spread(plane: torch.Tensor) -> torch.Tensor:
+    """The 8 bits of every byte, the highest first, as the 8 bytes of a little-endian word."""
+    # Copies of the byte 9 bits apart: bit 7 - i of copy i comes to lie 7 bits above byte i.
+    return plane.to(torch.int64).mul_(_COPIES).bitwise_right_shift_(7).bitwise_and_(_ONES)
