@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kvtier.kernels.lowrank_keys import blocked
 from kvtier.kernels.lowrank_keys.rotation import Rotation
-from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded
+from kvtier.kernels.tiles import check_rows, dense_channels, launch_of, padded
 
 __all__ = ["Tile", "lowrank_keys", "tile"]
 
@@ -105,8 +105,8 @@ def lowrank_keys(
     if torch.float64 in (u.dtype, sv.dtype, rotation.cos.dtype) or not pages.numel():
         return blocked.lowrank_keys(u, sv, positions, pages, rotation, page_tokens=page_tokens)
     batch, kv_heads, rank, dim = sv.shape
-    check_frames(pages, u.shape[1] // page_tokens, what="pages")
-    check_frames(positions, rotation.cos.shape[0], what="positions")
+    check_rows("pages", pages, u.shape[1] // page_tokens)
+    check_rows("positions", positions, rotation.cos.shape[0])
     launch = launch_of(u.device)
     u, sv, cos, sin = (dense_channels(x) for x in (u, sv, *rotation))
     keys = u.new_empty(batch, kv_heads, pages.shape[2] * page_tokens, dim)

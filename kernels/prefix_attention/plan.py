@@ -54,8 +54,12 @@ class PrefixPlan:
         """Pages of all requests alone together."""
         return self._end(self.owns)
 
+    def pages(self, span: Span) -> int:
+        """Pages of one list, of which the last may be partly filled."""
+        return -(-span.length // self.page_tokens)
+
     def _end(self, spans: tuple[Span, ...]) -> int:
-        return spans[-1].page + -(-spans[-1].length // self.page_tokens) if spans else 0
+        return spans[-1].page + self.pages(spans[-1]) if spans else 0
 
 
 def plan_prefix(

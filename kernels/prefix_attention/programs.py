@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
-from kvtier.kernels.gather_attention.plan import DECODE_ROWS, LEAST_SPLIT, NARROW_ROW_BYTES, PREFILL_ROWS, WAVES
+from kvtier.kernels.gather_attention.table import SPLITS, TILES, Tile, shape_of
 from kvtier.kernels.tiles import padded, processors
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
-__all__ = ["Programs", "Span", "Task", "Tile", "cut", "tile"]
+__all__ = ["Programs", "Span", "Task", "cut", "tile"]
+
+MOST_FP32_ROWS: Final = 32
 
 
 class Span(NamedTuple):
@@ -40,15 +42,6 @@ class Task(NamedTuple):
     part: int
 
 
-class Tile(NamedTuple):
-    """Rows and keys that a program multiplies at once."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
 class Programs(NamedTuple):
     """What a launch runs over.
 
@@ -73,13 +66,14 @@ class _Work(NamedTuple):
 
 
 def tile(*, rows: int, dim: int, element_bytes: int) -> Tile:
-    """Tile for at most ``rows`` rows over one list and keys of ``dim`` channels."""
-    narrow, half = element_bytes * padded(dim) <= NARROW_ROW_BYTES, element_bytes == 2
-    # Products of fp32 are three of tf32, and hold twice the registers.
-    most = (PREFILL_ROWS if half else PREFILL_ROWS // 2) if narrow else DECODE_ROWS
-    block_rows = min(padded(rows), most)
-    decode = narrow and block_rows == DECODE_ROWS
-    return Tile(block_rows, 64 if decode else 32, 4 if half and decode else 8, 3 if half else 2)
+    """Tile for at most ``rows`` rows over one list and keys of ``dim`` channels: that of gather_attention, or smaller.
+
+    Tasks take registers, too: fp32 gets fewer rows, wide keys more warps.
+    """
+    shape = shape_of(rows=rows, padded_dim=padded(dim), element_bytes=element_bytes)
+    found = TILES[shape]
+    most = found.rows if shape.half else min(found.rows, MOST_FP32_ROWS)
+    return found._replace(rows=min(padded(rows), most), warps=found.warps if shape.narrow else max(found.warps, 8))
 
 
 def cut(
@@ -104,7 +98,7 @@ def cut(
     )
     tiles = [-(-item.members * member_rows // shape.rows) for item in work]
     loads = sum(count * item.span.length for count, item in zip(tiles, work, strict=True)) * layout.num_kv_heads
-    split = max(LEAST_SPLIT, -(-loads // (WAVES * processors(device))))
+    split = max(SPLITS.least_keys, -(-loads // (SPLITS.waves * processors(device))))
     split = -(-split // shape.keys) * shape.keys
 
     tasks: list[Task] = []

@@ -16,12 +16,11 @@ from kvtier.kernels.device import logits, softmax_end, softmax_step
 from kvtier.kernels.prefix_attention import blocked
 from kvtier.kernels.prefix_attention.plan import PrefixPlan
 from kvtier.kernels.prefix_attention.programs import Task
-from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded
+from kvtier.kernels.tiles import attention_fits, check_frames, dense_channels, launch_of, padded
 from kvtier.types import Partial
 
 __all__ = ["merge_rows", "prefix_attention"]
 
-MOST_FP32_CHANNELS: Final = 128
 MERGED_NUMBERS: Final = 2048
 _FIELDS: Final = len(Task._fields)
 
@@ -126,7 +125,7 @@ def prefix_attention(
 ) -> Partial:
     """Attention of q [B, Hq, Tq, Dk] over pages of arenas [F, P, Dk] and [F, P, Dv], as the plan says."""
     arguments = (q, k_arena, v_arena, prefix_frames, own_frames, plan)
-    if not _served(q, k_arena, v_arena):
+    if not attention_fits(q, k_arena, v_arena):
         return blocked.prefix_attention(*arguments, scale=scale, softcap=softcap)
     check_frames(prefix_frames, k_arena.shape[0])
     check_frames(own_frames, k_arena.shape[0])
@@ -163,11 +162,3 @@ def prefix_attention(
 def merge_rows(value_dim: int) -> int:
     """Rows of a request that one program merges."""
     return max(1, MERGED_NUMBERS // padded(value_dim))
-
-
-def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the kernel is for these: fp64 has no tensor cores here, and wide fp32 keys do not fit into registers."""
-    types = {q.dtype, k.dtype, v.dtype}
-    if torch.float64 in types:
-        return False
-    return (len(types) == 1 and torch.float32 not in types) or max(k.shape[-1], v.shape[-1]) <= MOST_FP32_CHANNELS

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import InputError
+from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.prefix_attention import programs as programs_of
 from kvtier.kernels.prefix_attention import triton as kernel
 from kvtier.kernels.prefix_attention.programs import Span, Task, cut
@@ -26,7 +27,7 @@ MANY = {
 @pytest.fixture(autouse=True)
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small batches as a large GPU would cut large ones."""
-    monkeypatch.setattr(programs_of, "LEAST_SPLIT", 40)
+    monkeypatch.setattr(programs_of, "SPLITS", SPLITS._replace(least_keys=40))
     monkeypatch.setattr(programs_of, "processors", lambda _: 64)
 
 
@@ -151,7 +152,7 @@ def test_tasks_cover_every_key_of_every_row_once(data: st.DataObject) -> None:
 
 
 def test_a_long_prefix_is_split_beside_many_short_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs_of, "LEAST_SPLIT", 256)
+    monkeypatch.setattr(programs_of, "SPLITS", SPLITS)
     monkeypatch.setattr(programs_of, "processors", lambda _: 132)
     layer = LayerLayout(num_query_heads=32, num_kv_heads=8, key_dim=128, value_dim=128, dtype="bfloat16")
     owns = [Span(13 * at, 200) for at in range(64)]
