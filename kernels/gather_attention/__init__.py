@@ -56,10 +56,23 @@ def _triton() -> GatherAttention:
     return triton
 
 
+def _native() -> GatherAttention:
+    from kvtier.kernels.gather_attention import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.gather_attention import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[GatherAttention](
     "gather_attention",
     [
         Candidate("triton", _triton, "one pass over the keys, split to fill the GPU", triton_obstacle),
+        Candidate("native", _native, "keys and values are read once, as fast as memory gives them", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],

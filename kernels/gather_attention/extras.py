@@ -30,6 +30,11 @@ class Extras(NamedTuple):
     tree: Tree | None = None
     unified_max: float | None = None
 
+    @property
+    def only_lengths(self) -> bool:
+        """Whether there is no option but ragged lengths, or none at all."""
+        return self.bias is None and self.tree is None and self.unified_max is None
+
     def of_row(self, row: slice) -> Extras:
         """The bias of some batch rows alone, where neither lengths nor a tree are left."""
         return self if self.bias is None else self._replace(bias=self.bias[row])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention import triton as kernel
+from kvtier.kernels.gather_attention.extras import Extras
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.tiles import DEBUG_VARIABLE
@@ -180,6 +181,39 @@ def test_debug_mode_names_frames_out_of_range(
     frames[0, 1, 2] = wrong
     with pytest.raises(InputError, match=r"frames must lie in \[0, 13\)"):
         kernel.attend_pages(q, k_arena, v_arena, frames, scale=1.0, softcap=None, visible=None)
+
+
+def test_debug_mode_looks_only_at_frames_that_are_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    problem = Problem(sizes=(1, 2, 2, 1, 5, 4), dims=(8, 8), dtype=torch.float32, device=device, uneven=True)
+    over_pages(problem)
+    q, k_arena, v_arena, frames = problem.tensors()
+    extras = Extras(lengths=torch.tensor([[3, 21]], device=device))
+    with pytest.raises(InputError, match=r"lengths must lie in \[0, 21\), got 3 to 21"):
+        kernel.attend_pages(q, k_arena, v_arena, frames, scale=1.0, softcap=None, visible=None, extras=extras)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_nothing_is_read_past_a_page(queries: int, device: torch.device) -> None:
+    problem = Problem(sizes=(1, 2, 2, queries, 9, 7), dims=(24, 8), dtype=torch.float16, device=device)
+    q, *arenas, frames = problem.tensors()
+    rooms = [torch.full((len(a), 7 + 3, a.shape[2] + 5), torch.nan, dtype=a.dtype, device=device) for a in arenas]
+    views = [room[:, 1:8, 2:-3].copy_(arena) for room, arena in zip(rooms, arenas, strict=True)]
+    got = kernel.attend_pages(q, *views, frames, scale=SCALE, softcap=None, visible=None)
+    assert_near(got, problem.expected(SCALE))
+
+
+@pytest.mark.parametrize("how", ["bias", "lengths"])
+def test_masked_heads_contribute_nothing(how: str, many_splits: None, device: torch.device) -> None:
+    problem = Problem(sizes=(1, 3, 2, 1, 12, 16), dims=(8, 8), dtype=torch.float32, device=device)
+    masked = torch.tensor([[True, False, True]], device=device)
+    bias = torch.zeros(1, 3, 192, device=device).masked_fill(masked.unsqueeze(-1), -torch.inf)
+    extras = Extras(bias) if how == "bias" else Extras(lengths=torch.where(masked, 0, 192))
+    got = kernel.attend_pages(*problem.tensors(), scale=SCALE, softcap=None, visible=None, extras=extras)
+    expected = problem.expected(SCALE)
+    blind = masked.cpu().repeat_interleave(2, 1)
+    expected.out[blind], expected.lse[blind] = 0.0, -torch.inf
+    assert_near(got, expected)
 
 
 def test_a_softcap_far_beyond_the_logits(device: torch.device) -> None:
