@@ -20,10 +20,12 @@ OPERATORS: Final = (
     "column_sums",
     "encoded_attention",
     "gather_attention",
+    "lowrank_keys",
     "merge_partials",
     "pack_pages",
     "page_scores",
     "page_summaries",
+    "prefix_attention",
     "top_pages",
 )
 
