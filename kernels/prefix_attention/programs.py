@@ -101,6 +101,21 @@ def cut(
     split = max(SPLITS.least_keys, -(-loads // (SPLITS.waves * processors(device))))
     split = -(-split // shape.keys) * shape.keys
 
+    tasks, parts = _tasks(work, tiles, order, split)
+    starts_of_parts = [0, *itertools.accumulate(parts)]
+    return Programs(
+        tile=shape,
+        tasks=torch.tensor(tasks, dtype=torch.int32).view(-1, len(Task._fields)).to(device),
+        order=torch.tensor(order, dtype=torch.int32).to(device),
+        part_starts=torch.tensor(starts_of_parts, dtype=torch.int32).to(device),
+        parts=starts_of_parts[-1],
+    )
+
+
+def _tasks(
+    work: Sequence[_Work], tiles: Sequence[int], order: Sequence[int], split: int
+) -> tuple[list[Task], list[int]]:
+    """Tasks of at most ``split`` keys, the longest first, and how many parts each request has."""
     tasks: list[Task] = []
     parts = [0] * len(order)
     for item, count in zip(work, tiles, strict=True):
@@ -112,12 +127,4 @@ def cut(
             for request in requests:
                 parts[request] += 1
     tasks.sort(key=lambda task: task.start - task.stop)
-    table = torch.tensor(tasks, dtype=torch.int32).view(-1, len(Task._fields))
-    part_starts = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32)
-    return Programs(
-        tile=shape,
-        tasks=table.to(device),
-        order=torch.tensor(order, dtype=torch.int32, device=device),
-        part_starts=part_starts.to(device),
-        parts=sum(parts),
-    )
+    return tasks, parts
