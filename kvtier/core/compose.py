@@ -209,8 +209,8 @@ def _check_shared(selection: SelectionPolicy, retrieval: RetrievalPolicy | None)
     """Refuse what pages of KV heads of different lengths cannot do."""
     if retrieval is not None:
         raise CompositionError(
-            f"{selection.name} leaves each KV head its own number of pages, and {retrieval.name} ranks equally many of all "
-            "heads; take a policy that keeps the same number in each, such as snapkv"
+            f"{selection.name} leaves each KV head its own number of pages, and {retrieval.name} ranks equally many of "
+            "all; take a policy that keeps the same number in each, such as snapkv"
         )
     if selection.phase is Phase.DECODE or type(selection).merge is not SelectionPolicy.merge:
         raise CompositionError(
