@@ -40,13 +40,19 @@ def _attend(
     positions: bool = False,
     windowed: bool = False,
     capped: bool = False,
+    biased: bool = False,
+    ragged: bool = False,
+    tree: bool = False,
 ) -> Variant:
     """Attention of ``rows`` folded queries over 32K keys on a chip of 132 multiprocessors."""
     element_bytes = _BYTES[dtype]
     cut = plan(heads=8, rows=rows, keys=32768, dim=max(dims), element_bytes=element_bytes, processors=132)
     words = ["pages" if paged else "run", dtype, f"{dims[0]}x{dims[1]}", f"{rows} rows"]
-    words += [word for word, on in (("positions", positions), ("window", windowed), ("softcap", capped)) if on]
-    pointers = {"frames_ptr": "i64", "q_pos_ptr": "i64", "k_pos_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
+    options = {"positions": positions, "window": windowed, "softcap": capped}
+    options |= {"bias": biased, "ragged": ragged, "tree": tree}
+    words += [word for word, on in options.items() if on]
+    pointers = dict.fromkeys(("frames_ptr", "q_pos_ptr", "k_pos_ptr", "lengths_ptr", "ancestors_ptr"), "i64")
+    pointers |= dict.fromkeys(("bias_ptr", "out_ptr", "lse_ptr"), "fp32")
     constants = {
         "P": 16 if paged else 1,
         "DK": dims[0],
@@ -60,6 +66,9 @@ def _attend(
         "SKIP": cut.skip,
         "WINDOWED": windowed,
         "CAPPED": capped,
+        "BIASED": biased,
+        "RAGGED": ragged,
+        "TREE": tree,
         "UPCAST": False,
         "PRECISION": "tf32x3",
     }
@@ -115,6 +124,9 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), rows=4096, paged=False, positions=True),
         _attend("fp32", (128, 128), rows=4096, paged=False, positions=True, windowed=True),
         _attend("bf16", (96, 96), rows=512, positions=True),
+        _attend("bf16", (128, 128), biased=True, ragged=True),
+        _attend("fp32", (128, 128), biased=True, ragged=True, tree=True),
+        _attend("bf16", (128, 128), rows=256, paged=False, positions=True, tree=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
     "page_scores": (_box_scores("bf16"), _box_scores("fp32")),

@@ -9,9 +9,10 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras, check_extras
 from kvtier.kernels.spans import fits
 from kvtier.kernels.tiles import triton_obstacle
-from kvtier.types import Partial, Visibility
+from kvtier.types import Partial, Tree, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
 
@@ -29,6 +30,7 @@ class GatherAttention(Protocol):
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        extras: Extras = PLAIN,
     ) -> Partial:
         """Attention over a run."""
 
@@ -43,6 +45,7 @@ class GatherAttention(Protocol):
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        extras: Extras = PLAIN,
     ) -> Partial:
         """Attention over pages."""
 
@@ -71,6 +74,10 @@ def attend_run(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    bias: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    tree: Tree | None = None,
+    unified_max: float | None = None,
 ) -> Partial:
     """Softmax attention of queries over one run of keys.
 
@@ -89,6 +96,16 @@ def attend_run(
         Logits become ``softcap * tanh(logits / softcap)`` after scaling.
     visible : Visibility, optional
         q_pos [B, Tq] and k_pos [B, Hk or 1, N]; None lets every query see every key.
+    bias : Tensor, optional
+        [B, Hk or Hq, N], any floating type: added to the logits of a key after scale and softcap. -inf hides the key,
+        ``ln n`` counts it n times.
+    lengths : Tensor, optional
+        [B, Hk] int64: KV head h has the first ``lengths[b, h]`` of the N keys. The others are never read.
+    tree : Tree, optional
+        The last keys are drafted tokens, at most 64, each seen only by the queries that descend from it.
+    unified_max : float, optional
+        A number near the greatest logit of every query, used in its place where that saves time (FlashDecoding++, Hong
+        et al. 2024, section 3). It changes no answer: where it is too far off, the usual softmax is computed after all.
 
     Returns
     -------
@@ -98,7 +115,7 @@ def attend_run(
     Raises
     ------
     InputError
-        When shapes do not fit together.
+        When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if not (
@@ -114,7 +131,8 @@ def attend_run(
             "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"
             f"{_positions('N')}, got {_told(q, k, v, visible=visible)}"
         )
-    return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+    extras = _extras(q, k_shape[1], k_shape[2], bias, lengths, tree, unified_max)
+    return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
 
 
 def attend_pages(
@@ -126,6 +144,10 @@ def attend_pages(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    bias: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    tree: Tree | None = None,
+    unified_max: float | None = None,
 ) -> Partial:
     """Softmax attention of queries over pages, each KV head over its own; frames that are not named are never read.
 
@@ -143,6 +165,9 @@ def attend_pages(
         As for :func:`attend_run`.
     visible : Visibility, optional
         q_pos [B, Tq] and k_pos [B, Hk or 1, N * P], pages end to end.
+    bias, lengths, tree, unified_max
+        As for :func:`attend_run`, with N * P keys, pages end to end. ``lengths`` make page lists ragged: a page that
+        begins at or after the length of its head is not read, and its frame may be any number.
 
     Returns
     -------
@@ -152,7 +177,7 @@ def attend_pages(
     Raises
     ------
     InputError
-        When shapes do not fit together.
+        When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
     if not (
         q.dim() == 4
@@ -168,9 +193,27 @@ def attend_pages(
             "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a "
             f"multiple of Hk{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
         )
+    extras = _extras(q, frames.shape[1], frames.shape[2] * k_arena.shape[1], bias, lengths, tree, unified_max)
     return OPERATOR.on(q.device).attend_pages(
-        q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible
+        q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible, extras=extras
     )
+
+
+def _extras(
+    q: torch.Tensor,
+    kv_heads: int,
+    keys: int,
+    bias: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    tree: Tree | None,
+    unified_max: float | None,
+) -> Extras:
+    """The options of a call, checked."""
+    if bias is None and lengths is None and tree is None and unified_max is None:
+        return PLAIN
+    extras = Extras(bias, lengths, tree, unified_max)
+    check_extras(extras, q, kv_heads, keys)
+    return extras
 
 
 def _positions(keys: str) -> str:

@@ -5,20 +5,27 @@ The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 ea
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import torch
 
+from kvtier.kernels.gather_attention.drafts import over_drafts
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras
 from kvtier.kernels.gather_attention.fused import fused_fits, fused_part, fused_whole
 from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoader
+from kvtier.kernels.gather_attention.ragged import over_pieces
+from kvtier.kernels.gather_attention.sources import PageSource, RunSource
 from kvtier.kernels.gather_attention.streamed import streamed_part
-from kvtier.kernels.heads import accumulation_dtype, fold_heads, fold_queries
+from kvtier.kernels.heads import accumulation_dtype, fold_bias, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
 from kvtier.kernels.scratch import KEPT_BYTES
 from kvtier.kernels.spans import Rows, Span, all_seen, batch_row, causal_plan, hidden_pairs, plan_blocks, whole_plan
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
+
+S = TypeVar("S", RunSource, PageSource)
 
 STREAMED_ROWS: Final = 8
 COPIED_STREAMED_ROWS: Final = 16
@@ -41,22 +48,10 @@ def attend_run(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv]."""
-    dtype = accumulation_dtype(q, k, v)
-    if visible is not None and all_seen(visible):
-        visible = None
-    if visible is None and _one_call(q, k.shape, v.shape[3], dtype, softcap, views=k.dtype == v.dtype == dtype):
-        return fused_whole(q.to(dtype), k.to(dtype), v.to(dtype), scale)
-    folded_k, folded_v = fold_heads(k), fold_heads(v)
-    if folded_k is None or folded_v is None:
-        rows = [slice(b, b + 1) for b in range(q.shape[0])]
-        parts = [
-            attend_run(q[b], k[b], v[b], scale=scale, softcap=softcap, visible=batch_row(visible, b)) for b in rows
-        ]
-        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
-    keys, values = RunLoader(folded_k, dtype), RunLoader(folded_v, dtype)
-    return _shaped(_Attention(fold_queries(q, k.shape[1], dtype), keys, values, scale, softcap, visible).partial(), q)
+    return _attend(_over_run, q, RunSource(k, v), scale, softcap, visible, extras)
 
 
 def attend_pages(
@@ -68,31 +63,101 @@ def attend_pages(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv]."""
+    source = PageSource(k_arena, v_arena, frames, frames.shape[2] * k_arena.shape[1])
+    return _attend(_over_pages, q, source, scale, softcap, visible, extras)
+
+
+def _attend(
+    regular: Callable[[torch.Tensor, S, float, float | None, Visibility | None, Extras], Partial],
+    q: torch.Tensor,
+    source: S,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+    extras: Extras,
+) -> Partial:
+    """Attention by ``regular``, which knows neither ragged heads nor trees."""
+
+    def whole(q: torch.Tensor, source: S, visible: Visibility | None, extras: Extras) -> Partial:
+        if visible is not None and all_seen(visible):
+            visible = None
+        return regular(q, source, scale, softcap, visible, extras)
+
+    def over_tree(q: torch.Tensor, source: S, visible: Visibility | None, extras: Extras) -> Partial:
+        return over_drafts(q, source, visible, extras, whole, scale=scale, softcap=softcap)
+
+    return over_pieces(q, source, visible, extras, over_tree)
+
+
+def _over_run(
+    q: torch.Tensor,
+    source: RunSource,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+    extras: Extras,
+) -> Partial:
+    k, v = source
+    dtype = accumulation_dtype(q, k, v)
+    views = k.dtype == v.dtype == dtype
+    if visible is None and _one_call(q, k.shape, v.shape[3], dtype, softcap, extras, views=views):
+        return fused_whole(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+    folded_k, folded_v = fold_heads(k), fold_heads(v)
+    if folded_k is None or folded_v is None:
+        parts = [
+            _over_run(q[row], RunSource(k[row], v[row]), scale, softcap, batch_row(visible, row), extras.of_row(row))
+            for row in (slice(b, b + 1) for b in range(q.shape[0]))
+        ]
+        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+    keys, values = RunLoader(folded_k, dtype), RunLoader(folded_v, dtype)
+    return _shaped(_Attention(fold_queries(q, k.shape[1], dtype), keys, values, scale, softcap, visible, extras), q)
+
+
+def _over_pages(
+    q: torch.Tensor,
+    source: PageSource,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+    extras: Extras,
+) -> Partial:
+    k_arena, v_arena, frames, length = source
     dtype = accumulation_dtype(q, k_arena, v_arena)
-    if visible is not None and all_seen(visible):
-        visible = None
     k_shape = torch.Size((*frames.shape[:2], frames.shape[2] * k_arena.shape[1], k_arena.shape[2]))
-    if visible is None and _one_call(q, k_shape, v_arena.shape[2], dtype, softcap, views=False):
+    if visible is None and _one_call(q, k_shape, v_arena.shape[2], dtype, softcap, extras, views=False):
         index = frames.flatten()
-        k, v = (arena.index_select(0, index).view(k_shape).to(dtype) for arena in (k_arena, v_arena))
+        k, v = (arena.index_select(0, index).view(k_shape)[:, :, :length].to(dtype) for arena in (k_arena, v_arena))
         return fused_whole(q.to(dtype), k, v, scale)
     folded_frames = frames.flatten(0, 1)
-    keys, values = PageLoader(k_arena, folded_frames, dtype), PageLoader(v_arena, folded_frames, dtype)
+    keys, values = (PageLoader(arena, folded_frames, dtype, length) for arena in (k_arena, v_arena))
     folded_q = fold_queries(q, frames.shape[1], dtype)
-    return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible).partial(), q)
+    return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible, extras), q)
 
 
 def _one_call(
-    q: torch.Tensor, k_shape: torch.Size, value_dim: int, dtype: torch.dtype, softcap: float | None, *, views: bool
+    q: torch.Tensor,
+    k_shape: torch.Size,
+    value_dim: int,
+    dtype: torch.dtype,
+    softcap: float | None,
+    extras: Extras,
+    *,
+    views: bool,
 ) -> bool:
     """Whether one fused call is the quickest way over keys that every query sees; ``views`` if none need be copied."""
     batch, kv_heads, keys, key_dim = k_shape
-    if not fused_fits(q, key_dim, value_dim, softcap) or not keys or not q.numel():
+    if not _fused_serves(q, key_dim, value_dim, softcap, extras) or not keys or not q.numel():
         return False
     key_bytes = batch * kv_heads * key_dim * dtype.itemsize
     return keys * key_bytes <= CACHE_BYTES or (views and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
+
+
+def _fused_serves(q: torch.Tensor, key_dim: int, value_dim: int, softcap: float | None, extras: Extras) -> bool:
+    """Whether torch's kernel can: it takes no bias, and it finds the greatest logit by itself."""
+    return extras.bias is None and extras.unified_max is None and fused_fits(q, key_dim, value_dim, softcap)
 
 
 class _Attention:
@@ -106,6 +171,7 @@ class _Attention:
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        extras: Extras,
     ) -> None:
         self.q = q
         self.keys = keys
@@ -115,7 +181,8 @@ class _Attention:
         self.visible = visible
         self.heads, self.group, self.queries, _ = q.shape
         self.few = self.group * self.queries <= (COPIED_STREAMED_ROWS if keys.copies else STREAMED_ROWS)
-        self.fused = fused_fits(q, keys.dim, values.dim, softcap)
+        self.fused = _fused_serves(q, keys.dim, values.dim, softcap, extras)
+        self.bias = None if extras.bias is None else fold_bias(extras.bias, self.heads, q.dtype)
         self.block = BLOCK // 2 if visible is not None and (visible.window or 4 * BLOCK) < 4 * BLOCK else BLOCK
         self.key_bytes = self.heads * max(keys.dim, values.dim) * q.element_size()
 
@@ -198,6 +265,7 @@ class _Attention:
             scale=self.scale,
             softcap=self.softcap,
             hidden=self._hidden(rows, span),
+            bias=None if self.bias is None else self.bias[..., span.start : span.stop],
         )
 
     def _hidden(self, rows: Rows, span: Span) -> torch.Tensor | None:
@@ -210,7 +278,8 @@ class _Attention:
         return Partial(self.q.new_zeros(*shape, self.values.dim), self.q.new_full(shape, float("-inf")))
 
 
-def _shaped(part: Partial, q: torch.Tensor) -> Partial:
+def _shaped(attention: _Attention, q: torch.Tensor) -> Partial:
+    part = attention.partial()
     return Partial(part.out.reshape(*q.shape[:3], part.out.shape[-1]), part.lse.reshape(q.shape[:3]))
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kvtier.kernels.device import MOST, logits, seen_pairs, softmax_end, softmax_step
 from kvtier.kernels.gather_attention import blocked
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.merge_partials.triton import merge_splits
 from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded, processors
@@ -44,12 +45,14 @@ def _addresses(
 
 @triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, out_ptr, lse_ptr, scale, softcap, window,
-    kv_heads, group, queries, keys, split_keys, pages, heads_with_positions,
+    q_ptr, k_ptr, v_ptr, frames_ptr, q_pos_ptr, k_pos_ptr, bias_ptr, lengths_ptr, ancestors_ptr, out_ptr, lse_ptr,
+    scale, softcap, window, kv_heads, group, queries, keys, split_keys, pages, heads_with_positions, heads_with_bias,
+    first_draft,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     P: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr, POSITIONS: tl.constexpr, SKIP: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    BIASED: tl.constexpr, RAGGED: tl.constexpr, TREE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries [BLOCK_M] over keys ``split * split_keys`` on; out [S, B, Hq, Tq, DV], lse [S, B, Hq, Tq]."""
@@ -68,11 +71,19 @@ def attend_kernel(
         b_at = tl.minimum(tl.load(q_pos_ptr + i_b * queries + i_t, mask=in_rows, other=-1), MOST - 1).to(tl.int32)
         p_place = k_pos_ptr + (i_b * heads_with_positions + i_h * (heads_with_positions > 1)) * keys
         newest, oldest = tl.max(b_at, 0), tl.min(tl.where(in_rows, b_at, MOST), 0)
+    if BIASED:
+        p_bias = bias_ptr + (i_b * heads_with_bias + tl.where(heads_with_bias > kv_heads, i_q, i_h)) * keys
+    if TREE:
+        b_bits = tl.load(ancestors_ptr + i_b * queries + i_t, mask=in_rows, other=0)
+        # Two words of 32 bit: half the registers.
+        b_low, b_high = b_bits.to(tl.int32), (b_bits >> 32).to(tl.int32)
 
     b_m, b_l = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     start = i_s.to(tl.int64) * split_keys
     stop = tl.minimum(start + split_keys, keys)
+    if RAGGED:
+        stop = tl.minimum(stop, tl.load(lengths_ptr + i_bh))
     for at in range(start, stop, BLOCK_N):
         o_n = at + tl.arange(0, BLOCK_N).to(tl.int64)
         in_keys = o_n < stop
@@ -96,6 +107,12 @@ def attend_kernel(
             seen = in_keys[None, :] & in_rows[:, None]
             if POSITIONS:
                 seen = seen & seen_pairs(b_at, b_place, window, WINDOWED)
+            if BIASED:
+                b_s += tl.load(p_bias[:, None] + o_n[None, :], mask=seen, other=0.0)
+            if TREE:
+                o_draft = (o_n - first_draft).to(tl.int32)[None, :]
+                b_word = tl.where(o_draft < 32, b_low[:, None], b_high[:, None])
+                seen = seen & ((o_draft < 0) | ((b_word >> (o_draft & 31)) & 1 == 1))
             b_m, b_l, b_o = softmax_step(tl.where(seen, b_s, float("-inf")), b_v, b_m, b_l, b_o, PRECISION)
 
     b_o, b_lse = softmax_end(b_m, b_l, b_o)
@@ -112,13 +129,14 @@ def attend_run(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv], whose last stride must be 1 or they are copied."""
     if not _served(q, k, v):
-        return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+        return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
     k, v = dense_channels(k), dense_channels(v)
     keys = _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
-    return _attend(q, keys, scale, softcap, visible)
+    return _attend(q, keys, scale, softcap, visible, extras)
 
 
 def attend_pages(
@@ -130,16 +148,19 @@ def attend_pages(
     scale: float,
     softcap: float | None,
     visible: Visibility | None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv], read where they lie."""
     if not _served(q, k_arena, v_arena):
-        return blocked.attend_pages(q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible)
-    check_frames(frames, k_arena.shape[0])
+        return blocked.attend_pages(
+            q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible, extras=extras
+        )
+    check_frames(frames, k_arena.shape[0], slots=k_arena.shape[1], lengths=extras.lengths)
     k, v = dense_channels(k_arena), dense_channels(v_arena)
     slots = k.shape[1]
     k_strides, v_strides = (k.stride(0), 0, k.stride(1)), (v.stride(0), 0, v.stride(1))
     keys = _Keys(k, v, frames.contiguous(), frames.shape[1], frames.shape[2] * slots, slots, k_strides, v_strides)
-    return _attend(q, keys, scale, softcap, visible)
+    return _attend(q, keys, scale, softcap, visible, extras)
 
 
 def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -163,7 +184,9 @@ class _Keys(NamedTuple):
     v_strides: tuple[int, ...]
 
 
-def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None, visible: Visibility | None) -> Partial:
+def _attend(
+    q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None, visible: Visibility | None, extras: Extras
+) -> Partial:
     batch, query_heads, queries, key_dim = q.shape
     value_dim = keys.v.shape[-1]
     if not q.numel() or not keys.length:
@@ -186,17 +209,22 @@ def _attend(q: torch.Tensor, keys: _Keys, scale: float, softcap: float | None, v
     # Triton takes no None for a pointer: the queries stand in for what this call does not read.
     q_pos, k_pos = (q, q) if visible is None else (visible.q_pos.contiguous(), visible.k_pos.contiguous())
     window = 0 if visible is None or visible.window is None else visible.window
+    bias, lengths, tree = extras.bias, extras.lengths, extras.tree
     grid = (-(-rows // cut.block_rows), cut.splits, batch * keys.heads)
     attend_kernel[grid](
-        q, keys.k, keys.v, q if keys.frames is None else keys.frames, q_pos, k_pos, out, lse,
+        q, keys.k, keys.v, q if keys.frames is None else keys.frames, q_pos, k_pos,
+        q if bias is None else bias.float().contiguous(), q if lengths is None else lengths.contiguous(),
+        q if tree is None else tree.ancestors.contiguous(), out, lse,
         scale, softcap or 1.0, window,
         keys.heads, group, queries, keys.length, cut.split_keys, keys.length // keys.slots,
-        1 if visible is None else visible.k_pos.shape[1],
+        1 if visible is None else visible.k_pos.shape[1], 1 if bias is None else bias.shape[1],
+        0 if tree is None else tree.first,
         *q.stride()[:3], *keys.k_strides, *keys.v_strides,
         P=keys.slots, DK=key_dim, DV=value_dim, BLOCK_DK=padded(key_dim), BLOCK_DV=padded(value_dim),
         BLOCK_M=cut.block_rows, BLOCK_N=cut.block_keys,
         PAGED=keys.frames is not None, POSITIONS=visible is not None, SKIP=cut.skip,
         WINDOWED=window > 0, CAPPED=softcap is not None,
+        BIASED=bias is not None, RAGGED=lengths is not None, TREE=tree is not None,
         UPCAST=launch.upcast or not q.dtype == keys.k.dtype == keys.v.dtype, PRECISION=launch.precision,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

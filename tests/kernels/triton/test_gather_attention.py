@@ -1,5 +1,8 @@
 """Attention in Triton, over pages and runs, against the reference in fp64."""
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,16 +19,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALE = 0.3
 
 
+def options_of(problem: Problem) -> dict[str, Any]:
+    return {"scale": SCALE, "softcap": problem.softcap, "visible": problem.visible(), "extras": problem.extras()}
+
+
 def over_pages(problem: Problem) -> None:
-    got = kernel.attend_pages(*problem.tensors(), scale=SCALE, softcap=problem.softcap, visible=problem.visible())
-    assert_near(got, problem.expected(SCALE))
+    assert_near(kernel.attend_pages(*problem.tensors(), **options_of(problem)), problem.expected(SCALE))
 
 
 def over_run(problem: Problem) -> None:
     q, k_arena, v_arena, frames = problem.tensors()
-    k, v = (arena[frames].flatten(2, 3) for arena in (k_arena, v_arena))
-    got = kernel.attend_run(q, k, v, scale=SCALE, softcap=problem.softcap, visible=problem.visible())
-    assert_near(got, problem.expected(SCALE))
+    absent = (frames < 0)[..., None, None]
+    k, v = (arena[frames.clamp_min(0)].masked_fill(absent, torch.nan).flatten(2, 3) for arena in (k_arena, v_arena))
+    assert_near(kernel.attend_run(q, k, v, **options_of(problem)), problem.expected(SCALE))
 
 
 @pytest.mark.parametrize("attend", [over_pages, over_run])
@@ -73,11 +79,24 @@ def test_any_split_of_any_problem(device: torch.device, data: st.DataObject) -> 
         ragged=data.draw(st.booleans()),
         window=data.draw(st.none() | st.integers(1, 60)),
         softcap=data.draw(st.none() | st.just(2.0)),
+        bias=data.draw(st.sampled_from([None, "kv", "query"])),
+        uneven=data.draw(st.booleans()),
+        drafts=data.draw(st.sampled_from([0, 1])),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvtier.kernels.gather_attention.plan.LEAST_SPLIT", 40)
         patch.setattr(kernel, "processors", lambda _: data.draw(st.sampled_from([1, 8, 64]), label="processors"))
         over_pages(problem)
+
+
+@pytest.mark.parametrize("attend", [over_pages, over_run])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", ["kv", "query"])
+def test_bias_ragged_heads_and_a_tree(
+    attend: Callable[[Problem], None], dtype: torch.dtype, bias: Literal["kv", "query"], device: torch.device
+) -> None:
+    sizes = (2, 3, 2, 5, 9, 16)
+    attend(Problem(sizes=sizes, dims=(24, 8), dtype=dtype, device=device, bias=bias, uneven=True, drafts=64, seed=1))
 
 
 def test_splits_change_nothing(many_splits: None, device: torch.device) -> None:
