@@ -164,13 +164,15 @@ def _over_ragged(sequence: RaggedSequence, queries: Queries) -> Partial:
 
 def _over_heads(slab: RaggedFrames, queries: Queries) -> Partial:
     """Attention of each KV head over its own number of tokens in one slab; every query sees them."""
-    group, parts = queries.query.shape[1] // slab.frames.shape[1], []
-    for head, length in enumerate(slab.lengths[0].tolist()):
-        own = slab.frames[0, head, : -(-length // slab.keys.shape[1])]
-        keys, values = (pool[own].flatten(0, 1)[None, None, :length] for pool in (slab.keys, slab.values))
-        query = queries.query[:, head * group : (head + 1) * group]
-        parts.append(attend_run(query, keys, values, scale=queries.scale, softcap=queries.softcap))
-    return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+    return attend_pages(
+        queries.query,
+        slab.keys,
+        slab.values,
+        slab.frames,
+        scale=queries.scale,
+        softcap=queries.softcap,
+        lengths=slab.lengths,
+    )
 
 
 def _over_slab(slab: SlabFrames, queries: Queries, chosen: torch.Tensor) -> Partial:
