@@ -164,6 +164,12 @@ def _over_ragged(sequence: RaggedSequence, queries: Queries) -> Partial:
 
 def _over_heads(slab: RaggedFrames, queries: Queries) -> Partial:
     """Attention of each KV head over its own number of tokens in one slab; every query sees them."""
+    if slab.runs is not None:
+        parts = [
+            attend_run(query, *run, scale=queries.scale, softcap=queries.softcap)
+            for query, run in zip(queries.query.chunk(len(slab.runs), dim=1), slab.runs, strict=True)
+        ]
+        return Partial(torch.cat([part.out for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
     return attend_pages(
         queries.query,
         slab.keys,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kvtier.core.arena import SlabPart
 from kvtier.core.group import LayerGroup
 from kvtier.core.policy import IntArray
 from kvtier.core.sequence import LayerSequence, Segment
@@ -22,13 +23,16 @@ UNSEEN = np.iinfo(np.int64).max
 class RaggedFrames(NamedTuple):
     """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, those [1, Hk, N] of each KV head, and its tokens [1, Hk] there.
 
-    A frame at or behind the length of its head means nothing.
+    A frame at or behind the length of its head means nothing. ``runs`` has views K [1, 1, n, Dk] and V [1, 1, n, Dv] of
+    each head, where that is the quicker way to attend: on a CPU, when the frames of every head lie in a row. On a GPU
+    one launch over all heads is.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     frames: torch.Tensor
     lengths: torch.Tensor
+    runs: list[tuple[torch.Tensor, torch.Tensor]] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,14 +109,11 @@ class HeadPages:
         for slab in self.group.arena.slabs_of(frames):
             inside = filled > 0 if slab.inside is None else slab.inside & (filled > 0)
             left = np.argsort(~inside, axis=1, kind="stable")[:, : int(inside.sum(axis=1).max())]
-            here = np.where(
-                np.take_along_axis(inside, left, axis=1), np.take_along_axis(frames, left, axis=1), slab.first
-            )
-            index, lengths = (
-                torch.from_numpy(part).to(slab.keys.device)[None]
-                for part in (here - slab.first, (filled * inside).sum(axis=1))
-            )
-            parts.append(RaggedFrames(slab.keys, slab.values, index, lengths))
+            own = np.take_along_axis(np.where(inside, frames - slab.first, 0), left, axis=1)
+            lengths = (filled * inside).sum(axis=1)
+            index, tokens = (torch.from_numpy(part).to(slab.keys.device)[None] for part in (own, lengths))
+            runs = _runs(slab, own, lengths) if slab.keys.device.type == "cpu" else None
+            parts.append(RaggedFrames(slab.keys, slab.values, index, tokens, runs))
         return parts
 
     def segments(self, columns_at_once: int) -> Iterator[Segment]:
@@ -269,6 +270,18 @@ class RaggedSequence:
         self.kept.release()
         self.kept = HeadPages.none(self.group)
         self.recent.release()
+
+
+def _runs(slab: SlabPart, frames: IntArray, lengths: IntArray) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """Views of the frames [Hk, N] of each KV head, as far as they hold ``lengths`` [Hk]; None when some lie apart."""
+    page = slab.keys.shape[1]
+    used = np.arange(1, frames.shape[1]) * page < lengths[:, None]
+    if ((np.diff(frames, axis=1) != 1) & used).any():
+        return None
+    starts = (frames[:, 0] * page).tolist()
+    keys, values = (pool.flatten(0, 1)[None, None] for pool in (slab.keys, slab.values))
+    spans = [slice(start, start + length) for start, length in zip(starts, lengths.tolist(), strict=True)]
+    return [(keys[:, :, span], values[:, :, span]) for span in spans]
 
 
 def _stored(group: LayerGroup, keys: torch.Tensor, values: torch.Tensor) -> IntArray:
