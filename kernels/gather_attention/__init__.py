@@ -56,10 +56,23 @@ def _triton() -> GatherAttention:
     return triton
 
 
+def _native() -> GatherAttention:
+    from kvtier.kernels.gather_attention import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.gather_attention import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[GatherAttention](
     "gather_attention",
     [
         Candidate("triton", _triton, "one pass over the keys, split to fill the GPU", triton_obstacle),
+        Candidate("native", _native, "keys and values are read once, as fast as memory gives them", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],
@@ -117,21 +130,12 @@ def attend_run(
     InputError
         When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not (
-        len(q_shape) == len(k_shape) == len(v_shape) == 4
-        and k_shape[:3] == v_shape[:3]
-        and q_shape[0] == k_shape[0]
-        and q_shape[3] == k_shape[3]
-        and k_shape[1]
-        and q_shape[1] % k_shape[1] == 0
-        and (visible is None or fits(visible, q, k_shape[1], k_shape[2]))
-    ):
+    if not _run_fits(q, k, v, visible):
         raise InputError(
             "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"
             f"{_positions('N')}, got {_told(q, k, v, visible=visible)}"
         )
-    extras = _extras(q, k_shape[1], k_shape[2], bias, lengths, tree, unified_max)
+    extras = _extras(q, k.shape[1], k.shape[2], bias, lengths, tree, unified_max)
     return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
 
 
@@ -179,16 +183,7 @@ def attend_pages(
     InputError
         When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
-    if not (
-        q.dim() == 4
-        and frames.dim() == k_arena.dim() == v_arena.dim() == 3
-        and k_arena.shape[:2] == v_arena.shape[:2]
-        and q.shape[0] == frames.shape[0]
-        and q.shape[3] == k_arena.shape[2]
-        and frames.shape[1]
-        and q.shape[1] % frames.shape[1] == 0
-        and (visible is None or fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
-    ):
+    if not _pages_fit(q, k_arena, v_arena, frames, visible):
         raise InputError(
             "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a "
             f"multiple of Hk{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
@@ -214,6 +209,34 @@ def _extras(
     extras = Extras(bias, lengths, tree, unified_max)
     check_extras(extras, q, kv_heads, keys)
     return extras
+
+
+def _run_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility | None) -> bool:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    return bool(
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and k_shape[:3] == v_shape[:3]
+        and q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[1]
+        and q_shape[1] % k_shape[1] == 0
+        and (visible is None or fits(visible, q, k_shape[1], k_shape[2]))
+    )
+
+
+def _pages_fit(
+    q: torch.Tensor, k_arena: torch.Tensor, v_arena: torch.Tensor, frames: torch.Tensor, visible: Visibility | None
+) -> bool:
+    return bool(
+        q.dim() == 4
+        and frames.dim() == k_arena.dim() == v_arena.dim() == 3
+        and k_arena.shape[:2] == v_arena.shape[:2]
+        and q.shape[0] == frames.shape[0]
+        and q.shape[3] == k_arena.shape[2]
+        and frames.shape[1]
+        and q.shape[1] % frames.shape[1] == 0
+        and (visible is None or fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
+    )
 
 
 def _positions(keys: str) -> str:

@@ -1,12 +1,13 @@
 """Attention in blocks: fused for many queries or few keys, streamed for few queries over many keys.
 
-The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; README.md has the numbers.
+The sizes below were measured on two cores of an AVX-512 CPU with 1 MiB of L2 each; README.md has the numbers. Which of
+the two is chosen is in `table.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, TypedDict, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from kvtier.kernels.gather_attention.loaders import Loader, PageLoader, RunLoade
 from kvtier.kernels.gather_attention.ragged import over_pieces
 from kvtier.kernels.gather_attention.sources import PageSource, RunSource
 from kvtier.kernels.gather_attention.streamed import streamed_part
+from kvtier.kernels.gather_attention.table import COPIES, VIEWS
+from kvtier.kernels.gather_attention.unified import unified_part
 from kvtier.kernels.heads import accumulation_dtype, fold_bias, fold_heads, fold_queries
 from kvtier.kernels.merge_partials import blocked as merging
 from kvtier.kernels.scratch import KEPT_BYTES
@@ -27,11 +30,8 @@ __all__ = ["attend_pages", "attend_run"]
 
 S = TypeVar("S", RunSource, PageSource)
 
-STREAMED_ROWS: Final = 8
-COPIED_STREAMED_ROWS: Final = 16
-"""Up to this many queries per KV head the streamed form is the quicker one; the second where keys are copied anyway."""
 CACHE_BYTES: Final = 4 * 2**20
-"""Keys that fit in here are fused even for few queries, and blocks that are copied or multiplied are of this size."""
+"""Blocks of keys that are copied or multiplied are of this size."""
 FUSED_ROWS: Final = 4096
 """Queries per fused call where no mask is needed; also the most keys that are copied for one."""
 BLOCK: Final = 512
@@ -152,12 +152,23 @@ def _one_call(
     if not _fused_serves(q, key_dim, value_dim, softcap, extras) or not keys or not q.numel():
         return False
     key_bytes = batch * kv_heads * key_dim * dtype.itemsize
-    return keys * key_bytes <= CACHE_BYTES or (views and q.shape[1] // kv_heads * q.shape[2] > STREAMED_ROWS)
+    point, rows = VIEWS if views else COPIES, q.shape[1] // kv_heads * q.shape[2]
+    return point.fused(rows, keys * key_bytes) and (views or keys * key_bytes <= CACHE_BYTES)
 
 
 def _fused_serves(q: torch.Tensor, key_dim: int, value_dim: int, softcap: float | None, extras: Extras) -> bool:
     """Whether torch's kernel can: it takes no bias, and it finds the greatest logit by itself."""
     return extras.bias is None and extras.unified_max is None and fused_fits(q, key_dim, value_dim, softcap)
+
+
+class _SpanOptions(TypedDict):
+    """What both streamed forms are given about a span."""
+
+    block: int
+    scale: float
+    softcap: float | None
+    hidden: torch.Tensor | None
+    bias: torch.Tensor | None
 
 
 class _Attention:
@@ -179,8 +190,10 @@ class _Attention:
         self.scale = scale
         self.softcap = softcap
         self.visible = visible
+        self.unified_max = extras.unified_max
         self.heads, self.group, self.queries, _ = q.shape
-        self.few = self.group * self.queries <= (COPIED_STREAMED_ROWS if keys.copies else STREAMED_ROWS)
+        self.point = COPIES if keys.copies else VIEWS
+        self.few = self.group * self.queries <= self.point.rows
         self.fused = _fused_serves(q, keys.dim, values.dim, softcap, extras)
         self.bias = None if extras.bias is None else fold_bias(extras.bias, self.heads, q.dtype)
         self.block = BLOCK // 2 if visible is not None and (visible.window or 4 * BLOCK) < 4 * BLOCK else BLOCK
@@ -225,8 +238,8 @@ class _Attention:
         q = self.q[:, :, rows.start : rows.stop]
         parts: list[Partial] = []
         for span in rows.spans:
-            cached = (span.stop - span.start) * self.key_bytes <= CACHE_BYTES
-            fused = self.fused and (cached or not self.few)
+            span_bytes = (span.stop - span.start) * self.key_bytes
+            fused = self.fused and self.point.fused(self.group * self.queries, span_bytes)
             for piece in span.pieces(self._most_keys(span, q, fused)):
                 parts.append(self._fused(q, rows, piece) if fused else self._streamed(q, rows, piece))
                 if len(parts) == PARTS_HELD:
@@ -255,18 +268,19 @@ class _Attention:
 
     def _streamed(self, q: torch.Tensor, rows: Rows, span: Span) -> Partial:
         cache = CACHE_BYTES if q.device.type == "cpu" else SCRATCH_BYTES
-        return streamed_part(
-            q,
-            self.keys,
-            self.values,
-            span.start,
-            span.stop,
-            block=_multiple(max(cache // self.key_bytes, 1), self.keys.align),
-            scale=self.scale,
-            softcap=self.softcap,
-            hidden=self._hidden(rows, span),
-            bias=None if self.bias is None else self.bias[..., span.start : span.stop],
-        )
+        span_of = (q, self.keys, self.values, span.start, span.stop)
+        options: _SpanOptions = {
+            "block": _multiple(max(cache // self.key_bytes, 1), self.keys.align),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "hidden": self._hidden(rows, span),
+            "bias": None if self.bias is None else self.bias[..., span.start : span.stop],
+        }
+        if self.unified_max is not None:
+            part = unified_part(*span_of, base=self.unified_max, **options)
+            if part is not None:
+                return part
+        return streamed_part(*span_of, **options)
 
     def _hidden(self, rows: Rows, span: Span) -> torch.Tensor | None:
         if span.kind != "masked" or self.visible is None:

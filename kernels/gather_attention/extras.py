@@ -9,10 +9,13 @@ import torch
 from kvtier.errors import InputError
 from kvtier.types import Tree
 
-__all__ = ["MOST_DRAFTS", "PLAIN", "Extras", "check_extras", "drafts_hidden"]
+__all__ = ["MOST_DRAFTS", "PLAIN", "UNIFIED_TOTALS", "Extras", "check_extras", "drafts_hidden"]
 
 MOST_DRAFTS: Final = 64
 """Drafted tokens of a tree: the bits of an int64."""
+
+UNIFIED_TOTALS: Final = (2.0**-64, 2.0**64)
+"""Between these a sum of ``exp(logit - unified_max)`` is as exact as any: what vanishes is below its rounding."""
 
 
 class Extras(NamedTuple):
@@ -26,6 +29,11 @@ class Extras(NamedTuple):
     lengths: torch.Tensor | None = None
     tree: Tree | None = None
     unified_max: float | None = None
+
+    @property
+    def only_lengths(self) -> bool:
+        """Whether there is no option but ragged lengths, or none at all."""
+        return self.bias is None and self.tree is None and self.unified_max is None
 
     def of_row(self, row: slice) -> Extras:
         """The bias of some batch rows alone, where neither lengths nor a tree are left."""

@@ -33,6 +33,8 @@ class Problem:
         Heads have different numbers of keys; what lies behind them is NaN, and frames there do not exist.
     drafts : int
         The last keys are a tree of that many drafts.
+    unified_max : float, optional
+        Stands in for the greatest logit, however far off it is.
     """
 
     sizes: tuple[int, int, int, int, int, int]
@@ -46,6 +48,7 @@ class Problem:
     bias: Literal["kv", "query"] | None = None
     uneven: bool = False
     drafts: int = 0
+    unified_max: float | None = None
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries q [B, Hq, Tq, Dk], arenas [F, P, D], frames [B, Hk, N]."""
@@ -91,7 +94,7 @@ class Problem:
         if self.drafts:
             bits = torch.randint(-(2**63), 2**63 - 1, (batch, queries), generator=generator)
             tree = Tree(bits.to(self.device), keys - self.drafts)
-        return Extras(bias, self._lengths().to(self.device) if self.uneven else None, tree)
+        return Extras(bias, self._lengths().to(self.device) if self.uneven else None, tree, self.unified_max)
 
     def _lengths(self) -> torch.Tensor:
         """Keys of each head: none, all, or any number between."""

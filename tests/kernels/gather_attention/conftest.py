@@ -7,12 +7,13 @@ import torch
 
 from kvtier.kernels.gather_attention import blocked, streamed
 from kvtier.kernels.gather_attention.extras import PLAIN, Extras
+from kvtier.kernels.gather_attention.table import BreakEven
 from kvtier.types import Partial, Visibility
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 TINY = {
-    "STREAMED_ROWS": 4,
-    "COPIED_STREAMED_ROWS": 6,
+    "VIEWS": BreakEven(rows=4, key_bytes=1024),
+    "COPIES": BreakEven(rows=6, key_bytes=1024),
     "FUSED_ROWS": 8,
     "BLOCK": 8,
     "CACHE_BYTES": 1024,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import InputError
-from kvtier.kernels.gather_attention import attend_pages, attend_run, blocked, reference
+from kvtier.kernels.gather_attention import attend_pages, attend_run, blocked, native, reference
 from kvtier.testing.attention_problems import Problem
 from kvtier.types import Partial, Tree, Visibility
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Any mix of options; at least one of them."""
+    """Any mix of options."""
     bounds = ((1, 2), (1, 3), (1, 3), (1, 12), (1, 9), (1, 6))
     sizes = tuple(draw(st.integers(low, high)) for low, high in bounds)
     return Problem(
@@ -35,6 +35,7 @@ def problems(draw: st.DrawFn) -> Problem:
         bias=draw(st.sampled_from([None, "kv", "query"])),
         uneven=draw(st.booleans()),
         drafts=draw(st.integers(0, min(64, sizes[4] * sizes[5]))),
+        unified_max=draw(st.sampled_from([None, 0.0, 3.0, -300.0, 300.0])),
     )
 
 
@@ -144,3 +145,19 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], message
         attend_run(Q, K, K, scale=1.0, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
         attend_pages(Q, torch.zeros(9, 16, 8), torch.zeros(9, 16, 8), FRAMES, scale=1.0, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(native.obstacle(CPU) is not None, reason=f"not built: {native.obstacle(CPU)}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attend", [over_run, over_pages])
+@given(seed=st.integers(0, 2**20), slots=st.integers(1, 17))
+def test_ragged_heads_in_c(
+    attend: Callable[..., Partial], oracle: Oracle, check: Check, dtype: torch.dtype, seed: int, slots: int
+) -> None:
+    problem = Problem(
+        sizes=(2, 3, 2, 2, 40, slots), dims=(32, 16), dtype=dtype, device=CPU, seed=seed, uneven=True, softcap=2.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "LEAST_SPLIT", 64)
+        patch.setattr(native, "blocked", None)
+        check(attend(native, problem), oracle(*run_of(problem), **options_of(problem)), dtype)
