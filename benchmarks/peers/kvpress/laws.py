@@ -1,7 +1,7 @@
 """The presses of kvpress under the laws of selection, each as its users run it, on small random Llamas.
 
-python -m pip install --no-deps --target .peers/kvpress -r benchmarks/peers/kvpress/requirements.txt
-PYTHONPATH=.peers/kvpress python -P benchmarks/peers/kvpress/laws.py
+python benchmarks/run.py policies --install --quick
+PYTHONPATH=$(echo .peers/kvpress/lib/python*/site-packages) python -P benchmarks/peers/kvpress/laws.py
 """
 
 from __future__ import annotations
