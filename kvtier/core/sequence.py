@@ -261,16 +261,17 @@ class LayerSequence:
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Hold only these slots from now on: K [Hk, n, Dk], V [Hk, n, Dv], positions [Hk, n]."""
-        self._empty_pages()
+        self.clear()
         self.append(keys, values, positions)
-        self.evicted_length, self.chosen = self.length, None
+        self.evicted_length = self.length
 
     def release(self) -> None:
         """Let go of pages, sketches and tail; the sequence is empty and must not be used again."""
-        self._empty_pages()
+        self.clear()
         self.raw.release()
 
-    def _empty_pages(self) -> None:
+    def clear(self) -> None:
+        """Hold nothing, as when new; the tail stays allocated."""
         self.group.store.release(self.pages.view.ravel())
         self.pages.release()
         self.positions.release()
@@ -279,6 +280,7 @@ class LayerSequence:
         if self.sketch is not None:
             self.sketch.release()
         self.raw.length, self._views, self.last_position = 0, None, None
+        self.evicted_length, self.chosen, self.version = 0, None, object()
 
     def _next_piece(self, wanted: int) -> int:
         """Tokens to take at once: all, or what fills half of a bounded arena."""
