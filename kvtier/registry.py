@@ -93,6 +93,7 @@ policies = Registry(
     entries={
         "full": Entry("kvtier.policies.full:Full"),
         "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
+        "expected_attention": Entry("kvtier.policies.eviction.expected_attention:ExpectedAttention"),
         "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),

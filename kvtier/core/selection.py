@@ -13,10 +13,11 @@ import torch
 from kvtier.core.attention import Queries, key_votes, segments_of
 from kvtier.core.kept import KeptSequence
 from kvtier.core.merging import merge_into
-from kvtier.core.policy import IntArray, KeepPlan, Need, Phase, SelectionPolicy
+from kvtier.core.moments import Moments
+from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, Phase, PositionMode, SelectionPolicy
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
-from kvtier.types import GroupReduce
+from kvtier.types import GroupReduce, Rope
 
 __all__ = ["Observed", "PromptWindow", "evict_rows", "evict_slots", "evict_step", "group_reduce", "sums_of"]
 
@@ -53,10 +54,11 @@ class PromptWindow:
 
 
 class Observed(NamedTuple):
-    """What was seen of a prompt in one row and layer: its last queries, and the column sums [Hq, T] of all of them."""
+    """What was seen of a prompt in one row and layer: its last queries, the column sums [Hq, T] and moments of all."""
 
     window: PromptWindow | None
     sums: torch.Tensor | None
+    moments: Moments | None
 
 
 def evict_rows(
@@ -65,11 +67,12 @@ def evict_rows(
     like: Queries,
     policy: SelectionPolicy,
     keep: Sequence[int],
+    rope: Rope | None,
 ) -> list[Evictable]:
     """Apply a policy to every row of one layer, whose prompt has ended; row b keeps ``keep[b]`` tokens a KV head.
 
-    Rows that were forks of each other and keep the same stay forks. Under a policy that also evicts while it decodes
-    every row becomes a `KeptSequence`.
+    ``rope`` is how the layer rotates, if known. Rows that were forks of each other and keep the same stay forks.
+    Under a policy that also evicts while it decodes every row becomes a `KeptSequence`.
     """
     done: dict[object, tuple[torch.Tensor, Evictable]] = {}
     result: list[Evictable] = []
@@ -82,10 +85,11 @@ def evict_rows(
             if seen is not None and seen.sums is not None:
                 sequence.vote(seen.sums)
             window = None if seen is None or seen.window is None else _window_votes(sequence, seen.window, like)[0]
-            evict_slots(sequence, window, policy, budget)
+            sequence.budget = budget
+            evict_slots(sequence, window, policy)
             result.append(sequence)
             continue
-        stats, view = _observe(sequence, seen, like, policy)
+        stats, view = _observe(sequence, seen, like, policy, rope)
         plan = policy.select(policy.score(view, stats), view, budget)
         kept, version, total = plan.keep[0], sequence.version, sequence.length
         twin = done.get(version)
@@ -93,36 +97,42 @@ def evict_rows(
             sequence.release()
             result.append(twin[1].fork())
             continue
-        left: Evictable = _apply(sequence, plan, view, policy)
+        merge = policy.merge(view, plan)
+        left: Evictable = _apply(sequence, plan, merge)
         if decodes:
             left = _opened(sequence, kept, seen, total)
+            left.budget, left.memory = budget, None if merge is None else merge.memory
+            left.compact = rope if policy.position_mode is PositionMode.COMPACT else None
         done[version] = (kept, left)
         result.append(left)
     return result
 
 
-def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy, keep: int) -> None:
-    """After a decode step: count the attention of its queries, and evict what is beyond the budget."""
+def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy) -> None:
+    """After a decode step: count the attention of its queries, and evict what is beyond the sequence's budget."""
     sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
     if sums is not None:
         sequence.vote(sums)
     if sequence.draft_start is None:
-        evict_slots(sequence, sums, policy, keep)
+        evict_slots(sequence, sums, policy)
 
 
-def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy, keep: int) -> None:
-    """Leave ``keep`` slots of each KV head, by all attention so far and that of the latest queries [Hq, n]."""
-    if sequence.length <= keep:
+def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
+    """Leave each KV head its budget, by all attention so far and that of the latest queries [Hq, n]; merge the rest."""
+    if sequence.length <= sequence.budget:
         return
     turn, stats = sequence.in_order(), Stats()
     if policy.needs:
         running = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
         window = None if latest is None else _ordered(latest, turn, policy.group_reduce)
         stats = Stats(window_attention=window, column_sums=running)
-    positions = torch.from_numpy(np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1))
-    positions = positions.to(turn.device)[None]
-    view = SlotView(positions=positions, protected=policy.protected(positions))
-    plan = policy.select(policy.score(view, stats), view, keep)
+    view = _view_of_slots(sequence, turn, policy)
+    plan = policy.select(policy.score(view, stats), view, sequence.budget)
+    merge = policy.merge(view, plan)
+    if merge is not None:
+        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
+        sequence.merge(MergePlan(src, dst, merge.weight))
+    sequence.memory = None if merge is None else merge.memory
     sequence.keep(turn.gather(1, plan.keep[0]))
 
 
@@ -144,17 +154,18 @@ def sums_of(sequence: Evictable, queries: Queries, lse: torch.Tensor) -> torch.T
 
 
 def _observe(
-    sequence: LayerSequence, seen: Observed | None, like: Queries, policy: SelectionPolicy
+    sequence: LayerSequence, seen: Observed | None, like: Queries, policy: SelectionPolicy, rope: Rope | None
 ) -> tuple[Stats, SlotView]:
     """The statistics and the view of slots that the policy declared a need for."""
     heads = sequence.group.heads
-    window = sums = None
+    window = sums = moments = None
     if seen is not None and seen.window is not None:
         window = group_reduce(_window_votes(sequence, seen.window, like), heads, policy.group_reduce)
     if seen is not None and seen.sums is not None:
         sums = group_reduce(seen.sums[None], heads, policy.group_reduce)
-    keys = _all_keys(sequence) if Need.KEYS in policy.needs else None
-    return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys)
+    if seen is not None and seen.moments is not None and rope is not None:
+        moments = seen.moments.stats(rope, like.scale)
+    return Stats(window_attention=window, column_sums=sums, query_moments=moments), _view(sequence, policy)
 
 
 def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> torch.Tensor:
@@ -163,10 +174,30 @@ def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> t
     return key_votes(sequence, queries, window.lse)
 
 
-def _view(sequence: LayerSequence, policy: SelectionPolicy, keys: torch.Tensor | None) -> SlotView:
+def _view(sequence: LayerSequence, policy: SelectionPolicy) -> SlotView:
     shape = (sequence.group.heads, sequence.length)
     positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, shape).copy()).to(sequence.group.device)[None]
-    return SlotView(positions=positions, protected=policy.protected(positions), keys=keys)
+    return SlotView(
+        positions=positions,
+        protected=policy.protected(positions),
+        keys=_all_keys(sequence) if Need.KEYS in policy.needs else None,
+        value_norms=_value_norms(sequence) if Need.VALUE_NORMS in policy.needs else None,
+    )
+
+
+def _view_of_slots(sequence: KeptSequence, turn: torch.Tensor, policy: SelectionPolicy) -> SlotView:
+    """Slots in the order ``turn`` [Hk, n] of their positions."""
+    ordered = np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1)
+    positions = torch.from_numpy(ordered).to(turn.device)[None]
+    heads = torch.arange(turn.shape[0], device=turn.device)[:, None]
+    norms = sequence.values[heads, turn][None].float().norm(dim=-1) if Need.VALUE_NORMS in policy.needs else None
+    return SlotView(
+        positions=positions,
+        protected=policy.protected(positions),
+        keys=sequence.keys[heads, turn][None] if Need.KEYS in policy.needs else None,
+        value_norms=norms,
+        memory=sequence.memory,
+    )
 
 
 def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torch.Tensor:
@@ -174,11 +205,10 @@ def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torc
     return group_reduce(values[None], turn.shape[0], how).gather(2, turn[None])
 
 
-def _apply(sequence: LayerSequence, plan: KeepPlan, view: SlotView, policy: SelectionPolicy) -> LayerSequence:
+def _apply(sequence: LayerSequence, plan: KeepPlan, merge: MergePlan | None) -> LayerSequence:
     """Leave only the slots of the plan, with others merged into them as the policy says."""
     group, keep = sequence.group, plan.keep[0]
     slots = keep.cpu().numpy()
-    merge = policy.merge(view, plan)
     entries = 0 if merge is None else merge.src.shape[2]
     with group.ledger.lent("staging", (slots.shape[1] + entries) * group.layer.token_bytes):
         keys, values, positions = _slots(sequence, slots)
@@ -213,6 +243,12 @@ def _all_keys(sequence: LayerSequence) -> torch.Tensor:
     """Copies of all keys [1, Hk, T, Dk], as attention sees them."""
     with segments_of(sequence) as segments:
         return torch.cat([segment.keys.clone() for segment in segments], dim=2)
+
+
+def _value_norms(sequence: LayerSequence) -> torch.Tensor:
+    """Lengths of all values [1, Hk, T] fp32."""
+    with segments_of(sequence) as segments:
+        return torch.cat([segment.values.float().norm(dim=-1) for segment in segments], dim=2)
 
 
 def _slots(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:

@@ -20,12 +20,16 @@ __all__ = ["LayerSequence", "Segment", "SlabFrames"]
 
 
 class Segment(NamedTuple):
-    """Slots ``start`` to ``stop`` with their K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
+    """Slots ``start`` to ``stop`` with their K [1, Hk, n, Dk] and V [1, Hk, n, Dv].
+
+    ``ahead`` tells how many positions its keys are rotated too far where positions are compact.
+    """
 
     start: int
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
+    ahead: int = 0
 
 
 class SlabFrames(NamedTuple):

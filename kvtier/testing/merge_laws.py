@@ -162,7 +162,7 @@ def _entries(plan: MergePlan) -> list[tuple[str, list[_Entry]]]:
 
 def _flat(plan: MergePlan) -> list[tuple[int, int, list[_Entry]]]:
     found = []
-    for row, parts in enumerate(zip(*(part.tolist() for part in plan), strict=True)):
+    for row, parts in enumerate(zip(plan.src.tolist(), plan.dst.tolist(), plan.weight.tolist(), strict=True)):
         for head, entries in enumerate(zip(*parts, strict=True)):
             found.append((row, head, sorted(entry for entry in zip(*entries, strict=True) if entry[2] != 0)))
     return found
