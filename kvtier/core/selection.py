@@ -101,8 +101,9 @@ def evict_rows(
         left: Evictable = _apply(sequence, plan, merge)
         if decodes:
             left = _opened(sequence, kept, seen, total)
-            left.budget, left.memory = budget, None if merge is None else merge.memory
+            left.budget = budget
             left.compact = rope if policy.position_mode is PositionMode.COMPACT else None
+        left.memory = None if merge is None else merge.memory
         done[version] = (kept, left)
         result.append(left)
     return result
@@ -182,6 +183,7 @@ def _view(sequence: LayerSequence, policy: SelectionPolicy) -> SlotView:
         protected=policy.protected(positions),
         keys=_all_keys(sequence) if Need.KEYS in policy.needs else None,
         value_norms=_value_norms(sequence) if Need.VALUE_NORMS in policy.needs else None,
+        memory=sequence.memory,
     )
 
 
@@ -221,10 +223,12 @@ def _apply(sequence: LayerSequence, plan: KeepPlan, merge: MergePlan | None) -> 
 
 def _opened(sequence: LayerSequence, kept: torch.Tensor, seen: Observed | None, total: int) -> KeptSequence:
     """The slots that are left of ``total``, where they can be overwritten one by one; the sequence is released."""
+    layer, shape = sequence.group.layer, (sequence.group.heads, sequence.length)
+    keys, values = (sequence.raw.keys.new_empty(*shape, dim) for dim in (layer.key_dim, layer.value_dim))
     with segments_of(sequence) as segments:
-        parts = list(segments)
-        keys = torch.cat([part.keys[0] for part in parts], dim=1)
-        values = torch.cat([part.values[0] for part in parts], dim=1)
+        for segment in segments:
+            place = slice(segment.start, segment.stop)
+            keys[:, place], values[:, place] = segment.keys[0], segment.values[0]
     positions = np.broadcast_to(sequence.positions.view, (sequence.group.heads, sequence.length))
     opened = KeptSequence.of(sequence.group, keys, values, positions)
     if seen is not None and seen.sums is not None:
@@ -241,14 +245,20 @@ def _taken(sums: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 def _all_keys(sequence: LayerSequence) -> torch.Tensor:
     """Copies of all keys [1, Hk, T, Dk], as attention sees them."""
+    keys = sequence.raw.keys.new_empty(1, sequence.group.heads, sequence.length, sequence.group.layer.key_dim)
     with segments_of(sequence) as segments:
-        return torch.cat([segment.keys.clone() for segment in segments], dim=2)
+        for segment in segments:
+            keys[:, :, segment.start : segment.stop] = segment.keys
+    return keys
 
 
 def _value_norms(sequence: LayerSequence) -> torch.Tensor:
     """Lengths of all values [1, Hk, T] fp32."""
+    norms = torch.empty(1, sequence.group.heads, sequence.length, device=sequence.group.device)
     with segments_of(sequence) as segments:
-        return torch.cat([segment.values.float().norm(dim=-1) for segment in segments], dim=2)
+        for segment in segments:
+            norms[:, :, segment.start : segment.stop] = segment.values.float().norm(dim=-1)
+    return norms
 
 
 def _slots(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:

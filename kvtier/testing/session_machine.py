@@ -147,8 +147,9 @@ class SessionMachine(RuleBasedStateMachine):
         """Append random tokens to every layer of both, attend, and compare."""
         session, plain = self.pairs[self.current]
         rows = session.rows or self.rows
-        random = torch.Generator().manual_seed(seed)
         start = self.next_position[self.current]
+        # Never the same tokens twice: equal votes would leave the choice to rounding.
+        random = torch.Generator().manual_seed(seed + start * 2**20)
         positions = torch.arange(start, start + tokens)[None].expand(rows, tokens)
         for index, layer in enumerate(self.layout.layers):
             count = 1 if equal else rows
@@ -240,8 +241,8 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def demote(self, share: float) -> None:
-        """Push pages off the device, as pressure would."""
-        for group in self.memory.groups:
+        """Push pages off the device, as pressure would where there is a budget."""
+        for group in [group for group in self.memory.groups if group.store.bounded]:
             held = group.arena.total_frames - group.arena.free_frames
             group.store.tick()
             group.store.demote(int(share * held), 0)

@@ -14,7 +14,6 @@ from kvtier.types import Rope
 
 MERGING = 1e-5
 ROPE = Rope(frequencies=(1.0, 0.1), scaling=1.1)
-HOST = {"tiers": [{"name": "host", "backend": "host", "capacity": "4MiB"}]}
 
 
 class SnapKVQuest(PolicyMachine):
@@ -32,6 +31,7 @@ class QuestSliding(PolicyMachine):
     policy_text: ClassVar = "quest(dense_layers=0) | s3fifo"
     layout: ClassVar = small_layout(window=13)
     read: ClassVar = 12
+    device_bytes: ClassVar = 400_000
 
 
 class PyramidTiered(PolicyMachine):
@@ -57,6 +57,7 @@ class MergedOnce(PolicyMachine):
     policy_text: ClassVar = "d2o(sinks=1, recent=3) | quest(dense_layers=2)"
     keep: ClassVar = 14
     read: ClassVar = 16
+    device_bytes: ClassVar = 400_000
     tolerance: ClassVar = MERGING
 
 
