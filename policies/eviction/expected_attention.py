@@ -13,7 +13,7 @@ from kvtier.core.selection import group_reduce
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.policies.eviction.budgets import at_least, whole
-from kvtier.types import GroupReduce, KVLayout
+from kvtier.types import GroupReduce, KVLayout, Rope
 
 __all__ = ["ExpectedAttention"]
 
@@ -102,11 +102,10 @@ class ExpectedAttention(SelectionPolicy):
         """Logarithm of the expected exponential [Hk, G, T] of every slot of a row."""
         moments, keys = stats.require_query_moments(), view.require_keys()[row].float()
         heads, _, dim = keys.shape
-        last = view.positions[row].max()
-        coming = last + 1 + torch.arange(self.n_future, device=keys.device)
-        turn = mean_rotation(moments.rope, coming, dim)
-        mean = (moments.mean[row] @ turn.mT).unflatten(0, (heads, -1)) * moments.scale
-        spread = (turn @ moments.covariance[row] @ turn.mT).unflatten(0, (heads, -1)) * (moments.scale**2 / 2)
+        turn = self._turn(view.positions[row, :, -1], moments.rope, dim)
+        mean = moments.mean[row].unflatten(0, (heads, -1)) @ turn.mT * moments.scale
+        covariance = moments.covariance[row].unflatten(0, (heads, -1))
+        spread = turn.unsqueeze(1) @ covariance @ turn.mT.unsqueeze(1) * (moments.scale**2 / 2)
         parts = []
         for block in keys.split(_BLOCK, dim=1):
             logits = mean @ block.mT
@@ -114,3 +113,9 @@ class ExpectedAttention(SelectionPolicy):
                 logits = logits + ((block.unsqueeze(1) @ spread) * block.unsqueeze(1)).sum(-1)
             parts.append(logits)
         return torch.cat(parts, dim=-1)
+
+    def _turn(self, newest: torch.Tensor, rope: Rope, dim: int) -> torch.Tensor:
+        """The mean rotation [Hk, Dk, Dk] of the positions after the ``newest`` [Hk], nearly always the same."""
+        coming = torch.arange(1, self.n_future + 1, device=newest.device)
+        turns = {last: mean_rotation(rope, last + coming, dim) for last in set(newest.tolist())}
+        return torch.stack([turns[last] for last in newest.tolist()])
