@@ -230,8 +230,10 @@ class Picky(Newest):
         (Rounding(), "rounding is a codec; a session runs selection, retrieval and placement policies"),
         (
             Sums(keep=8),
-            "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, QUERY_MOMENTS, VALUE_NORMS, "
-            "WINDOW_ATTENTION",
+            (
+                "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, QUERY_MOMENTS, VALUE_NORMS, "
+                "WINDOW_ATTENTION"
+            ),
         ),
         (Global(read=99), "global plans over all layers at once; only selection policies may"),
         (Compact(keep=8), "compact renumbers positions; only what evicts at every step may"),
@@ -276,7 +278,7 @@ def test_rotations_that_change_with_the_length_are_refused(chosen: Policy) -> No
     rope = Rope(frequencies=(1.0, 0.1), changes="the frequencies of dynamic RoPE depend on the length of the text")
 
     with pytest.raises(
-        CompositionError, match="one rotation for each position: the frequencies of dynamic RoPE depend"
+        CompositionError, match=r"one rotation for each position: the frequencies of dynamic RoPE depend"
     ):
         bind(chosen, small_layout(rope=rope), Budgets())
     assert bind(chosen, small_layout(rope=Rope(frequencies=(1.0, 0.1))), Budgets()).keep == (8, 8, 8)
@@ -284,7 +286,7 @@ def test_rotations_that_change_with_the_length_are_refused(chosen: Policy) -> No
 
 def test_a_policy_over_the_model_needs_a_place_for_the_prompt() -> None:
     with pytest.raises(
-        CompositionError, match="d2o evicts when the last layer has seen the prompt.* add a host or nvme"
+        CompositionError, match=r"d2o evicts when the last layer has seen the prompt.* add a host or nvme"
     ):
         open_memory(policy_text="d2o(sinks=1, recent=3)", keep=12, device=200_000, host=None)
     open_memory(policy_text="d2o(sinks=1, recent=3)", keep=12, device=200_000).close()

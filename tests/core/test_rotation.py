@@ -87,7 +87,7 @@ def test_moments_are_the_same_in_any_chunks(chunks: list[int], skip: int, far: f
         torch.testing.assert_close(found.mean, taken.mean(1), rtol=1e-9, atol=1e-9)
         right = torch.stack([torch.cov(head.T, correction=0) for head in taken])
         torch.testing.assert_close(found.spread / found.count, right, rtol=0, atol=1e-6 if far else 1e-9)
-    assert ledger.by_purpose["statistics"] == (found.mean.nbytes + found.spread.nbytes if found.count else 0)
+    assert ledger.by_purpose["statistics"] == found.mean.nbytes + found.spread.nbytes
     del found
     assert not ledger.in_use
 
