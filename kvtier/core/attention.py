@@ -54,6 +54,13 @@ class Queries(NamedTuple):
         last = sequence.last_position
         return self.window is None and last is not None and last <= self.first
 
+    def places(self) -> IntArray:
+        """Positions [Tq] on the host; of a single query without waiting for the device."""
+        if self.positions.shape[1] == 1:
+            return np.array([self.first])
+        places: IntArray = self.positions[0].cpu().numpy()
+        return places
+
     def visibility(self, key_positions: IntArray) -> Visibility | None:
         """Which keys at ``key_positions`` [1 or Hk, n] these queries may see; None when all see all."""
         if self.window is None and int(key_positions.max()) <= self.first:
@@ -121,7 +128,7 @@ def _meeting(sequence: AnySequence, segment: Segment, queries: Queries) -> torch
     """The queries as the keys of a segment must be met: turned where positions are compact."""
     if not isinstance(sequence, KeptSequence) or sequence.compact is None:
         return queries.query
-    tokens = segment.ahead - sequence.ahead(queries.positions[0].cpu().numpy())
+    tokens = segment.ahead - sequence.ahead(queries.places())
     return turned(sequence.compact, queries.query, torch.from_numpy(tokens)) if tokens.any() else queries.query
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -106,12 +106,12 @@ class OneThreshold(D2O):
         return done._replace(memory=done.memory.mean().expand(done.memory.shape))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdSurvives(D2O):
     """D2O: the clean-up between samples forgets the threshold."""
 
-    __slots__ = ()
     name: ClassVar[str] = "threshold survives"
-    last: ClassVar[dict[torch.Size, torch.Tensor]] = {}
+    last: dict[torch.Size, torch.Tensor] = field(default_factory=dict)
 
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
         shape = view.positions.shape[:2]
