@@ -17,7 +17,7 @@ from kvtier.core.policy import PositionMode, SelectionPolicy
 from kvtier.errors import CompositionError
 from kvtier.testing.draws import DTYPES, table
 from kvtier.testing.law import PolicyLaws, law, require
-from kvtier.testing.plain_policies import rotate
+from kvtier.testing.plain_slots import rotate
 from kvtier.testing.selection_laws import least_budget
 from kvtier.types import Budgets, DTypeName, KVLayout, LayerLayout, Rope
 

@@ -4,97 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from kvtier.core.compose import BoundPolicy
-from kvtier.core.policy import MergePlan, Need, Phase, PositionMode, Scope, SelectionPolicy
+from kvtier.core.policy import Need, Phase, PositionMode, Scope, SelectionPolicy
 from kvtier.core.stats import QueryMoments, SlotView, Stats
 from kvtier.testing.dense import reduce_heads
-from kvtier.types import KVLayout, Rope
+from kvtier.testing.plain_slots import PlainSlots, Seen, rotate
+from kvtier.types import GroupReduce, KVLayout, Rope
 
-__all__ = ["PlainPolicySession", "rotate"]
-
-
-def rotate(rope: Rope, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Vectors [..., n, D] fp64 multiplied, pair by pair, by exp(i * position * frequency); positions [..., n]."""
-    pairs = len(rope.frequencies)
-    numbers = torch.complex(vectors[..., :pairs].double(), vectors[..., pairs : 2 * pairs].double())
-    angles = positions.double()[..., None] * torch.tensor(rope.frequencies, dtype=torch.float64)
-    turned = numbers * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag, vectors[..., 2 * pairs :].double()], dim=-1)
-
-
-@dataclass
-class _Seen:
-    """What was seen of a running prompt: weights of every query over the slots then, and the queries."""
-
-    weights: list[torch.Tensor] = field(default_factory=list)
-    queries: list[torch.Tensor] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    scale: float = 1.0
-
-    def votes(self, last: int | None, slots: int) -> torch.Tensor:
-        """Weights of the ``last`` queries summed per slot [Hq, slots]; of all for None."""
-        voters = self.weights if last is None else self.weights[-last:]
-        return torch.stack([torch.nn.functional.pad(one, (0, slots - one.shape[1])) for one in voters]).sum(0)
-
-
-@dataclass
-class _Slots:
-    """The slots of one row and layer, in the order of their positions.
-
-    keys, values [Hk, T, D], positions [Hk, T]; running votes [Hq, T] and budget once it evicts at every step.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    votes: torch.Tensor
-    sealed: int = 0
-    opened: bool = False
-    budget: int = 0
-    memory: torch.Tensor | None = None
-    seen: _Seen | None = None
-    draft: int | None = None
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
-        heads, count = keys.shape[:2]
-        self.keys = torch.cat([self.keys, keys.double()], dim=1)
-        self.values = torch.cat([self.values, values.double()], dim=1)
-        self.positions = torch.cat([self.positions, positions.expand(heads, count)], dim=1)
-        self.votes = torch.cat([self.votes, self.votes.new_zeros(self.votes.shape[0], count)], dim=1)
-
-    def take(self, keep: torch.Tensor) -> None:
-        """Leave slots [Hk, K]."""
-        group = self.votes.shape[0] // keep.shape[0]
-        self.keys, self.values = (
-            part.gather(1, keep[..., None].expand(-1, -1, part.shape[2])) for part in (self.keys, self.values)
-        )
-        self.positions, self.votes = (
-            self.positions.gather(1, keep),
-            self.votes.gather(1, keep.repeat_interleave(group, 0)),
-        )
-
-    def merge(self, plan: MergePlan) -> None:
-        """Overwrite slots that take something by the weighted sums of what goes in, entry by entry."""
-        for part in (self.keys, self.values):
-            before, started = part.clone(), set[tuple[int, int]]()
-            for head in range(part.shape[0]):
-                entries = zip(plan.src[0, head].tolist(), plan.dst[0, head].tolist(), plan.weight[0, head], strict=True)
-                for src, dst, weight in entries:
-                    if float(weight) == 0:
-                        continue
-                    if (head, dst) not in started:
-                        part[head, dst] = 0
-                        started.add((head, dst))
-                    part[head, dst] += weight.double() * before[head, src]
+__all__ = ["PlainPolicySession"]
 
 
 class PlainPolicySession:
@@ -110,7 +31,7 @@ class PlainPolicySession:
 
     def __init__(self, layout: KVLayout, policy: BoundPolicy) -> None:
         self.layout, self.policy = layout, policy
-        self.slots: list[list[_Slots]] = []
+        self.slots: list[list[PlainSlots]] = []
         self.columns = [0] * len(layout.layers)
         self.end: int | None = None
 
@@ -207,7 +128,7 @@ class PlainPolicySession:
     def _weights(
         self,
         layer: int,
-        one: _Slots,
+        one: PlainSlots,
         query: torch.Tensor,
         positions: torch.Tensor,
         scale: float,
@@ -232,7 +153,7 @@ class PlainPolicySession:
         logits = query @ keys.repeat_interleave(group, 0).mT * scale
         return torch.softmax(logits.masked_fill(~visible.repeat_interleave(group, 0), -torch.inf), dim=2)
 
-    def _read(self, layer: int, one: _Slots, query: torch.Tensor) -> torch.Tensor:
+    def _read(self, layer: int, one: PlainSlots, query: torch.Tensor) -> torch.Tensor:
         """Slots [Hk, T] that a decode step reads: the tail, and the pages that the policy chooses."""
         readable = torch.ones(one.keys.shape[:2], dtype=torch.bool)
         retrieval, read, page = self.policy.retrieval, self.policy.read, self.layout.page_tokens
@@ -252,7 +173,7 @@ class PlainPolicySession:
 
     def _after(
         self,
-        one: _Slots,
+        one: PlainSlots,
         weights: torch.Tensor,
         query: torch.Tensor,
         positions: torch.Tensor,
@@ -265,7 +186,7 @@ class PlainPolicySession:
         if selection is None:
             return
         if not decoding:
-            one.seen = _Seen(scale=scale) if one.seen is None else one.seen
+            one.seen = Seen(scale=scale) if one.seen is None else one.seen
             one.seen.weights += list(weights.unbind(1))
             one.seen.queries += list(query.unbind(1))
             one.seen.positions += positions.tolist()
@@ -292,7 +213,7 @@ class PlainPolicySession:
                 if selection.scope is Scope.MODEL or index == layer:
                     self._evict(row[index], selection, budget, self.layout.layers[index].rope)
 
-    def _evict(self, one: _Slots, selection: SelectionPolicy, budget: int, rope: Rope | None) -> None:
+    def _evict(self, one: PlainSlots, selection: SelectionPolicy, budget: int, rope: Rope | None) -> None:
         seen, one.seen = one.seen, None
         decodes = selection.phase is Phase.DECODE
         if seen is None or (one.length <= budget and not decodes):
@@ -309,13 +230,13 @@ class PlainPolicySession:
         one.opened = decodes
         one.sealed = one.length // self.layout.block_tokens * self.layout.block_tokens
 
-    def _evict_slots(self, one: _Slots, selection: SelectionPolicy, window: torch.Tensor | None) -> None:
+    def _evict_slots(self, one: PlainSlots, selection: SelectionPolicy, window: torch.Tensor | None) -> None:
         if one.length > one.budget:
             self._plan(one, selection, window, one.votes, None)
 
     def _plan(
         self,
-        one: _Slots,
+        one: PlainSlots,
         selection: SelectionPolicy,
         window: torch.Tensor | None,
         sums: torch.Tensor | None,
@@ -323,7 +244,7 @@ class PlainPolicySession:
     ) -> None:
         """Score, select, merge and take, as the policy says."""
         heads = one.keys.shape[0]
-        how = getattr(selection, "group_reduce", "mean")
+        how: GroupReduce = selection.group_reduce if hasattr(selection, "group_reduce") else "mean"
         positions = one.positions[None].clone()
         view = SlotView(
             positions=positions,
@@ -342,7 +263,7 @@ class PlainPolicySession:
         one.take(plan.keep[0])
 
 
-def _moments(seen: _Seen, selection: SelectionPolicy, rope: Rope | None) -> QueryMoments | None:
+def _moments(seen: Seen, selection: SelectionPolicy, rope: Rope | None) -> QueryMoments | None:
     """Mean and covariance of all queries of a prompt, turned back one by one."""
     if Need.QUERY_MOMENTS not in selection.needs or rope is None:
         return None
@@ -354,10 +275,10 @@ def _moments(seen: _Seen, selection: SelectionPolicy, rope: Rope | None) -> Quer
     return QueryMoments(plain.mean(1)[None].float(), covariance[None].float(), rope, seen.scale)
 
 
-def _empty(layout: KVLayout, index: int) -> _Slots:
+def _empty(layout: KVLayout, index: int) -> PlainSlots:
     shape = layout.layers[index]
     heads = shape.num_kv_heads
-    return _Slots(
+    return PlainSlots(
         keys=torch.zeros(heads, 0, shape.key_dim, dtype=torch.float64),
         values=torch.zeros(heads, 0, shape.value_dim, dtype=torch.float64),
         positions=torch.zeros(heads, 0, dtype=torch.int64),

@@ -11,7 +11,7 @@ from kvtier.core.ledger import Ledger
 from kvtier.core.moments import Moments, moments_of
 from kvtier.core.rotation import mean_rotation, turned, unrotated
 from kvtier.errors import ConfigError
-from kvtier.testing.plain_policies import rotate
+from kvtier.testing.plain_slots import rotate
 from kvtier.types import LayerLayout, Rope
 
 ROPES = (Rope(frequencies=(1.0, 0.01)), Rope(frequencies=(0.7, 0.2, 0.003), scaling=1.2), Rope(frequencies=()))
