@@ -45,29 +45,33 @@ def rope_of(model: PreTrainedModel, config: PreTrainedConfig, index: int) -> Rop
     """
     if config.model_type not in _FAMILIES:
         return None
-    rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
-    if rotary is None:
+    try:
+        return _read(model, config, index)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        # Another release may name or call its parts otherwise; a policy that asks is then refused, no other is.
         return None
+
+
+def _read(model: PreTrainedModel, config: PreTrainedConfig, index: int) -> Rope | None:
+    rotary: Any = model.get_decoder().rotary_emb
     own = isinstance(rotary.rope_type, dict)
     kind = config.layer_types[index] if own else ""
-    name = rotary.rope_type.get(kind, "") if own else rotary.rope_type
+    name = rotary.rope_type[kind] if own else rotary.rope_type
     prefix = f"{kind}_" if own else ""
-    frequencies = getattr(rotary, f"{prefix}inv_freq", None)
-    if frequencies is None or frequencies.is_meta:
+    frequencies = getattr(rotary, f"{prefix}inv_freq")
+    if frequencies.is_meta:
         return None
-    scaling = getattr(rotary, f"{prefix}attention_scaling")
-    if name in _VARYING:
-        changes = f"the frequencies of {name} RoPE depend on the length of the text"
-        return Rope(frequencies=tuple(frequencies.tolist()), scaling=float(scaling), changes=changes)
-    rope = Rope(frequencies=tuple(frequencies.tolist()), scaling=float(scaling))
-    return rope if _undone(model, rotary, rope, [kind] if own else []) else None
+    rope = Rope(
+        frequencies=tuple(frequencies.tolist()),
+        scaling=float(getattr(rotary, f"{prefix}attention_scaling")),
+        changes=f"the frequencies of {name} RoPE depend on the length of the text" if name in _VARYING else "",
+    )
+    return rope if rope.changes or _undone(model, rotary, rope, [kind] if own else []) else None
 
 
 def _undone(model: PreTrainedModel, rotary: nn.Module, rope: Rope, kind: list[str]) -> bool:
     """Whether ``unrotated`` takes back what the model does to vectors at some positions."""
-    rotate = getattr(sys.modules[type(model.get_decoder()).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        return False
+    rotate = sys.modules[type(model.get_decoder()).__module__].apply_rotary_pos_emb
     dim = 2 * len(rope.frequencies)
     device = next(rotary.buffers()).device
     vectors = torch.linspace(-math.pi, math.e, len(_PLACES) * dim, device=device).view(1, 1, len(_PLACES), dim)
