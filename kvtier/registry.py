@@ -92,6 +92,8 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "gemfilter": Entry("kvtier.policies.prompt.gemfilter:GemFilter"),
+        "surprisal": Entry("kvtier.policies.prompt.surprisal:Surprisal"),
         "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
         "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),

@@ -17,6 +17,7 @@ from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.attention import adopt, attention, mask, release
 from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
+from kvtier.integrations.hf.filter import PromptFilter
 from kvtier.integrations.hf.layout import layer_devices, layout_of
 from kvtier.integrations.hf.memory import open_memory, open_prefix_store
 from kvtier.integrations.hf.pool import CachePool
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvtier.config import StoreConfig
+    from kvtier.core.filtering import BoundFilter
     from kvtier.core.policy import Policy
+    from kvtier.types import KVLayout
 
 __all__ = ["PatchHandle", "attach", "patch"]
 
@@ -52,7 +55,7 @@ def patch(
     policy : str or Policy
         ``"full"``, ``"snapkv(window=32) | quest"`` or a Policy.
     keep : int, optional
-        Tokens kept per sequence, layer and KV head.
+        Tokens kept per sequence, layer and KV head; or, under a prompt filter alone, prompt tokens that are run.
     read : int, optional
         Tokens read per decode step, layer and KV head.
     device : int or str, optional
@@ -79,20 +82,36 @@ def patch(
         if own is not None:
             store = opened.enter_context(own)
         budgets = Budgets(keep=keep, read=read, device=None if device is None else parse_bytes(device))
-        memory = open_memory(layout_of(inner), layer_devices(inner), policy, budgets, store, tenant=tenant)
+        layout = layout_of(inner)
+        bound, rest, budgets = _split(policy, layout, budgets)
+        memory = open_memory(layout, layer_devices(inner), rest, budgets, store, tenant=tenant)
         opened.callback(memory.close)
         prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
-        handle = attach(model, memory, prefix, closing=own)
+        handle = attach(model, memory, prefix, closing=own, bound=bound)
         opened.pop_all()
     return handle
 
 
+def _split(policy: str | Policy, layout: KVLayout, budgets: Budgets) -> tuple[BoundFilter | None, Policy, Budgets]:
+    """The prompt filter of a policy, if it has one, and what a session is to run."""
+    from kvtier.core.compose import policy as read_policy
+    from kvtier.core.filtering import take_filter
+
+    return take_filter(read_policy(policy), layout, budgets)
+
+
 def attach(
-    model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+    model: Any,
+    memory: Memory,
+    prefix: PrefixCache | None = None,
+    *,
+    closing: Store | None = None,
+    bound: BoundFilter | None = None,
 ) -> PatchHandle:
     """Put a memory under a model; what ``patch`` does once it has one.
 
-    The handle closes the memory, and the store ``closing`` after it.
+    The handle closes the memory, and the store ``closing`` after it. A prompt filter ``bound`` to the model needs a
+    memory of the core.
 
     Raises
     ------
@@ -101,7 +120,7 @@ def attach(
     """
     compat.check_version()
     compat.register(attention, mask)
-    return PatchHandle(model, memory, prefix, closing=closing)
+    return PatchHandle(model, memory, prefix, closing=closing, bound=bound)
 
 
 class PatchHandle:
@@ -120,13 +139,21 @@ class PatchHandle:
     """
 
     def __init__(
-        self, model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+        self,
+        model: Any,
+        memory: Memory,
+        prefix: PrefixCache | None = None,
+        *,
+        closing: Store | None = None,
+        bound: BoundFilter | None = None,
     ) -> None:
         self.model: PreTrainedModel = compat.unwrap(model)
         self.memory = memory
         self.store = None if prefix is None else prefix.store
         self._pool = CachePool(memory)
-        self._calls = PatchedCalls(self.model, self._pool, prefix)
+        filtering = None if bound is None else PromptFilter(self.model, self._pool, bound)
+        self._pool.filter_name = "" if bound is None else bound.policy.name
+        self._calls = PatchedCalls(self.model, self._pool, prefix, filtering)
         self._removed = False
         with ExitStack() as undo:
             if closing is not None:

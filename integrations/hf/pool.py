@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from dataclasses import replace
@@ -9,7 +10,6 @@ from dataclasses import replace
 from kvtier.core.report import SessionReport
 from kvtier.errors import SessionStateError
 from kvtier.integrations.hf.cache import KVTierCache
-from kvtier.integrations.hf.prefix_use import PrefixUse
 from kvtier.integrations.hf.sessions import Memory, Report
 from kvtier.integrations.hf.state import CacheState
 
@@ -18,6 +18,11 @@ __all__ = ["CachePool"]
 
 class CachePool:
     """Makes caches over one memory and remembers the last report.
+
+    Attributes
+    ----------
+    filter_name : str
+        The prompt filter that acts before the sessions' policy; empty when there is none.
 
     Notes
     -----
@@ -30,7 +35,8 @@ class CachePool:
         self._caches: weakref.WeakSet[KVTierCache] = weakref.WeakSet()
         self._dropped: deque[CacheState] = deque()
         self._latest: CacheState | None = None
-        self._report: tuple[Report, PrefixUse | None] | None = None
+        self.filter_name = ""
+        self._report: tuple[Report, CacheState] | None = None
         self._lost: KVTierCache | None = None
 
     def new_cache(self) -> KVTierCache:
@@ -54,7 +60,9 @@ class CachePool:
         if state.closed:
             return
         if state is self._latest:
-            self._report = (state.session.report(), state.prefix)
+            # A session that failed cannot tell; whoever closes it is told of the failure already.
+            with contextlib.suppress(SessionStateError):
+                self._report = (state.session.report(), state)
         state.close()
 
     def sweep(self) -> None:
@@ -73,10 +81,10 @@ class CachePool:
         self.sweep()
         latest = self._latest
         if latest is not None and not latest.closed:
-            return _with_prefix(latest.session.report(), latest.prefix)
+            return self._full(latest.session.report(), latest)
         if self._report is None:
             raise SessionStateError("there is nothing to report before the first generate() or forward")
-        return _with_prefix(*self._report)
+        return self._full(*self._report)
 
     def keep_lost(self, cache: KVTierCache) -> None:
         """Hold on to a cache whose pages are gone, for ``take_broken``."""
@@ -105,9 +113,13 @@ class CachePool:
         for cache in list(self._caches):
             self.close(cache.state)
 
-
-def _with_prefix(report: Report, prefix: PrefixUse | None) -> Report:
-    """A report with what the store did; chunks may have been published since the session was closed."""
-    if prefix is None or not isinstance(report, SessionReport):
-        return report
-    return replace(report, prefix=prefix.report())
+    def _full(self, report: Report, state: CacheState) -> Report:
+        """A report with what store and prompt filter did; chunks may be published after the session was closed."""
+        if not isinstance(report, SessionReport):
+            return report
+        if state.prefix is not None:
+            report = replace(report, prefix=state.prefix.report())
+        if not self.filter_name:
+            return report
+        prompt = None if state.filtered is None else state.filtered.report()
+        return replace(report, policy=f"{self.filter_name} | {report.policy}", lossless=False, prompt=prompt)

@@ -35,17 +35,25 @@ class Batch:
         ``rows[b][layer]``.
     pages_read, pages_held : int
         Pages that decode steps read per KV head, and pages there were.
+    probing : int, optional
+        The first layers that take part, and no policy does; None for all layers under the policy.
 
     Notes
     -----
     Called under the lock of the memory.
     """
 
-    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker) -> None:
+    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker, probing: int | None = None) -> None:
         self.memory = memory
         self.rows = rows
         self.prompt = prompt
+        self.probing = probing
         self.pages_read = self.pages_held = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers that take part."""
+        return len(self.memory.layout.layers) if self.probing is None else self.probing
 
     @property
     def sequences(self) -> list[AnySequence]:
@@ -56,8 +64,8 @@ class Batch:
         """Start ``count`` empty rows."""
         self.rows = [[] for _ in range(count)]
         for row in self.rows:
-            for layer in range(len(self.memory.layout.layers)):
-                row.append(self.memory.sequence(layer))
+            for layer in range(self.depth):
+                row.append(self.memory.sequence(layer, sketched=self.probing is None))
 
     def check_order(self, layer: int, step: Step) -> None:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
@@ -116,7 +124,7 @@ class Batch:
     def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
         """While a prompt is running, remember what a policy will ask about it."""
         selection, sequence = self.memory.policy.selection, self.rows[row][layer]
-        if selection is None or isinstance(sequence, WindowSequence):
+        if selection is None or self.probing is not None or isinstance(sequence, WindowSequence):
             return
         if Need.WINDOW_ATTENTION in selection.needs:
             width = selection.window_queries

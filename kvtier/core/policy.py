@@ -68,6 +68,8 @@ class Need(Enum):
     KEYS = "keys of the slots, as attention sees them"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
+    LAST_QUERY = "the prompt's last query against every key of one layer"
+    SURPRISAL = "surprisal of every token of the prompt"
 
 
 class Phase(Enum):
@@ -178,6 +180,18 @@ class PromptFilterPolicy(Policy):
     roles: ClassVar = frozenset({Role.PROMPT_FILTER})
     phase: ClassVar = Phase.PROMPT
     query_aware: ClassVar = True
+    keep: int | None
+
+    def vote_layer(self, layout: KVLayout) -> int:
+        """The layer whose keys the last query votes on, for ``Need.LAST_QUERY``; no later one is run.
+
+        Raises
+        ------
+        CompositionError
+            When a model of this shape has no such layer.
+        """
+        del layout
+        raise PolicyError(f"{self.name} names no layer; LAST_QUERY needs one")
 
     def protected(self, tokens: int) -> torch.Tensor:
         """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""
@@ -185,7 +199,10 @@ class PromptFilterPolicy(Policy):
 
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
-        """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
+        """Prompt tokens to run: indices [min(keep, T)], ascending, of ids [T] int64 by their votes [T] fp32.
+
+        Votes are what ``needs`` names: with ``LAST_QUERY`` q.k summed over the query heads, with ``SURPRISAL`` nats.
+        """
 
 
 class SelectionPolicy(Policy):

@@ -370,7 +370,8 @@ class Session:
         self._history.note(tokens, None if spans is None else tuple((span.start, span.stop) for span in spans))
         if first or tokens > self.memory.layout.block_tokens:
             coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
-            self.memory.plan(self._name, distinct_rows(keys, values), held=self.length, coming=coming, chunk=tokens)
+            rows, probing = distinct_rows(keys, values), self._batch.probing
+            self.memory.plan(self._name, rows, held=self.length, coming=coming, chunk=tokens, probing=probing)
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
