@@ -7,16 +7,17 @@ from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import nn
 
 from kvtier.core.store import Store
-from kvtier.errors import SessionStateError
+from kvtier.errors import InputError, SessionStateError
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.attention import adopt, attention, mask, release
 from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
+from kvtier.integrations.hf.explanation import Explanation
 from kvtier.integrations.hf.filter import PromptFilter
 from kvtier.integrations.hf.layout import layer_devices, layout_of
 from kvtier.integrations.hf.memory import open_memory, open_prefix_store
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from kvtier.config import StoreConfig
     from kvtier.core.filtering import BoundFilter
+    from kvtier.core.memory import Memory as CoreMemory
     from kvtier.core.policy import Policy
     from kvtier.types import KVLayout
 
@@ -45,6 +47,7 @@ def patch(
     device: int | str | None = None,
     store: Store | StoreConfig | Mapping[str, Any] | str | Path | None = None,
     tenant: str = "default",
+    explain: bool = False,
 ) -> PatchHandle:
     """Let a model keep its KV cache in kvtier's tiers, under a policy, and find prompts again that it has seen.
 
@@ -65,6 +68,8 @@ def patch(
         prompts are looked up, and published in the background. An open store may be shared and stays open.
     tenant : str
         Whose data this is: nothing that is stored is shared with another, spill files go into a directory of its own.
+    explain : bool
+        Log which pages decode steps read, for ``handle.explain()``.
 
     Returns
     -------
@@ -88,6 +93,8 @@ def patch(
         opened.callback(memory.close)
         prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
         handle = attach(model, memory, prefix, closing=own, bound=bound)
+        if explain:
+            handle.watch()
         opened.pop_all()
     return handle
 
@@ -182,6 +189,33 @@ class PatchHandle:
             Before the first one.
         """
         return self._pool.report()
+
+    def watch(self) -> None:
+        """From now on, log what ``explain`` tells; what ``patch(..., explain=True)`` does."""
+        self._pool.explaining = True
+        cast("CoreMemory", self.memory).logs_reads = True
+
+    def explain(self, row: int = 0) -> Explanation:
+        """Which tokens of the last generation were run, and what each layer held and read of them.
+
+        Parameters
+        ----------
+        row : int
+            Of the batch.
+
+        Raises
+        ------
+        SessionStateError
+            Without ``patch(..., explain=True)``, before the first generation, and when tokens came as embeddings.
+        InputError
+            For a row that there is not.
+        """
+        rows = self._pool.explain()
+        if not rows:
+            raise SessionStateError("there is nothing to explain before the first generate() or forward")
+        if not 0 <= row < len(rows):
+            raise InputError(f"row must be 0 to {len(rows) - 1}, got {row}")
+        return rows[row]
 
     def recover(self, cache: KVTierCache | None = None) -> KVTierCache:
         """Rebuild a cache by running the model over what it was fed, after ``PagesLostError``.

@@ -6,10 +6,12 @@ import contextlib
 import weakref
 from collections import deque
 from dataclasses import replace
+from typing import cast
 
 from kvtier.core.report import SessionReport
-from kvtier.errors import SessionStateError
+from kvtier.errors import KVTierError, SessionStateError
 from kvtier.integrations.hf.cache import KVTierCache
+from kvtier.integrations.hf.explanation import Explanation, explain_rows
 from kvtier.integrations.hf.sessions import Memory, Report
 from kvtier.integrations.hf.state import CacheState
 
@@ -23,6 +25,8 @@ class CachePool:
     ----------
     filter_name : str
         The prompt filter that acts before the sessions' policy; empty when there is none.
+    explaining : bool
+        Whether what a closed cache held is remembered for ``explain``.
 
     Notes
     -----
@@ -36,6 +40,8 @@ class CachePool:
         self._dropped: deque[CacheState] = deque()
         self._latest: CacheState | None = None
         self.filter_name = ""
+        self.explaining = False
+        self._explained: tuple[Explanation, ...] | KVTierError = ()
         self._report: tuple[Report, CacheState] | None = None
         self._lost: KVTierCache | None = None
 
@@ -63,6 +69,8 @@ class CachePool:
             # A session that failed cannot tell; whoever closes it is told of the failure already.
             with contextlib.suppress(SessionStateError):
                 self._report = (state.session.report(), state)
+            if self.explaining:
+                self._explained = self._explain_or_say(state)
         state.close()
 
     def sweep(self) -> None:
@@ -85,6 +93,34 @@ class CachePool:
         if self._report is None:
             raise SessionStateError("there is nothing to report before the first generate() or forward")
         return self._full(*self._report)
+
+    def explain(self) -> tuple[Explanation, ...]:
+        """Every row of the cache in use, or of the last one that was; empty before anything ran.
+
+        Raises
+        ------
+        SessionStateError
+            When nobody asked for it, or tokens are not known.
+        """
+        if not self.explaining:
+            raise SessionStateError("what policies do is not watched; ask for it with patch(..., explain=True)")
+        self.sweep()
+        latest = self._latest
+        if latest is not None and not latest.closed:
+            return self._explain(latest)
+        if isinstance(self._explained, KVTierError):
+            raise self._explained
+        return self._explained
+
+    def _explain_or_say(self, state: CacheState) -> tuple[Explanation, ...] | KVTierError:
+        try:
+            return self._explain(state)
+        except KVTierError as error:
+            return error
+
+    def _explain(self, state: CacheState) -> tuple[Explanation, ...]:
+        policy = cast("SessionReport", self._full(state.session.report(), state)).policy
+        return explain_rows(state, policy)
 
     def keep_lost(self, cache: KVTierCache) -> None:
         """Hold on to a cache whose pages are gone, for ``take_broken``."""

@@ -10,6 +10,7 @@ import torch
 
 from kvtier.core.attention import AnySequence, Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
+from kvtier.core.explain import ReadLog
 from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
 from kvtier.core.policy import Need, Scope, SelectionPolicy
@@ -35,6 +36,8 @@ class Batch:
         ``rows[b][layer]``.
     pages_read, pages_held : int
         Pages that decode steps read per KV head, and pages there were.
+    reads : ReadLog, optional
+        Which pages decode steps read, if the memory says that it is wanted.
     probing : int, optional
         The first layers that take part, and no policy does; None for all layers under the policy.
 
@@ -48,6 +51,7 @@ class Batch:
         self.rows = rows
         self.prompt = prompt
         self.probing = probing
+        self.reads: ReadLog | None = ReadLog() if memory.logs_reads else None
         self.pages_read = self.pages_held = 0
 
     @property
@@ -119,6 +123,8 @@ class Batch:
         if decoding:
             self.pages_held += sequence.pages.length
             self.pages_read += pages
+            if self.reads is not None:
+                self.reads.note(layer, row, sequence, pages)
         return partial
 
     def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
@@ -215,10 +221,13 @@ class Batch:
         forks = iter(_fork_rows([self.rows[row] for row in repeated]))
         self.rows = [next(forks) if row in order[:place] else self.rows[row] for place, row in enumerate(order)]
         self.prompt = self.prompt.reordered(order)
+        self.reads = None if self.reads is None else self.reads.reordered(order)
 
     def fork(self) -> Batch:
         """A second owner of every sequence."""
-        return Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin = Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin.reads = None if self.reads is None else self.reads.fork()
+        return twin
 
     def release(self) -> None:
         """Let go of every sequence."""

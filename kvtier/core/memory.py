@@ -54,6 +54,11 @@ class Memory:
     tenant : str
         Whose data this is: spill files go into a directory of its own.
 
+    Attributes
+    ----------
+    logs_reads : bool
+        Whether sessions opened from now on log which pages decode steps read, for ``Session.explain``.
+
     Raises
     ------
     ConfigError, CompositionError
@@ -91,6 +96,7 @@ class Memory:
         self._reserved: dict[int, dict[torch.device, int]] = {}
         self._closed = False
         self._open_chunk = 0
+        self.logs_reads = False
         if not isinstance(tiers, SessionTiers):
             tiers = ConfiguredTiers(tiers if tiers is not None else load_config(None), self.tenant)
         self._tiers = tiers

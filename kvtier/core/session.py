@@ -17,11 +17,12 @@ from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
+from kvtier.core.explain import LayerExplanation, explain_layers
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
-from kvtier.core.step import Step
+from kvtier.core.step import Step, joined
 from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Session:
             with self._or_unusable("an eviction"):
                 self._batch.evict(layer, last)
         self._batch.work_ahead(layer, decoding=decoding)
-        out = _joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
+        out = joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
@@ -307,6 +308,11 @@ class Session:
         """What this session and the memory under it hold, read and spent."""
         return session_report(self._batch, tokens=self.length, seconds=self._seconds)
 
+    @_guarded
+    def explain(self, row: int) -> tuple[LayerExplanation, ...]:
+        """What each layer holds of a row, and how often decode steps read it where the memory has that logged."""
+        return explain_layers(self._batch, row)
+
     def close(self) -> None:
         """Free what no fork shares; idempotent."""
         with self.memory.lock:
@@ -385,16 +391,6 @@ class Session:
         nbytes = self._raw.pop(layer, 0)
         if nbytes:
             self.memory.ledgers[self.memory.devices[layer]].give("raw", nbytes)
-
-
-def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
-    if outs and step.rows[0].whole:
-        return outs[0] if outs[0].dtype == query.dtype else outs[0].to(query.dtype)
-    joined = query.new_zeros(*query.shape[:3], value_dim)
-    for row, out in zip(step.rows, outs, strict=True):
-        joined[row.number, :, row.span] = out[0]
-    return joined
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"
