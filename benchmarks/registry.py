@@ -46,6 +46,7 @@ class Entry:
 
 
 BENCHMARKS: Final[Mapping[str, Entry]] = {
+    "claims": Entry("benchmarks.claims", "published claims about policies beside ours, on a constructed model"),
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),

@@ -46,7 +46,7 @@ def test_list_names_every_benchmark(tmp_path: Path) -> None:
     done = run("--list", cwd=tmp_path)
 
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["decode", "engines", "prefix", "store"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["claims", "decode", "engines", "prefix", "store"]
 
 
 def test_list_does_not_import_torch(tmp_path: Path) -> None:
