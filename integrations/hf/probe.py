@@ -94,7 +94,7 @@ class _Passing:
         del positions
         self._drop()
         with self._memory.lock:
-            self._memory.ledgers[self._memory.devices[layer]].take("raw", k.nbytes + v.nbytes)
+            self._memory.ledger_of[layer].take("raw", k.nbytes + v.nbytes)
         self._held = layer, k, v, spans
         self.rows = k.shape[0]
 
@@ -137,7 +137,7 @@ class _Passing:
         if self._held is not None:
             layer, k, v, _ = self._held
             with self._memory.lock:
-                self._memory.ledgers[self._memory.devices[layer]].give("raw", k.nbytes + v.nbytes)
+                self._memory.ledger_of[layer].give("raw", k.nbytes + v.nbytes)
         self._held = None
 
 
