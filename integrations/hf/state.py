@@ -92,7 +92,9 @@ class CacheState:
     def input_ids(self) -> torch.Tensor | None:
         """Token ids [B, T] given so far, those of an unfinished forward included; None when some are not known."""
         fed = self._fed_ids
-        return fed if fed is None or self.filtered is None else self.filtered.shown(fed)
+        if fed is None or not fed.shape[0] or self.filtered is None:
+            return fed
+        return self.filtered.shown(fed)
 
     @property
     def _fed_ids(self) -> torch.Tensor | None:

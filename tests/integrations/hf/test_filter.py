@@ -274,6 +274,55 @@ def test_a_turn_must_begin_with_the_prompt_that_was_filtered() -> None:
         assert model.generate(out, **GREEDY, past_key_values=cache).shape[1] == 48
 
 
+@pytest.mark.parametrize("drafts", ["prompt_lookup", "assistant"])
+def test_drafts_change_nothing(drafts: str) -> None:
+    model = tiny_model("llama")
+    prompt = left_padded([12])["input_ids"].repeat(1, 4)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if drafts == "assistant":
+        options = {"assistant_model": tiny_model("llama", seed=3)}
+    with kvtier.patch(model, GemFilter(keep=24, **EDGES)):
+        plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+        drafted = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY, **options)
+
+    assert drafted.tolist() == plain.tolist()
+
+
+def test_a_store_keeps_what_was_run() -> None:
+    model = tiny_model("llama")
+    prompt = left_padded([90])["input_ids"]
+    with kvtier.open_store({**STORE, "chunk_tokens": 16}) as store:
+        said = []
+        for _ in range(2):
+            with kvtier.patch(model, GemFilter(keep=50, **EDGES), store=store) as handle:
+                said.append(model.generate(prompt, **GREEDY).tolist())
+                store.flush()
+                prefix = handle.report().prefix
+        with kvtier.patch(model, "full", store=store) as handle:
+            whole = model.generate(prompt, **GREEDY)
+            assert handle.report().prefix.tokens_matched == 0, "what a filter left is another prompt"
+
+    assert said[0] == said[1]
+    assert prefix.tokens_saved == 48
+    assert whole[:, :90].tolist() == prompt.tolist()
+
+
+def test_a_filtered_cache_is_rebuilt_and_goes_on() -> None:
+    model = tiny_model("llama")
+    prompt = left_padded([40])["input_ids"]
+    with kvtier.patch(model, GemFilter(keep=12, **EDGES)) as handle:
+        cache, other = handle.new_cache(), handle.new_cache()
+        first = model.generate(prompt, **GREEDY, past_key_values=cache)
+        model.generate(prompt, **GREEDY, past_key_values=other)
+        expected = model.generate(first, **GREEDY, past_key_values=other)
+        handle.recover(cache)
+        assert cache.input_ids.tolist() == first[:, :-1].tolist()
+        assert model.generate(first, **GREEDY, past_key_values=cache).tolist() == expected.tolist()
+        cache.reset()
+        assert cache.state.filtered is None
+        assert model.generate(prompt, **GREEDY, past_key_values=cache).tolist() == first.tolist()
+
+
 @by_filter
 def test_what_has_no_token_ids_of_its_own_is_refused(policy: Any) -> None:
     model = tiny_model("llama")
