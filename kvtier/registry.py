@@ -92,8 +92,6 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
-        "gemfilter": Entry("kvtier.policies.prompt.gemfilter:GemFilter"),
-        "surprisal": Entry("kvtier.policies.prompt.surprisal:Surprisal"),
         "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
         "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
@@ -101,6 +99,8 @@ policies = Registry(
         "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
         "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
+        "gemfilter": Entry("kvtier.policies.prompt.gemfilter:GemFilter"),
+        "surprisal": Entry("kvtier.policies.prompt.surprisal:Surprisal"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
         "arc": Entry("kvtier.policies.placement.arc:ARC"),
         "s3fifo": Entry("kvtier.policies.placement.s3fifo:S3FIFO"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import torch
 
-from kvtier.core.attention import run_logits
+from kvtier.core.probe import run_logits
 from kvtier.errors import UnsupportedModelError
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.cache import KVTierCache

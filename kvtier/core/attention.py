@@ -21,7 +21,6 @@ from kvtier.types import Partial, Visibility
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
 _MERGE_WIDTH = 8
 _UNSEEN = np.iinfo(np.int64).max
-_LOGIT_PIECE = 4096
 
 __all__ = [
     "AnySequence",
@@ -29,9 +28,7 @@ __all__ = [
     "attend_all",
     "attend_chosen",
     "key_votes",
-    "run_logits",
     "segments_of",
-    "summed_logits",
 ]
 
 
@@ -127,24 +124,6 @@ def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> tor
                 visible=queries.visibility(positions[:, segment.start : segment.stop]),
             )
     return votes
-
-
-def summed_logits(sequence: AnySequence, query: torch.Tensor) -> torch.Tensor:
-    """q.k of one query [Hq, 1, Dk] with every slot, without scale, summed over the query heads: [slots] fp32."""
-    logits = torch.empty(sequence.length, dtype=torch.float32, device=query.device)
-    with segments_of(sequence) as segments:
-        for segment in segments:
-            run_logits(query, segment.keys[0], logits[segment.start : segment.stop])
-    return logits
-
-
-def run_logits(query: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
-    """The same for a run of keys [Hk, n, Dk], a piece at a time, into ``out`` [n]."""
-    # The sum over a group's queries comes first: one vector a KV head.
-    summed = query[:, 0].float().unflatten(0, (keys.shape[0], -1)).sum(1)
-    for start in range(0, keys.shape[1], _LOGIT_PIECE):
-        piece = slice(start, start + _LOGIT_PIECE)
-        out[piece] = torch.einsum("hd,hnd->n", summed, keys[:, piece].float())
 
 
 def _in_place(sequence: AnySequence) -> Sequence[Segment] | None:

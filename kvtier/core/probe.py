@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvtier.core.attention import summed_logits
+from kvtier.core.attention import AnySequence, segments_of
 from kvtier.core.batch import Batch
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.session import Session
@@ -14,7 +14,10 @@ from kvtier.core.session import Session
 if TYPE_CHECKING:
     from kvtier.core.memory import Memory
 
-__all__ = ["ProbeSession"]
+__all__ = ["ProbeSession", "run_logits"]
+
+_PIECE = 4096
+"""Keys whose fp32 copies are made at once."""
 
 
 class ProbeSession(Session):
@@ -45,4 +48,22 @@ class ProbeSession(Session):
             [slots] fp32 of each row, in the order of the slots.
         """
         with self.memory.lock:
-            return [summed_logits(row[layer], query[number]) for number, row in enumerate(self._batch.rows)]
+            return [_logits(row[layer], query[number]) for number, row in enumerate(self._batch.rows)]
+
+
+def _logits(sequence: AnySequence, query: torch.Tensor) -> torch.Tensor:
+    """q.k of one query [Hq, 1, Dk] with every slot, without scale, summed over the query heads: [slots] fp32."""
+    logits = torch.empty(sequence.length, dtype=torch.float32, device=query.device)
+    with segments_of(sequence) as segments:
+        for segment in segments:
+            run_logits(query, segment.keys[0], logits[segment.start : segment.stop])
+    return logits
+
+
+def run_logits(query: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+    """The same for a run of keys [Hk, n, Dk], a piece at a time, into ``out`` [n]."""
+    # The sum over a group's queries comes first: one vector a KV head.
+    summed = query[:, 0].float().unflatten(0, (keys.shape[0], -1)).sum(1)
+    for start in range(0, keys.shape[1], _PIECE):
+        piece = slice(start, start + _PIECE)
+        out[piece] = torch.einsum("hd,hnd->n", summed, keys[:, piece].float())
