@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtier.core.growable import GrowingArray
+from kvtier.core.attention import positions_of
+from kvtier.core.ragged import UNSEEN
 from kvtier.core.sequence import LayerSequence
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from kvtier.core.policy import IntArray
 
 __all__ = ["LayerExplanation", "ReadLog", "explain_layers"]
-
-_NO_TOKEN = 2**62  # positions from here on fill up rows and mean no token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +96,7 @@ def explain_layers(batch: Batch, row: int) -> tuple[LayerExplanation, ...]:
 
 
 def _explain(log: ReadLog | None, layer: int, row: int, sequence: AnySequence) -> LayerExplanation:
-    positions = _positions(sequence)
+    positions = positions_of(sequence)
     kept = tuple(_runs(own) for own in positions)
     counts = None if log is None else log.counts.get((layer, row))
     if log is None or counts is None or not isinstance(sequence, LayerSequence):
@@ -108,13 +107,6 @@ def _explain(log: ReadLog | None, layer: int, row: int, sequence: AnySequence) -
     return LayerExplanation(kept=kept, read=read, steps=log.steps[layer, row])
 
 
-def _positions(sequence: AnySequence) -> IntArray:
-    """Positions [1 or Hk, slots]."""
-    held = sequence.positions
-    positions: IntArray = held.view if isinstance(held, GrowingArray) else held
-    return positions if positions.ndim == 2 else positions[None]
-
-
 def _runs(positions: IntArray) -> IntArray:
     """Runs [m, 2] of distinct positions [n] in any order."""
     return _counted(positions, np.zeros_like(positions))[:, :2]
@@ -123,7 +115,7 @@ def _runs(positions: IntArray) -> IntArray:
 def _counted(positions: IntArray, times: IntArray) -> IntArray:
     """Runs [m, 3] of neighbouring positions [n] with equal counts [n]."""
     order = np.argsort(positions, kind="stable")
-    order = order[positions[order] < _NO_TOKEN]
+    order = order[positions[order] != UNSEEN]
     places, counts = positions[order], times[order]
     if not places.size:
         return np.empty((0, 3), dtype=np.int64)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
@@ -33,8 +34,6 @@ __all__ = ["Session"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _names = itertools.count()
-# Looked up once: to find a name in a large module costs a decode step more than to call it.
-_records_gradients, _in_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
 
 def _guarded(
@@ -47,7 +46,7 @@ def _guarded(
         with self.memory.lock:
             if self._unusable is not None:
                 raise SessionStateError(self._unusable)
-            if _records_gradients() or _in_inference_mode():
+            if is_grad_enabled() or is_inference_mode_enabled():
                 with torch.inference_mode(False), torch.no_grad():
                     return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
@@ -384,8 +383,7 @@ class Session:
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
-        if layer in self._raw:
-            self._drop_raw(layer)
+        self._drop_raw(layer)
         nbytes = keys.nbytes + values.nbytes
         self.memory.ledger_of[layer].take("raw", nbytes)
         self._raw[layer] = nbytes
