@@ -102,6 +102,8 @@ policies = Registry(
         "streamingllm": Entry("kvtier.policies.eviction.streamingllm:StreamingLLM"),
         "tova": Entry("kvtier.policies.eviction.tova:TOVA"),
         "quest": Entry("kvtier.policies.retrieval.quest:Quest"),
+        "gemfilter": Entry("kvtier.policies.prompt.gemfilter:GemFilter"),
+        "surprisal": Entry("kvtier.policies.prompt.surprisal:Surprisal"),
         "lru": Entry("kvtier.policies.placement.lru:LRU"),
         "arc": Entry("kvtier.policies.placement.arc:ARC"),
         "s3fifo": Entry("kvtier.policies.placement.s3fifo:S3FIFO"),

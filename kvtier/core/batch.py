@@ -10,6 +10,7 @@ import torch
 
 from kvtier.core.attention import AnySequence, Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
+from kvtier.core.explain import ReadLog
 from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
 from kvtier.core.moments import moments_of
@@ -37,17 +38,28 @@ class Batch:
         ``rows[b][layer]``.
     pages_read, pages_held : int
         Pages that decode steps read per KV head, and pages there were.
+    reads : ReadLog, optional
+        Which pages decode steps read, if the memory says that it is wanted.
+    probing : int, optional
+        The first layers that take part, and no policy does; None for all layers under the policy.
 
     Notes
     -----
     Called under the lock of the memory.
     """
 
-    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker) -> None:
+    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker, probing: int | None = None) -> None:
         self.memory = memory
         self.rows = rows
         self.prompt = prompt
+        self.probing = probing
+        self.reads: ReadLog | None = ReadLog() if memory.logs_reads else None
         self.pages_read = self.pages_held = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers that take part."""
+        return len(self.memory.layout.layers) if self.probing is None else self.probing
 
     @property
     def sequences(self) -> list[AnySequence]:
@@ -58,8 +70,8 @@ class Batch:
         """Start ``count`` empty rows."""
         self.rows = [[] for _ in range(count)]
         for row in self.rows:
-            for layer in range(len(self.memory.layout.layers)):
-                row.append(self.memory.sequence(layer))
+            for layer in range(self.depth):
+                row.append(self.memory.sequence(layer, sketched=self.probing is None))
 
     def check_order(self, layer: int, step: Step) -> None:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
@@ -119,6 +131,8 @@ class Batch:
         if decoding:
             self.pages_held += sequence.pages.length
             self.pages_read += pages
+            if self.reads is not None:
+                self.reads.note(layer, row, sequence, pages)
         return partial
 
     def _over_heads(self, sequence: RaggedSequence, queries: Queries, *, decoding: bool) -> Partial:
@@ -133,7 +147,7 @@ class Batch:
     def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
         """While a prompt is running, remember what a policy will ask about it."""
         selection, sequence = self.memory.policy.selection, self.rows[row][layer]
-        if selection is None or isinstance(sequence, WindowSequence):
+        if selection is None or self.probing is not None or isinstance(sequence, WindowSequence):
             return
         if Need.WINDOW_ATTENTION in selection.needs:
             width = selection.window_queries
@@ -234,10 +248,13 @@ class Batch:
         forks = iter(_fork_rows([self.rows[row] for row in repeated]))
         self.rows = [next(forks) if row in order[:place] else self.rows[row] for place, row in enumerate(order)]
         self.prompt = self.prompt.reordered(order)
+        self.reads = None if self.reads is None else self.reads.reordered(order)
 
     def fork(self) -> Batch:
         """A second owner of every sequence."""
-        return Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin = Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin.reads = None if self.reads is None else self.reads.fork()
+        return twin
 
     def release(self) -> None:
         """Let go of every sequence."""

@@ -70,6 +70,8 @@ class Need(Enum):
     VALUE_NORMS = "lengths of the values of the slots"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
+    LAST_QUERY = "the prompt's last query against every key of one layer"
+    SURPRISAL = "surprisal of every token of the prompt"
 
 
 class Phase(Enum):
@@ -218,6 +220,18 @@ class PromptFilterPolicy(Policy):
     __slots__ = ()
     roles: ClassVar = frozenset({Role.PROMPT_FILTER})
     query_aware: ClassVar = True
+    keep: int | None
+
+    def vote_layer(self, layout: KVLayout) -> int:
+        """The layer whose keys the last query votes on, for ``Need.LAST_QUERY``; no later one is run.
+
+        Raises
+        ------
+        CompositionError
+            When a model of this shape has no such layer.
+        """
+        del layout
+        raise PolicyError(f"{self.name} names no layer; LAST_QUERY needs one")
 
     @property
     def phase(self) -> Phase:
@@ -230,7 +244,10 @@ class PromptFilterPolicy(Policy):
 
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
-        """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
+        """Prompt tokens to run: indices [min(keep, T)], ascending, of ids [T] int64 by their votes [T] fp32.
+
+        Votes are what ``needs`` names: with ``LAST_QUERY`` q.k summed over the query heads, with ``SURPRISAL`` nats.
+        """
 
 
 class SelectionPolicy(Policy):
