@@ -149,9 +149,8 @@ def _visits(*, small: int, large: int, sizes: Sequence[int]) -> tuple[Visit, ...
                 )
             )
         request = Pieces(count=small // (64 * KIB), nbytes=64 * KIB)
-        visits.append(
-            Visit(name="64 x 64 KiB", pieces=request, per_call=64, durable=durable, reads=("read",) if durable else ())
-        )
+        reads = _reads(64 * KIB) if durable else ()
+        visits.append(Visit(name="64 x 64 KiB", pieces=request, per_call=64, durable=durable, reads=reads))
     return tuple(visits)
 
 

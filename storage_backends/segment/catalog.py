@@ -73,7 +73,7 @@ class Catalog:
 
     def find(self, keys: Sequence[bytes]) -> IndexArray:
         """Row of each key, -1 where there is none; the caller holds the lock as long as it uses them."""
-        return self.table.find_few(keys) if len(keys) <= _FEW_KEYS else self.table.find(join_keys(list(keys)))
+        return self.table.find(join_keys(list(keys)))
 
     def take_sequences(self, count: int) -> int:
         """First of ``count`` new sequence numbers."""
