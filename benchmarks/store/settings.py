@@ -111,7 +111,7 @@ def _proper(directory: Path) -> Settings:
         direct=True,
         peers=tuple(PEERS),
         repeats=5,
-        visits=_visits(small=64 * MIB, large=128 * MIB, sizes=(64 * KIB, MIB, 4 * MIB, 16 * MIB)),
+        visits=_visits(small=32 * MIB, large=128 * MIB, sizes=(64 * KIB, MIB, 4 * MIB, 16 * MIB)),
         records=1_000_000,
         rebuild=Pieces(count=1024, nbytes=MIB),
         host=Pieces(count=256, nbytes=MIB),
