@@ -8,8 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-__all__ = ["Competitor", "Limits", "Timing", "contest", "timing_of"]
+import torch
+
+__all__ = ["Competitor", "Limits", "Timing", "contest", "event_seconds", "timing_of", "wall_seconds"]
+
+Clock: TypeAlias = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,30 @@ def timing_of(seconds: Sequence[float]) -> Timing:
     return Timing(rounds=len(seconds), median_s=statistics.median(seconds), p10_s=tenths[0], p90_s=tenths[-1])
 
 
-def contest(competitors: Sequence[Competitor], *, limits: Limits, between: Callable[[], object]) -> dict[str, Timing]:
+def wall_seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def event_seconds(call: Callable[[], object]) -> float:
+    """How long the GPU works for a call, by events around it."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return float(started.elapsed_time(ended)) / 1e3
+
+
+def contest(
+    competitors: Sequence[Competitor],
+    *,
+    limits: Limits,
+    between: Callable[[], object],
+    clock: Clock = wall_seconds,
+) -> dict[str, Timing]:
     """Time all competitors once a round, in an order drawn anew, and ``between`` before each: it empties the caches."""
     order, shuffle = list(competitors), random.Random(0).shuffle  # noqa: S311 - an order, not a secret
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in competitors}
@@ -73,18 +101,12 @@ def contest(competitors: Sequence[Competitor], *, limits: Limits, between: Calla
                 break
             shuffle(order)
             for competitor in order:
-                elapsed = _timed(competitor, turn, between)
+                call = competitor.prepare(turn)
+                between()
+                elapsed = clock(call)
                 if turn >= limits.warm_up:
                     seconds[competitor.name].append(elapsed)
             timed += turn >= limits.warm_up
     finally:
         gc.enable()
     return {name: timing_of(rounds) for name, rounds in seconds.items()}
-
-
-def _timed(competitor: Competitor, turn: int, between: Callable[[], object]) -> float:
-    call = competitor.prepare(turn)
-    between()
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started

@@ -23,6 +23,7 @@ class Shape:
     """Attention of one layer; the defaults are those of Llama 3 8B."""
 
     dtype: DTypeName
+    device: str = "cpu"
     query_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
@@ -56,7 +57,7 @@ class Shape:
 
     def queries(self, tokens: int) -> torch.Tensor:
         """Random queries [1, Hq, tokens, D]."""
-        return torch.randn(1, self.query_heads, tokens, self.head_dim, dtype=self.torch_dtype)
+        return torch.randn(1, self.query_heads, tokens, self.head_dim, dtype=self.torch_dtype, device=self.device)
 
 
 class KV(NamedTuple):
@@ -89,17 +90,18 @@ class Token(NamedTuple):
 def random_kv(shape: Shape, tokens: int) -> KV:
     """Normally distributed keys and values."""
     size = (1, shape.kv_heads, tokens, shape.head_dim)
-    return KV(torch.randn(size, dtype=shape.torch_dtype), torch.randn(size, dtype=shape.torch_dtype))
+    keys, values = (torch.randn(size, dtype=shape.torch_dtype, device=shape.device) for _ in range(2))
+    return KV(keys, values)
 
 
 def decode_token(shape: Shape, position: int) -> Token:
     """A random token at a position."""
-    return Token(shape.queries(1), *random_kv(shape, 1), torch.tensor([[position]]))
+    return Token(shape.queries(1), *random_kv(shape, 1), torch.tensor([[position]], device=shape.device))
 
 
 def feed_prompt(session: Session, layer: int, prompt: KV, shape: Shape) -> None:
     """Append an announced prompt to one layer; its last queries attend, so that eviction acts."""
-    positions = torch.arange(prompt.tokens)[None]
+    positions = torch.arange(prompt.tokens, device=shape.device)[None]
     session.append(layer, prompt.keys, prompt.values, positions)
     last = positions[:, -_VOTERS:]
     session.attend(layer, shape.queries(last.shape[1]), last, scale=shape.scale)
@@ -108,6 +110,6 @@ def feed_prompt(session: Session, layer: int, prompt: KV, shape: Shape) -> None:
 def feed_generated(session: Session, layers: Sequence[KV]) -> None:
     """Append tokens one at a time to all layers in turn, so that their pages lie as decoding leaves them."""
     for at in range(layers[0].tokens):
-        positions = torch.tensor([[session.length]])
+        positions = torch.tensor([[session.length]], device=layers[0].keys.device)
         for layer, tail in enumerate(layers):
             session.append(layer, tail.keys[:, :, at : at + 1], tail.values[:, :, at : at + 1], positions)

@@ -97,7 +97,7 @@ def build_all(chips: Sequence[str] = tuple(TARGETS), operators: Sequence[str] = 
 def _type_of(name: str, variant: Variant) -> str:
     if name.endswith("_ptr"):
         return f"*{variant.pointers[name]}"
-    return "fp32" if name in {"scale", "softcap"} else "i32"
+    return "fp32" if name in {"scale", "softcap", "base"} else "i32"
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:

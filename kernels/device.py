@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["MOST", "logits", "seen_pairs", "softmax_end", "softmax_step"]
+__all__ = ["MOST", "logits", "seen_pairs", "softmax_end", "softmax_fixed_step", "softmax_step"]
 
 MOST = tl.constexpr(2**31 - 1)
 """Positions are compared in 32 bit: half the registers, and no context is that long."""
@@ -40,12 +40,25 @@ def softmax_step(b_s, b_v, b_m, b_l, b_o, PRECISION: tl.constexpr):
     b_p = tl.exp(b_s - b_base[:, None])
     b_scale = tl.exp(b_m - b_base)
     b_l = b_l * b_scale + tl.sum(b_p, 1)
+    return b_m_new, b_l, _weighted(b_p, b_v, b_o * b_scale[:, None], PRECISION)
+
+
+@triton.jit
+def softmax_fixed_step(b_s, b_v, base, b_l, b_o, PRECISION: tl.constexpr):
+    """Take logits [M, N] and values [N, DV] into the sum [M] and output [M, DV], all relative to one number."""
+    b_p = tl.exp(b_s - base)
+    return b_l + tl.sum(b_p, 1), _weighted(b_p, b_v, b_o, PRECISION)
+
+
+@triton.jit
+def _weighted(b_p, b_v, b_o, PRECISION: tl.constexpr):
+    """Add weights [M, N] times values [N, DV] to the output [M, DV]."""
     b_high = b_p.to(b_v.dtype)
-    b_o = tl.dot(b_high, b_v, b_o * b_scale[:, None], input_precision=PRECISION)
+    b_o = tl.dot(b_high, b_v, b_o, input_precision=PRECISION)
     if b_v.dtype != tl.float32:
         # Weights are not rounded to 16 bit: what the first product lost is multiplied, too.
         b_o = tl.dot((b_p - b_high.to(tl.float32)).to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-    return b_m_new, b_l, b_o
+    return b_o
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from kvtier.errors import ConfigError
 __all__ = ["ENVIRONMENT_VARIABLE", "Candidate", "Choice", "Chosen", "Operator", "chosen"]
 
 ENVIRONMENT_VARIABLE: Final = "KVTIER_KERNELS"
+IMPLEMENTATIONS: Final = ("reference", "blocked", "native", "triton")
 OPERATORS: Final = ("column_sums", "gather_attention", "merge_partials", "page_scores", "page_summaries", "top_pages")
 
 K = TypeVar("K")
@@ -101,7 +102,9 @@ class Operator(Generic[K]):
 
     def _choose(self, device: torch.device) -> tuple[Candidate[K], str]:
         wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
-        if wanted != "auto":
+        names = [candidate.name for candidate in self._candidates]
+        # Not every operator has every implementation: one without takes the next best.
+        if wanted != "auto" and (wanted in names or wanted not in IMPLEMENTATIONS):
             return self._named(wanted, device), f"asked for by {ENVIRONMENT_VARIABLE}={wanted}"
         passed_over: list[str] = []
         for candidate in self._candidates:

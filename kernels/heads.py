@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["accumulation_dtype", "fold_heads", "fold_queries"]
+__all__ = ["accumulation_dtype", "fold_bias", "fold_heads", "fold_queries"]
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -29,3 +29,9 @@ def fold_queries(q: torch.Tensor, kv_heads: int, dtype: torch.dtype) -> torch.Te
     """Queries q [B, Hq, Tq, D] as [B * Hk, G, Tq, D] of ``dtype``, so that keys need not be repeated for the group."""
     batch, query_heads, queries, dim = q.shape
     return q.to(dtype).reshape(batch * kv_heads, query_heads // kv_heads, queries, dim)
+
+
+def fold_bias(bias: torch.Tensor, folded_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bias [B, Hk or Hq, N] as [B * Hk, 1 or G, N] of ``dtype``, for B * Hk ``folded_heads``."""
+    batch, heads, keys = bias.shape
+    return bias.to(dtype).reshape(folded_heads, batch * heads // max(folded_heads, 1), keys)

@@ -77,16 +77,28 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def check_frames(frames: torch.Tensor, count: int) -> None:
-    """In debug mode refuse page ids outside of an arena of ``count`` frames.
+def check_frames(frames: torch.Tensor, count: int, *, slots: int = 1, lengths: torch.Tensor | None = None) -> None:
+    """In debug mode refuse page ids [B, Hk, N] outside of an arena of ``count`` frames of ``slots`` slots.
+
+    With ``lengths`` [B, Hk] only the pages that begin before them are looked at, and they must be lengths.
 
     Raises
     ------
     InputError
         Naming the least and the greatest.
     """
-    if os.environ.get(DEBUG_VARIABLE, "0") != "1" or not frames.numel():
+    if os.environ.get(DEBUG_VARIABLE, "0") != "1":
         return
-    low, high = (int(bound) for bound in frames.aminmax())
-    if low < 0 or high >= count:
-        raise InputError(f"frames must lie in [0, {count}), got {low} to {high}; a page table is stale or damaged")
+    if lengths is not None:
+        pages = frames.shape[2]
+        _check_range("lengths", lengths, pages * slots + 1, "there are no keys beyond the last page")
+        frames = frames[torch.arange(pages, device=frames.device) * slots < lengths.unsqueeze(-1)]
+    _check_range("frames", frames, count, "a page table is stale or damaged")
+
+
+def _check_range(name: str, found: torch.Tensor, limit: int, hint: str) -> None:
+    if not found.numel():
+        return
+    low, high = (int(bound) for bound in found.aminmax())
+    if low < 0 or high >= limit:
+        raise InputError(f"{name} must lie in [0, {limit}), got {low} to {high}; {hint}")

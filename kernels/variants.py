@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from kvtier.kernels.column_sums.triton import column_sums_kernel
-from kvtier.kernels.gather_attention.plan import plan
+from kvtier.kernels.gather_attention.table import TILES, shape_of
 from kvtier.kernels.gather_attention.triton import attend_kernel
 from kvtier.kernels.merge_partials.triton import merge_kernel
 from kvtier.kernels.page_scores.triton import box_scores_kernel
@@ -40,31 +40,42 @@ def _attend(
     positions: bool = False,
     windowed: bool = False,
     capped: bool = False,
+    biased: bool = False,
+    ragged: bool = False,
+    tree: bool = False,
+    unified: bool = False,
 ) -> Variant:
-    """Attention of ``rows`` folded queries over 32K keys on a chip of 132 multiprocessors."""
+    """Attention of ``rows`` folded queries over keys."""
     element_bytes = _BYTES[dtype]
-    cut = plan(heads=8, rows=rows, keys=32768, dim=max(dims), element_bytes=element_bytes, processors=132)
+    tile = TILES[shape_of(rows=rows, padded_dim=padded(max(dims)), element_bytes=element_bytes)]
     words = ["pages" if paged else "run", dtype, f"{dims[0]}x{dims[1]}", f"{rows} rows"]
-    words += [word for word, on in (("positions", positions), ("window", windowed), ("softcap", capped)) if on]
-    pointers = {"frames_ptr": "i64", "q_pos_ptr": "i64", "k_pos_ptr": "i64", "out_ptr": "fp32", "lse_ptr": "fp32"}
+    options = {"positions": positions, "window": windowed, "softcap": capped}
+    options |= {"bias": biased, "ragged": ragged, "tree": tree, "unified": unified}
+    words += [word for word, on in options.items() if on]
+    pointers = dict.fromkeys(("frames_ptr", "q_pos_ptr", "k_pos_ptr", "lengths_ptr", "ancestors_ptr"), "i64")
+    pointers |= dict.fromkeys(("bias_ptr", "out_ptr", "lse_ptr"), "fp32")
     constants = {
         "P": 16 if paged else 1,
         "DK": dims[0],
         "DV": dims[1],
         "BLOCK_DK": padded(dims[0]),
         "BLOCK_DV": padded(dims[1]),
-        "BLOCK_M": cut.block_rows,
-        "BLOCK_N": cut.block_keys,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
         "PAGED": paged,
         "POSITIONS": positions,
-        "SKIP": cut.skip,
+        "SKIP": tile.skip,
         "WINDOWED": windowed,
         "CAPPED": capped,
+        "BIASED": biased,
+        "RAGGED": ragged,
+        "TREE": tree,
+        "UNIFIED": unified,
         "UPCAST": False,
         "PRECISION": "tf32x3",
     }
     pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)
-    return Variant(" ".join(words), attend_kernel, pointers, constants, cut.warps, cut.stages)
+    return Variant(" ".join(words), attend_kernel, pointers, constants, tile.warps, tile.stages)
 
 
 def _column_sums(dtype: str, rows: int, *, positions: bool) -> Variant:
@@ -115,6 +126,10 @@ VARIANTS: Final[dict[str, tuple[Variant, ...]]] = {
         _attend("bf16", (128, 128), rows=4096, paged=False, positions=True),
         _attend("fp32", (128, 128), rows=4096, paged=False, positions=True, windowed=True),
         _attend("bf16", (96, 96), rows=512, positions=True),
+        _attend("bf16", (128, 128), biased=True, ragged=True),
+        _attend("fp32", (128, 128), biased=True, ragged=True, tree=True),
+        _attend("bf16", (128, 128), rows=256, paged=False, positions=True, tree=True),
+        _attend("bf16", (128, 128), unified=True),
     ),
     "merge_partials": (_merge(16, 128), _merge(128, 64)),
     "page_scores": (_box_scores("bf16"), _box_scores("fp32")),

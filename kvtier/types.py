@@ -22,6 +22,7 @@ __all__ = [
     "LayerLayout",
     "Partial",
     "TierName",
+    "Tree",
     "Visibility",
     "format_bytes",
     "parse_bytes",
@@ -60,6 +61,18 @@ class Visibility(NamedTuple):
     q_pos: torch.Tensor
     k_pos: torch.Tensor
     window: int | None = None
+
+
+class Tree(NamedTuple):
+    """A tree of drafted tokens (speculative decoding): which of them each query may see.
+
+    Key ``first + j`` is drafted token j of at most 64; query i sees it when bit j of ``ancestors[i]`` is set (its own
+    bit is, as a rule) and its position allows it, too. Keys before ``first`` are seen by position alone.
+    ``ancestors`` [B, Tq] is int64.
+    """
+
+    ancestors: torch.Tensor
+    first: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,9 @@ import torch
 
 from benchmarks.decode import attention, overhead, step, tables
 from benchmarks.decode.settings import LEAST_CONTEXT, PARTS, Settings, settings_of
+from benchmarks.options import contexts, words
 from benchmarks.peers.streams import Streams
+from benchmarks.registry import BenchmarkError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,17 +31,28 @@ _MEASURES: Mapping[str, Callable[[Settings, Streams, int, DTypeName], dict[str, 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Contexts, dtypes and parts."""
-    parser.add_argument("--contexts", type=_contexts, help="tokens in the cache, separated by commas")
-    parser.add_argument("--dtypes", type=_words("float32", "bfloat16"), help="float32, bfloat16 or both (the default)")
+    """Device, contexts, dtypes and parts."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to decode (default: cpu)")
+    parser.add_argument("--contexts", type=contexts(LEAST_CONTEXT), help="tokens in the cache, separated by commas")
+    parser.add_argument("--dtypes", type=words("float32", "bfloat16"), help="float32, bfloat16 or both (the default)")
     parser.add_argument("--generated", type=int, help="tokens of the context that came one at a time (default: 256)")
-    parser.add_argument("--parts", type=_words(*PARTS), help=f"which of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--parts", type=words(*PARTS), help=f"which of {', '.join(PARTS)}; all by default")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure every part in every case."""
+    """Measure every part in every case.
+
+    Raises
+    ------
+    BenchmarkError
+        Without a GPU where one was asked for, and for the overhead there.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda needs a CUDA device, and torch sees none")
+    if options.device == "cuda" and "overhead" in (options.parts or ()):
+        raise BenchmarkError("the overhead is that of the host: measure it with --device cpu")
     settings = settings_of(options)
-    streams = Streams(settings.stream_bytes, settings.flush_bytes)
+    streams = Streams(settings.stream_bytes, settings.flush_bytes, torch.device(settings.device))
     results: dict[str, list[dict[str, Any]]] = {part: [] for part in settings.parts}
     torch.manual_seed(settings.seed)
     for part in settings.parts:
@@ -57,21 +70,3 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for part, cases in result["results"].items():
         for table in tables.TABLES[part](cases):
             console.print(table)
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    contexts = tuple(int(word) for word in text.split(","))
-    if min(contexts) < LEAST_CONTEXT:
-        raise argparse.ArgumentTypeError(f"each must be at least {LEAST_CONTEXT} tokens, got {min(contexts)}")
-    return contexts
-
-
-def _words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
-    def words(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        unknown = [word for word in found if word not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}, got {', '.join(unknown)}")
-        return found
-
-    return words

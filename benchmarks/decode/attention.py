@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.decode.clock import clock_of
 from benchmarks.decode.settings import Settings, refusal
 from benchmarks.peers.grouped import exact_attention, grouped_attention
 from benchmarks.peers.stock import StockLayer
@@ -50,17 +51,20 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
     BenchmarkError
         When kvtier's exact attention is not exact, or a policy reads more than its budget.
     """
-    shape = Shape(dtype=dtype)
+    shape = Shape(dtype=dtype, device=settings.device)
     layer_bytes = context * shape.token_bytes
     sets = min(_MOST_SETS, max(2, math.ceil(settings.data_sets_bytes / layer_bytes)))
-    reason = refusal((sets * _COPIES + 2) * layer_bytes)
+    reason = refusal((sets * _COPIES + 2) * layer_bytes, settings.device)
     if reason is not None:
         return {"skipped": reason}
     with ExitStack() as stack:
         data = [DataSet(shape, context, settings.generated, stack) for _ in range(sets)]
         errors = _errors(data[0], shape, context)
         timings = contest(
-            [*_competitors(data, shape), *streams.competitors], limits=settings.limits, between=streams.flush
+            [*_competitors(data, shape), *streams.competitors],
+            limits=settings.limits,
+            between=streams.flush,
+            clock=clock_of(settings.device),
         )
         traffic = _traffic(data, streams)
     rows = [_row(name, timing, traffic[name], timings, streams) for name, timing in timings.items()]
@@ -100,7 +104,7 @@ def _errors(data: DataSet, shape: Shape, context: int) -> dict[str, float]:
     """Largest distance from fp64 of those that claim to be exact, before anything was appended."""
     query, session = shape.queries(1), data.tiered["full"].session
     exact = exact_attention(query, data.stock.held, shape)
-    ours = session.attend(0, query, torch.tensor([[context - 1]]), scale=shape.scale)
+    ours = session.attend(0, query, torch.tensor([[context - 1]], device=shape.device), scale=shape.scale)
     outs = {
         "kvtier: full": ours,
         SDPA: data.stock.attend(query),

@@ -17,6 +17,7 @@ __all__ = ["profile"]
 _TOP: Final = 15
 _ROOT: Final = Path(kvtier.__file__).resolve().parent.parent
 _KERNELS: Final = _ROOT / "kernels"
+_LIBRARIES: Final = "site-packages"
 
 
 class _Spent(NamedTuple):
@@ -62,11 +63,11 @@ def _outside_kernels(profiler: cProfile.Profile) -> Iterator[tuple[str, int, flo
 
 
 def _is_ours(code: CodeType | str) -> bool:
-    return (
-        not isinstance(code, str)
-        and not code.co_filename.startswith("<")
-        and Path(code.co_filename).resolve().is_relative_to(_ROOT)
-    )
+    if isinstance(code, str) or code.co_filename.startswith("<"):
+        return False
+    path = Path(code.co_filename).resolve()
+    # An environment may lie within the checkout.
+    return path.is_relative_to(_ROOT) and _LIBRARIES not in path.relative_to(_ROOT).parts
 
 
 def _is_session(code: CodeType | str) -> TypeGuard[CodeType]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
+
 from benchmarks.machine import available_bytes, last_level_cache_bytes
 from benchmarks.timing import Limits
 from benchmarks.workload import Shape
@@ -18,6 +20,8 @@ PARTS: Final = ("attention", "step", "overhead")
 LEAST_CONTEXT: Final = 2048
 """Tokens; a sixteenth of fewer is less than a policy's smallest budget."""
 
+_GPU_CACHE: Final = 64 << 20
+"""Bytes that the second-level cache of no GPU exceeds by much."""
 _BLOCK: Final = Shape(dtype="float32").layout(1).block_tokens
 
 
@@ -45,6 +49,7 @@ class Settings:
         What ``generated`` is there, one row each: pages that decoding seals lie scattered.
     """
 
+    device: str
     parts: tuple[str, ...]
     contexts: tuple[int, ...]
     dtypes: tuple[DTypeName, ...]
@@ -67,27 +72,38 @@ class Settings:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The settings that the command line asks for."""
-    cache = last_level_cache_bytes()
-    chosen = _quick() if options.quick else _proper(cache)
+    chosen = _quick() if options.quick else _proper(last_level_cache_bytes())
+    if options.device == "cuda":
+        chosen = _on_a_gpu(chosen, quick=options.quick)
     for name in ("contexts", "dtypes", "generated", "parts"):
         if getattr(options, name) is not None:
             chosen = replace(chosen, **{name: getattr(options, name)})
     return chosen
 
 
-def refusal(needed: int) -> str | None:
+def refusal(needed: int, device: str = "cpu") -> str | None:
     """Why a case that needs so many bytes is left out; None when they are there."""
-    free = available_bytes()
+    free = available_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     return None if needed < free else f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
 
 
-def most_that_fit(most: int, needed: Callable[[int], int]) -> int:
+def most_that_fit(most: int, needed: Callable[[int], int], device: str = "cpu") -> int:
     """The greatest number up to ``most`` whose bytes, as ``needed`` says, are there; 1 at least."""
-    return next((count for count in range(most, 1, -1) if refusal(needed(count)) is None), 1)
+    return next((count for count in range(most, 1, -1) if refusal(needed(count), device) is None), 1)
+
+
+def _on_a_gpu(settings: Settings, *, quick: bool) -> Settings:
+    """The same on a GPU, whose caches are others; the overhead of the session is that of the host."""
+    settings = replace(settings, device="cuda", parts=tuple(part for part in PARTS if part != "overhead"))
+    if quick:
+        return settings
+    sizes = {"data_sets_bytes": 4 * _GPU_CACHE, "stream_bytes": 64 * _GPU_CACHE, "flush_bytes": 4 * _GPU_CACHE}
+    return replace(settings, limits=Limits(seconds=2.0, least=7, most=60, warm_up=3), **sizes)
 
 
 def _proper(cache: int) -> Settings:
     return Settings(
+        device="cpu",
         parts=PARTS,
         contexts=(8192, 32768, 131072),
         dtypes=("float32", "bfloat16"),
@@ -107,6 +123,7 @@ def _proper(cache: int) -> Settings:
 
 def _quick() -> Settings:
     return Settings(
+        device="cpu",
         parts=PARTS,
         contexts=(LEAST_CONTEXT,),
         dtypes=("float32", "bfloat16"),

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvtier
+from benchmarks.decode.clock import clock_of
 from benchmarks.decode.settings import Settings, most_that_fit, refusal
 from benchmarks.peers.streams import Streams
 from benchmarks.peers.tiered import Traffic, TrafficMeter, treatment
@@ -45,15 +46,15 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
     BenchmarkError
         When the patched model with everything read gives other logits than the stock one.
     """
-    shape = Shape(dtype=dtype)
+    shape = Shape(dtype=dtype, device=settings.device)
 
     def needed(layers: int) -> int:
         # Every runner holds the cache, kvtier's with headroom; beside them one layer is drawn, one copied to grow.
         copies = layers * (1 + len(POLICIES) * _HEADROOM) + 3
         return round(copies * context * shape.token_bytes + layers * _layer_weight_bytes(settings, shape))
 
-    layers = most_that_fit(settings.model_layers, needed)
-    reason = refusal(needed(layers))
+    layers = most_that_fit(settings.model_layers, needed, settings.device)
+    reason = refusal(needed(layers), settings.device)
     if reason is not None:
         return {"skipped": reason}
     with ExitStack() as stack, torch.no_grad():
@@ -65,7 +66,10 @@ def measure(settings: Settings, streams: Streams, context: int, dtype: DTypeName
         difference = _check(runners, dtype)
         meters = {name: runner.meter() for name, runner in runners.items()}
         timings = contest(
-            [runner.competitor(name) for name, runner in runners.items()], limits=settings.limits, between=streams.flush
+            [runner.competitor(name) for name, runner in runners.items()],
+            limits=settings.limits,
+            between=streams.flush,
+            clock=clock_of(settings.device),
         )
         traffic = {name: meters[name]() for name in runners}
     rows = []
@@ -112,7 +116,7 @@ class _Runner:
         """The step, to be timed."""
 
         def prepare(_: int) -> Callable[[], object]:
-            ids = torch.randint(_VOCABULARY, (1, 1))
+            ids = torch.randint(_VOCABULARY, (1, 1), device=self.model.device)
             return lambda: self.step(ids)
 
         return Competitor(name, prepare)
@@ -163,7 +167,7 @@ def _model(settings: Settings, shape: Shape, layers: int) -> LlamaForCausalLM:
         torch.manual_seed(settings.seed)
         model = LlamaForCausalLM(config)
     module: torch.nn.Module = model.eval()
-    module.to(shape.torch_dtype)
+    module.to(shape.device, shape.torch_dtype)
     return model
 
 
@@ -196,7 +200,7 @@ def _fill(runners: Mapping[str, _Runner], layers: int, generated: int, context: 
 
 def _check(runners: Mapping[str, _Runner], dtype: DTypeName) -> float:
     """Largest difference of logits between stock and kvtier with everything read, as a share of the largest logit."""
-    ids = torch.randint(_VOCABULARY, (1, 1))
+    ids = torch.randint(_VOCABULARY, (1, 1), device=runners[STOCK].model.device)
     logits = {name: runner.step(ids).float() for name, runner in runners.items()}
     stock, ours = logits[STOCK], logits["kvtier: full"]
     difference = float((ours - stock).abs().max() / stock.abs().max())

@@ -8,6 +8,8 @@ from benchmarks.timing import Competitor
 
 __all__ = ["COPY", "READ", "Streams"]
 
+_CPU = torch.device("cpu")
+
 READ = "read stream"
 COPY = "copy stream"
 
@@ -21,10 +23,12 @@ class Streams:
         Bytes read by the read stream; the copy stream copies half of them onto the other half.
     flush_bytes : int
         Bytes that ``flush`` reads, at least twice the last-level cache.
+    device : torch.device
+        Whose memory.
     """
 
-    def __init__(self, nbytes: int, flush_bytes: int) -> None:
-        self._buffer = torch.rand(nbytes // 8 * 2)
+    def __init__(self, nbytes: int, flush_bytes: int, device: torch.device = _CPU) -> None:
+        self._buffer = torch.rand(nbytes // 8 * 2, device=device)
         self._flushed = self._buffer[: flush_bytes // 4]
         self._halves = self._buffer.chunk(2)
 

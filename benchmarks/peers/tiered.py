@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+import torch
+
 from benchmarks.registry import BenchmarkError
 from benchmarks.workload import KV, Shape, Token, decode_token, feed_generated, feed_prompt
 from kvtier.config import StoreConfig
@@ -59,7 +61,8 @@ class TieredLayers:
         words, budgets = treatment(name, layers[0].tokens)
         self.shape = shape
         self.layers = len(layers)
-        self.memory = Memory(shape.layout(self.layers), policy(words), budgets, StoreConfig())
+        devices = [torch.device(shape.device)] * self.layers
+        self.memory = Memory(shape.layout(self.layers), policy(words), budgets, StoreConfig(), devices)
         self.session: Session = self.memory.session()
         self.session.expect(layers[0].tokens - generated)
         tails = []

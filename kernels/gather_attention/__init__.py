@@ -9,9 +9,10 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.dispatch import Candidate, Operator
 from kvtier.kernels.gather_attention import blocked, reference
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras, check_extras
 from kvtier.kernels.spans import fits
 from kvtier.kernels.tiles import triton_obstacle
-from kvtier.types import Partial, Visibility
+from kvtier.types import Partial, Tree, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
 
@@ -29,6 +30,7 @@ class GatherAttention(Protocol):
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        extras: Extras = PLAIN,
     ) -> Partial:
         """Attention over a run."""
 
@@ -43,6 +45,7 @@ class GatherAttention(Protocol):
         scale: float,
         softcap: float | None,
         visible: Visibility | None,
+        extras: Extras = PLAIN,
     ) -> Partial:
         """Attention over pages."""
 
@@ -53,10 +56,23 @@ def _triton() -> GatherAttention:
     return triton
 
 
+def _native() -> GatherAttention:
+    from kvtier.kernels.gather_attention import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.gather_attention import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[GatherAttention](
     "gather_attention",
     [
         Candidate("triton", _triton, "one pass over the keys, split to fill the GPU", triton_obstacle),
+        Candidate("native", _native, "keys and values are read once, as fast as memory gives them", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],
@@ -71,6 +87,10 @@ def attend_run(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    bias: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    tree: Tree | None = None,
+    unified_max: float | None = None,
 ) -> Partial:
     """Softmax attention of queries over one run of keys.
 
@@ -89,6 +109,16 @@ def attend_run(
         Logits become ``softcap * tanh(logits / softcap)`` after scaling.
     visible : Visibility, optional
         q_pos [B, Tq] and k_pos [B, Hk or 1, N]; None lets every query see every key.
+    bias : Tensor, optional
+        [B, Hk or Hq, N], any floating type: added to the logits of a key after scale and softcap. -inf hides the key,
+        ``ln n`` counts it n times.
+    lengths : Tensor, optional
+        [B, Hk] int64: KV head h has the first ``lengths[b, h]`` of the N keys. The others are never read.
+    tree : Tree, optional
+        The last keys are drafted tokens, at most 64, each seen only by the queries that descend from it.
+    unified_max : float, optional
+        A number near the greatest logit of every query, used in its place where that saves time (FlashDecoding++, Hong
+        et al. 2024, section 3). It changes no answer: where it is too far off, the usual softmax is computed after all.
 
     Returns
     -------
@@ -98,23 +128,15 @@ def attend_run(
     Raises
     ------
     InputError
-        When shapes do not fit together.
+        When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not (
-        len(q_shape) == len(k_shape) == len(v_shape) == 4
-        and k_shape[:3] == v_shape[:3]
-        and q_shape[0] == k_shape[0]
-        and q_shape[3] == k_shape[3]
-        and k_shape[1]
-        and q_shape[1] % k_shape[1] == 0
-        and (visible is None or fits(visible, q, k_shape[1], k_shape[2]))
-    ):
+    if not _run_fits(q, k, v, visible):
         raise InputError(
             "attend_run needs q [B, Hq, Tq, Dk], k [B, Hk, N, Dk], v [B, Hk, N, Dv] with Hq a multiple of Hk"
             f"{_positions('N')}, got {_told(q, k, v, visible=visible)}"
         )
-    return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible)
+    extras = _extras(q, k.shape[1], k.shape[2], bias, lengths, tree, unified_max)
+    return OPERATOR.on(q.device).attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
 
 
 def attend_pages(
@@ -126,6 +148,10 @@ def attend_pages(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    bias: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    tree: Tree | None = None,
+    unified_max: float | None = None,
 ) -> Partial:
     """Softmax attention of queries over pages, each KV head over its own; frames that are not named are never read.
 
@@ -143,6 +169,9 @@ def attend_pages(
         As for :func:`attend_run`.
     visible : Visibility, optional
         q_pos [B, Tq] and k_pos [B, Hk or 1, N * P], pages end to end.
+    bias, lengths, tree, unified_max
+        As for :func:`attend_run`, with N * P keys, pages end to end. ``lengths`` make page lists ragged: a page that
+        begins at or after the length of its head is not read, and its frame may be any number.
 
     Returns
     -------
@@ -152,9 +181,53 @@ def attend_pages(
     Raises
     ------
     InputError
-        When shapes do not fit together.
+        When shapes do not fit together, or a length is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
-    if not (
+    if not _pages_fit(q, k_arena, v_arena, frames, visible):
+        raise InputError(
+            "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a "
+            f"multiple of Hk{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
+        )
+    extras = _extras(q, frames.shape[1], frames.shape[2] * k_arena.shape[1], bias, lengths, tree, unified_max)
+    return OPERATOR.on(q.device).attend_pages(
+        q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible, extras=extras
+    )
+
+
+def _extras(
+    q: torch.Tensor,
+    kv_heads: int,
+    keys: int,
+    bias: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    tree: Tree | None,
+    unified_max: float | None,
+) -> Extras:
+    """The options of a call, checked."""
+    if bias is None and lengths is None and tree is None and unified_max is None:
+        return PLAIN
+    extras = Extras(bias, lengths, tree, unified_max)
+    check_extras(extras, q, kv_heads, keys)
+    return extras
+
+
+def _run_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility | None) -> bool:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    return bool(
+        len(q_shape) == len(k_shape) == len(v_shape) == 4
+        and k_shape[:3] == v_shape[:3]
+        and q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[1]
+        and q_shape[1] % k_shape[1] == 0
+        and (visible is None or fits(visible, q, k_shape[1], k_shape[2]))
+    )
+
+
+def _pages_fit(
+    q: torch.Tensor, k_arena: torch.Tensor, v_arena: torch.Tensor, frames: torch.Tensor, visible: Visibility | None
+) -> bool:
+    return bool(
         q.dim() == 4
         and frames.dim() == k_arena.dim() == v_arena.dim() == 3
         and k_arena.shape[:2] == v_arena.shape[:2]
@@ -163,13 +236,6 @@ def attend_pages(
         and frames.shape[1]
         and q.shape[1] % frames.shape[1] == 0
         and (visible is None or fits(visible, q, frames.shape[1], frames.shape[2] * k_arena.shape[1]))
-    ):
-        raise InputError(
-            "attend_pages needs q [B, Hq, Tq, Dk], arenas [F, P, Dk] and [F, P, Dv], frames [B, Hk, N] with Hq a "
-            f"multiple of Hk{_positions('N * P')}, got {_told(q, k_arena, v_arena, frames, visible=visible)}"
-        )
-    return OPERATOR.on(q.device).attend_pages(
-        q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible
     )
 
 

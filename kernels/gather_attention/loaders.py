@@ -45,13 +45,13 @@ class RunLoader:
 
 
 class PageLoader:
-    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], laid end to end."""
+    """Blocks of pages gathered from an arena [F, P, dim] by frames [H, N], end to end: the first ``length`` keys."""
 
     copies = True
 
-    def __init__(self, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, arena: torch.Tensor, frames: torch.Tensor, dtype: torch.dtype, length: int) -> None:
         self.align, self.dim = arena.shape[1:]
-        self.length = frames.shape[1] * self.align
+        self.length = length
         self._arena = arena
         self._frames = frames
         self._dtype = dtype

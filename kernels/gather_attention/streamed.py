@@ -25,6 +25,7 @@ def streamed_part(
     scale: float,
     softcap: float | None,
     hidden: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> Partial:
     """Attention over keys ``start`` to ``stop``.
 
@@ -36,6 +37,8 @@ def streamed_part(
         Keys of a block that stays in the cache.
     hidden : Tensor, optional
         [H or 1, Tq, stop - start]: pairs that do not see each other.
+    bias : Tensor, optional
+        [H, 1 or G, stop - start] of the accumulation type, added to the logits.
 
     Returns
     -------
@@ -47,14 +50,17 @@ def streamed_part(
     logits = _logits(scaled, keys, start, stop, block)
     if softcap is not None:
         logits.tanh_().mul_(softcap)
+    if bias is not None:
+        logits.view(*shape, -1).add_(bias.unsqueeze(2))
     if hidden is not None:
         logits.view(*shape, -1).masked_fill_(hidden.unsqueeze(1), float("-inf"))
+    all_seen = hidden is None and bias is None
     greatest = logits.amax(-1, keepdim=True)
-    base = greatest if hidden is None else greatest.clamp_min(torch.finfo(logits.dtype).min)
+    base = greatest if all_seen else greatest.clamp_min(torch.finfo(logits.dtype).min)
     weights = logits.sub_(base).exp_()
     total = weights.sum(-1, keepdim=True)
     # The greatest logit contributes exp(0): total is at least 1, or 0 when every key is hidden.
-    out = _weighted(weights, values, start, stop, block).div_(total if hidden is None else total.clamp_min(1))
+    out = _weighted(weights, values, start, stop, block).div_(total if all_seen else total.clamp_min(1))
     return Partial(out.view(*shape, -1), total.log_().add_(greatest).view(shape))
 
 

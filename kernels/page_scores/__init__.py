@@ -32,10 +32,23 @@ def _triton() -> PageScores:
     return triton
 
 
+def _native() -> PageScores:
+    from kvtier.kernels.page_scores import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.page_scores import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[PageScores](
     "page_scores",
     [
         Candidate("triton", _triton, "bounds are read once", triton_obstacle),
+        Candidate("native", _native, "bounds are read once, as fast as memory gives them", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "channel by channel"),
     ],

@@ -12,7 +12,7 @@ import torch
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
 from kvtier.core.ring import WindowSequence
-from kvtier.core.sequence import LayerSequence, Segment, SlabFrames
+from kvtier.core.sequence import LayerSequence, Segment
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
 from kvtier.kernels.merge_partials import empty_partial, merge_partials
@@ -84,19 +84,22 @@ def attend_all(sequence: AnySequence, queries: Queries) -> Partial:
 
 def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPolicy, read: int) -> tuple[Partial, int]:
     """Attention over the tail and the pages that the policy chooses within ``read`` tokens, and how many pages."""
-    count = (read - sequence.tail_length) // sequence.group.page_tokens
-    if sequence.sketch is None or count >= sequence.pages.length:
+    raw, sketch = sequence.raw, sequence.sketch
+    count = (read - raw.length) // sequence.group.page_tokens
+    if sketch is None or count >= sequence.pages.length:
         return attend_all(sequence, queries), sequence.pages.length
-    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sequence.sketch.views()), count).pages
+    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sketch.views()), count).pages
     all_seen = queries.see_all(sequence)
     slab = sequence.slab_in_place() if all_seen else None
-    if slab is not None:
-        partials = [_over_slab(slab, queries, chosen)]
-    else:
+    if slab is None:
         partials = _over_chosen(sequence, queries, chosen, all_seen=all_seen)
-    tail = [sequence.tail()] if sequence.raw.length else []
-    partial = _over(tail, queries, None if all_seen else sequence.positions.view, sequence, partials)
-    return partial, chosen.shape[2]
+    else:
+        frames = slab.frames.gather(2, chosen)
+        query, scale, softcap = queries.query, queries.scale, queries.softcap
+        partials = [attend_pages(query, slab.keys, slab.values, frames, scale=scale, softcap=softcap)]
+    if raw.length:
+        partials.append(_over([sequence.tail()], queries, None if all_seen else sequence.positions.view, sequence))
+    return _merged(partials, queries, sequence), count
 
 
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
@@ -126,10 +129,9 @@ def _over(
     queries: Queries,
     positions: IntArray | None,
     sequence: AnySequence,
-    partials: Sequence[Partial] = (),
 ) -> Partial:
-    """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen; and partials."""
-    found = list(partials)
+    """Attention over segments, by the positions [1 or Hk, slots] of all slots or, for None, all seen."""
+    found: list[Partial] = []
     for segment in segments:
         seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
         found.append(
@@ -139,22 +141,15 @@ def _over(
         )
         if len(found) >= _MERGE_WIDTH:
             found = [merge_partials(found)]
-    if not found:
+    return _merged(found, queries, sequence)
+
+
+def _merged(partials: Sequence[Partial], queries: Queries, sequence: AnySequence) -> Partial:
+    """Partials over all that was read, of which there may be nothing."""
+    if not partials:
         layer = sequence.layer if isinstance(sequence, WindowSequence) else sequence.group.layer
         return empty_partial(queries.query, layer.value_dim)
-    return found[0] if len(found) == 1 else merge_partials(found)
-
-
-def _over_slab(slab: SlabFrames, queries: Queries, chosen: torch.Tensor) -> Partial:
-    """Attention over page columns [1, Hk, n] of one slab, which every query sees."""
-    return attend_pages(
-        queries.query,
-        slab.keys,
-        slab.values,
-        slab.frames.gather(2, chosen),
-        scale=queries.scale,
-        softcap=queries.softcap,
-    )
+    return partials[0] if len(partials) == 1 else merge_partials(partials)
 
 
 def _over_chosen(sequence: LayerSequence, queries: Queries, chosen: torch.Tensor, *, all_seen: bool) -> list[Partial]:

@@ -71,16 +71,20 @@ class Batch:
 
         This is how beams, which start as copies of one prompt, come to store it once.
         """
+        if len(self.rows) == 1:
+            for row in step.rows:
+                _append(self.rows[0][layer], keys, values, row)
+            return
         leaders: dict[object, tuple[Row, AnySequence]] = {}
         for row in step.rows:
             sequence = self.rows[row.number][layer]
-            origin = sequence.version if len(self.rows) > 1 and sequence.length else None
+            origin = sequence.version if sequence.length else None
             leader = leaders.get(origin)
             if leader is not None and _same(keys, values, row, leader[0]):
                 sequence.release()
                 self.rows[row.number][layer] = leader[1].fork()
                 continue
-            sequence.append(row.of(keys), row.of(values), row.host)
+            _append(sequence, keys, values, row)
             leaders[origin] = (row, sequence)
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
@@ -245,6 +249,13 @@ def _fork_rows(rows: Rows) -> Rows:
 def _release(sequences: Sequence[AnySequence]) -> None:
     for sequence in sequences:
         sequence.release()
+
+
+def _append(sequence: AnySequence, keys: torch.Tensor, values: torch.Tensor, row: Row) -> None:
+    if isinstance(sequence, LayerSequence):
+        sequence.append(row.of(keys), row.of(values), row.host, newest=row.last)
+    else:
+        sequence.append(row.of(keys), row.of(values), row.host)
 
 
 def _same(keys: torch.Tensor, values: torch.Tensor, row: Row, leader: Row) -> bool:

@@ -9,9 +9,11 @@ import torch
 
 from kvtier.core.policy import IntArray
 from kvtier.errors import InputError
-from kvtier.types import KVLayout, LayerLayout
+from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
 __all__ = ["check_ascending", "check_keys", "check_positions", "check_queries", "layer_of", "spans_of"]
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
 def layer_of(layout: KVLayout, layer: int) -> LayerLayout:
@@ -39,13 +41,13 @@ def check_keys(shape: LayerLayout, layer: int, rows: int, keys: torch.Tensor, va
     rows = rows or given[0]
     tokens = (given[2] if len(given) == 4 else 1) or 1
     need_keys = (rows, shape.num_kv_heads, tokens, shape.key_dim)
-    need_values = (rows, shape.num_kv_heads, tokens, shape.value_dim)
+    need_values = (*need_keys[:3], shape.value_dim)
     if given != need_keys or values.shape != need_values or not rows:
         raise InputError(
             f"layer {layer} needs keys {list(need_keys)} and values {list(need_values)} with at least one token, "
             f"got {list(given)} and {list(values.shape)}"
         )
-    dtype = getattr(torch, shape.dtype)
+    dtype = _DTYPES[shape.dtype]
     if keys.dtype != dtype or values.dtype != dtype:
         raise InputError(f"layer {layer} needs keys and values of {dtype}, got {keys.dtype} and {values.dtype}")
 

@@ -64,17 +64,12 @@ class Ledger:
         CapacityError
             When it would pass the limit, also after the tiers gave back what they could.
         """
-        if not self.fits(nbytes) and self.reclaim is not None:
-            self.reclaim(nbytes)
-        if not self.fits(nbytes):
-            raise CapacityError(
-                f"the device budget of {format_bytes(self.limit or 0)} on {self.device} cannot hold "
-                f"{format_bytes(nbytes)} more for {purpose} beside {format_bytes(self.in_use)} in use "
-                f"({self.describe()}); raise device="
-            )
+        if self.limit is not None and self.in_use + nbytes > self.limit:
+            self._find_room(purpose, nbytes)
         self.in_use += nbytes
         self.by_purpose[purpose] += nbytes
-        self.peak = max(self.peak, self.in_use)
+        if self.in_use > self.peak:
+            self.peak = self.in_use
 
     def give(self, purpose: str, nbytes: int) -> None:
         """Count an allocation that was freed."""
@@ -95,6 +90,16 @@ class Ledger:
             yield
         finally:
             self.give(purpose, nbytes)
+
+    def _find_room(self, purpose: str, nbytes: int) -> None:
+        if self.reclaim is not None:
+            self.reclaim(nbytes)
+        if not self.fits(nbytes):
+            raise CapacityError(
+                f"the device budget of {format_bytes(self.limit or 0)} on {self.device} cannot hold "
+                f"{format_bytes(nbytes)} more for {purpose} beside {format_bytes(self.in_use)} in use "
+                f"({self.describe()}); raise device="
+            )
 
     def describe(self) -> str:
         """Bytes by purpose, for messages."""

@@ -85,6 +85,7 @@ class Memory:
         self.lock = threading.RLock()
         self.transfer = TransferEngine()
         self.ledgers = {device: Ledger(str(device), budgets.device) for device in dict.fromkeys(self.devices)}
+        self.ledger_of = tuple(self.ledgers[device] for device in self.devices)
         self._groups: list[LayerGroup] = []
         self._group_of: dict[int, LayerGroup] = {}
         self._reserved: dict[int, dict[torch.device, int]] = {}

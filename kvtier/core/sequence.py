@@ -99,30 +99,33 @@ class LayerSequence:
         """Slots that a crop may take: those since the last eviction."""
         return self.length - self.evicted_length
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, newest: int | None = None
+    ) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; seal the blocks that became full.
 
-        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
+        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``; ``newest`` is the greatest, for whom
+        it is at hand: all layers of a step share it.
 
         Raises
         ------
         CapacityError
             When no tier has room; tokens before the one that found none are kept.
         """
-        added, done = keys.shape[-2], 0
+        added, done, store = keys.shape[-2], 0, self.group.store
         if not added:
             return
         if self.draft_start is not None:
             self._make_room(self.raw.length + added)
-        if self.draft_start is not None or not self.group.store.bounded:
-            self.group.store.tick()
-            self._append_piece(keys, values, positions)
+        if self.draft_start is not None or not store.bounded:
+            store.tick()
+            self._append_piece(keys, values, positions, newest)
             return
         while done < added:
-            self.group.store.tick()
+            store.tick()
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
-            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])
+            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece], None)
             done += part
 
     @property
@@ -133,10 +136,10 @@ class LayerSequence:
     def segments_in_place(self) -> list[Segment] | None:
         """All slots in order, as views; None when some pages must be read into staging."""
         views, arena = self._page_views(), self.group.arena
-        if views.loose.size:
-            return None
         paged: list[Segment] | None = arena.kept.get(views)
         if paged is None:
+            if views.loose.size:
+                return None
             paged = arena.kept[views] = list(self._runs(views))
         return [*paged, self.tail()] if self.raw.length else paged
 
@@ -267,7 +270,7 @@ class LayerSequence:
         most = max(block, self.group.piece_tokens() // block * block)
         return max(1, most - self.tail_length) if wanted + self.tail_length > most else wanted
 
-    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
+    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, newest: int | None) -> None:
         block = self.group.block_tokens
         total = self.raw.length + keys.shape[-2]
         sealing = 0 if self.draft_start is not None else total // block * block
@@ -280,7 +283,7 @@ class LayerSequence:
                 self._views = None
         self.raw.extend(keys, values)
         self.positions.append(positions)
-        self.version, self.last_position = object(), _newest(positions)
+        self.version, self.last_position = object(), _newest(positions) if newest is None else newest
 
     def _truncate_positions(self, length: int) -> None:
         self.positions.truncate(length)

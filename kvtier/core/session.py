@@ -32,6 +32,8 @@ __all__ = ["Session"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _names = itertools.count()
+# Looked up once: to find a name in a large module costs a decode step more than to call it.
+_records_gradients, _in_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
 
 def _guarded(
@@ -44,7 +46,7 @@ def _guarded(
         with self.memory.lock:
             if self._unusable is not None:
                 raise SessionStateError(self._unusable)
-            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            if _records_gradients() or _in_inference_mode():
                 with torch.inference_mode(False), torch.no_grad():
                     return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
@@ -129,8 +131,8 @@ class Session:
         CapacityError
             When no tier has room. The session must be closed then: its layers no longer agree.
         """
-        started = time.perf_counter()
-        check_keys(layer_of(self.memory.layout, layer), layer, self.rows, keys, values)
+        started, held = time.perf_counter(), self.rows
+        check_keys(layer_of(self.memory.layout, layer), layer, held, keys, values)
         rows, _, tokens, _ = keys.shape
         leading = self._columns[layer] == max(self._columns)
         if leading:
@@ -143,7 +145,7 @@ class Session:
         if leading:
             self._check_finished()
         try:
-            if not self.rows:
+            if not held:
                 self._open(rows)
             self._hold_raw(layer, keys, values)
             if leading:
@@ -188,21 +190,22 @@ class Session:
         Tensor
             [B, Hq, Tq, Dv] in the dtype of the query; zeros on padding.
         """
-        started = time.perf_counter()
-        check_queries(layer_of(self.memory.layout, layer), layer, self.rows, query)
-        step = self._step_of(positions, spans, self.rows, query.shape[2])
-        if not self._columns[layer]:
+        started, batch, rows = time.perf_counter(), self._batch, self.rows
+        check_queries(layer_of(self.memory.layout, layer), layer, rows, query)
+        step = self._step_of(positions, spans, rows, query.shape[2])
+        columns = self._columns[layer]
+        if not columns:
             raise SessionStateError(f"nothing was appended to layer {layer}; append() its keys and values first")
-        decoding = self._batch.prompt.decoding(self._columns[layer])
+        decoding = batch.prompt.decoding(columns)
         last, outs = None, []
         for row in step.rows:
             last = Queries(row.of(query), row.positions, row.first, scale, window, softcap)
-            outs.append(self._batch.attend(layer, row.number, last, sink, decoding=decoding).out)
+            outs.append(batch.attend(layer, row.number, last, sink, decoding=decoding).out)
         self._drop_raw(layer)
-        if last is not None and self._columns[layer] == self._batch.prompt.end:
+        if last is not None and columns == batch.prompt.end:
             with self._or_unusable("an eviction"):
-                self._batch.evict(layer, last)
-        self._batch.work_ahead(layer, decoding=decoding)
+                batch.evict(layer, last)
+        batch.work_ahead(layer, decoding=decoding)
         out = _joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
         self._seconds["attend"] += time.perf_counter() - started
         return out
@@ -377,19 +380,20 @@ class Session:
         if layer in self._raw:
             self._drop_raw(layer)
         nbytes = keys.nbytes + values.nbytes
-        self.memory.ledgers[self.memory.devices[layer]].take("raw", nbytes)
+        self.memory.ledger_of[layer].take("raw", nbytes)
         self._raw[layer] = nbytes
 
     def _drop_raw(self, layer: int) -> None:
         nbytes = self._raw.pop(layer, 0)
         if nbytes:
-            self.memory.ledgers[self.memory.devices[layer]].give("raw", nbytes)
+            self.memory.ledger_of[layer].give("raw", nbytes)
 
 
 def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
     """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
     if outs and step.rows[0].whole:
-        return outs[0] if outs[0].dtype == query.dtype else outs[0].to(query.dtype)
+        out = outs[0]
+        return out if out.dtype == query.dtype else query.new_empty(out.shape).copy_(out)
     joined = query.new_zeros(*query.shape[:3], value_dim)
     for row, out in zip(step.rows, outs, strict=True):
         joined[row.number, :, row.span] = out[0]

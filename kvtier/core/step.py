@@ -27,8 +27,8 @@ class Row(NamedTuple):
         Their positions [1, n], where the caller has them.
     host : array
         A copy of them on the host, int64.
-    first : int
-        The first of them.
+    first, last : int
+        The first of them, and the last.
     tokens : int
         How many.
     whole : bool
@@ -40,6 +40,7 @@ class Row(NamedTuple):
     positions: torch.Tensor
     host: IntArray
     first: int
+    last: int
     tokens: int
     whole: bool
 
@@ -66,8 +67,7 @@ class Step:
     def __init__(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> None:
         check_positions(positions, rows, tokens)
         self.positions, self.spans, self.shape = positions, spans, (rows, tokens)
-        on_host = positions if positions.is_cpu else positions.cpu()
-        real, host = spans_of(spans, rows, tokens), on_host.numpy().astype(np.int64)
+        real, host = spans_of(spans, rows, tokens), np.array(positions.tolist(), dtype=np.int64)
         self.rows: list[Row] = []
         for number, span in enumerate(real):
             count = span.stop - span.start
@@ -75,4 +75,5 @@ class Step:
                 source = slice(number, number + 1) if positions.shape[0] > 1 else slice(0, 1)
                 where, whole = host[source, span], rows == 1 and count == tokens
                 held = positions if whole else positions[source, span]
-                self.rows.append(Row(number, span, held, where, int(where[0, 0]), count, whole))
+                ends = int(where[0, 0]), int(where[0, -1])
+                self.rows.append(Row(number, span, held, where, *ends, count, whole))

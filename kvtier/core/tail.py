@@ -29,7 +29,7 @@ class Tail:
         The buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` tokens mean something.
     """
 
-    __slots__ = ("_group", "_views", "keys", "length", "values")
+    __slots__ = ("_batched", "_group", "_views", "keys", "length", "values")
 
     def __init__(self, group: LayerGroup, capacity: int) -> None:
         self._group = group
@@ -83,15 +83,17 @@ class Tail:
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """These buffers from now on, nothing in them yet."""
         self.keys, self.values, self.length = keys, values, 0
+        self._batched = keys[None], values[None]
         self._views: dict[int, _Views] = {}
 
     def _views_at(self, length: int) -> _Views:
         """Made once for every length: to make a view costs a decode step as much as to copy a token."""
         found = self._views.get(length)
         if found is None:
-            keys, values = self.keys[None], self.values[None]
-            last = slice(max(0, length - 1), length)
+            keys, values = self._batched
+            newest = max(0, length - 1)
             found = self._views[length] = _Views(
-                newest=(keys[:, :, last], values[:, :, last]), held=(keys[:, :, :length], values[:, :, :length])
+                newest=(keys.narrow(2, newest, length - newest), values.narrow(2, newest, length - newest)),
+                held=(keys.narrow(2, 0, length), values.narrow(2, 0, length)),
             )
         return found

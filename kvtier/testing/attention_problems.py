@@ -1,11 +1,13 @@
 """Attention problems over pages, for tests of kernels, with the answer in fp64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from kvtier.kernels.gather_attention import reference
-from kvtier.types import Partial, Visibility
+from kvtier.kernels.gather_attention.extras import Extras
+from kvtier.types import Partial, Tree, Visibility
 
 __all__ = ["LIMIT", "Problem", "assert_near"]
 
@@ -23,6 +25,16 @@ class Problem:
         B, Hk, G, Tq, N pages, P slots.
     dims : tuple
         Dk, Dv.
+    ragged : bool
+        Positions out of order, each head its own.
+    bias : "kv" | "query", optional
+        Whether each KV head or each query head has its own bias; some keys are hidden by it.
+    uneven : bool
+        Heads have different numbers of keys; what lies behind them is NaN, and frames there do not exist.
+    drafts : int
+        The last keys are a tree of that many drafts.
+    unified_max : float, optional
+        Stands in for the greatest logit, however far off it is.
     """
 
     sizes: tuple[int, int, int, int, int, int]
@@ -33,6 +45,10 @@ class Problem:
     ragged: bool = False
     window: int | None = None
     softcap: float | None = None
+    bias: Literal["kv", "query"] | None = None
+    uneven: bool = False
+    drafts: int = 0
+    unified_max: float | None = None
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries q [B, Hq, Tq, Dk], arenas [F, P, D], frames [B, Hk, N]."""
@@ -44,8 +60,14 @@ class Problem:
         k_arena, v_arena = (torch.full((2 * used + 1, slots, dim), float("nan")) for dim in self.dims)
         for arena in (k_arena, v_arena):
             arena[frames] = torch.randn(used, *arena.shape[1:], generator=generator)
+        frames = frames.view(batch, kv_heads, pages)
+        if self.uneven:
+            missing = torch.arange(pages * slots) >= self._lengths().unsqueeze(-1)
+            for arena in (k_arena, v_arena):
+                arena[frames] = arena[frames].masked_fill(missing.view(*frames.shape, slots, 1), float("nan"))
+            frames = frames.masked_fill(missing[..., ::slots], -(2**40))
         q, k_arena, v_arena = (tensor.to(self.dtype).to(self.device) for tensor in (q, k_arena, v_arena))
-        return q, k_arena, v_arena, frames.view(batch, kv_heads, pages).to(self.device)
+        return q, k_arena, v_arena, frames.to(self.device)
 
     def visible(self) -> Visibility | None:
         """Positions out of order, each head its own, some hidden from every query; None when all see all."""
@@ -59,14 +81,41 @@ class Problem:
         q_pos = torch.randint(0, 2 * keys + 2, (batch, 1), generator=generator) + torch.arange(queries)
         return Visibility(q_pos.to(self.device), k_pos.view(batch, kv_heads, keys).to(self.device), self.window)
 
+    def extras(self) -> Extras:
+        """Bias, lengths and tree, as far as the problem has them."""
+        batch, kv_heads, group, queries, pages, slots = self.sizes
+        generator, keys = torch.Generator().manual_seed(self.seed + 2), pages * slots
+        bias, tree = None, None
+        if self.bias is not None:
+            heads = kv_heads if self.bias == "kv" else kv_heads * group
+            bias = torch.randn(batch, heads, keys, generator=generator)
+            bias[torch.rand(bias.shape, generator=generator) < 0.2] = float("-inf")
+            bias = bias.to(self.device)
+        if self.drafts:
+            bits = torch.randint(-(2**63), 2**63 - 1, (batch, queries), generator=generator)
+            tree = Tree(bits.to(self.device), keys - self.drafts)
+        return Extras(bias, self._lengths().to(self.device) if self.uneven else None, tree, self.unified_max)
+
+    def _lengths(self) -> torch.Tensor:
+        """Keys of each head: none, all, or any number between."""
+        batch, kv_heads, _, _, pages, slots = self.sizes
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        share = torch.rand(batch, kv_heads, generator=generator) * 1.4 - 0.2
+        return (share.clamp(0, 1) * (pages * slots)).long()
+
     def expected(self, scale: float) -> Partial:
         """The answer by the reference in fp64."""
-        q, k_arena, v_arena, frames = (t.cpu() for t in self.tensors())
-        seen = self.visible()
-        if seen is not None:
-            seen = Visibility(seen.q_pos.cpu(), seen.k_pos.cpu(), seen.window)
+        there = replace(self, device=torch.device("cpu"))
+        q, k_arena, v_arena, frames = there.tensors()
         return reference.attend_pages(
-            q.double(), k_arena.double(), v_arena.double(), frames, scale=scale, softcap=self.softcap, visible=seen
+            q.double(),
+            k_arena.double(),
+            v_arena.double(),
+            frames,
+            scale=scale,
+            softcap=self.softcap,
+            visible=there.visible(),
+            extras=there.extras(),
         )
 
 

@@ -21,7 +21,7 @@ def test_settings_are_plain_values(quick: bool) -> None:
     from benchmarks.decode.settings import settings_of
 
     none = dict.fromkeys(("contexts", "dtypes", "generated", "parts"))
-    settings = settings_of(argparse.Namespace(quick=quick, **none))
+    settings = settings_of(argparse.Namespace(quick=quick, device="cpu", **none))
 
     assert json.loads(json.dumps(asdict(settings)))["overhead_limits"]["most"] == (5 if quick else 64)
 

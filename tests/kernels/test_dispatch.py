@@ -62,6 +62,13 @@ def test_an_unknown_override_is_refused(operator: Operator[str], monkeypatch: py
         operator.on(CPU)
 
 
+def test_an_override_that_only_others_have_changes_nothing(
+    operator: Operator[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert operator.on(CPU) == "the plain one"
+
+
 def test_an_override_that_cannot_run_is_refused(operator: Operator[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "special")
     with pytest.raises(ConfigError, match="cannot run toy on cpu: needs a meta device, got cpu"):
@@ -94,7 +101,7 @@ def test_chosen_covers_every_operator_folder() -> None:
 
 def test_chosen_reads_as_a_sentence() -> None:
     told = str(chosen("cpu"))
-    assert told.startswith("cpu: blocked for column_sums, gather_attention")
+    assert told.startswith("cpu: blocked for column_sums, page_summaries")
     assert "fastest in plain torch" in told
 
 

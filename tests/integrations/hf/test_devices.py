@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
 
 import kvtier
 from kvtier.integrations.hf.layout import layer_devices
 from kvtier.integrations.hf.patch import PatchHandle
 from kvtier.testing.tiny_models import left_padded, tiny_model
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 Attach = Callable[..., PatchHandle]
 
@@ -18,11 +19,11 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
 
 
 def dispatched(model: Any) -> Any:
-    return dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    return accelerate.dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
 
 
 def offloaded(model: Any) -> Any:
-    return cpu_offload(model, execution_device=torch.device("cpu"))
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
 @pytest.mark.filterwarnings(
@@ -57,6 +58,6 @@ def test_layers_on_two_devices() -> None:
     prompt = {name: tensor.cuda() for name, tensor in left_padded([20, 11]).items()}
     stock = tiny_model("llama").cuda().generate(**prompt, **GREEDY)
     places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0}
-    split = dispatch_model(model, {**places, "model.rotary_emb": 0, "lm_head": 0})
+    split = accelerate.dispatch_model(model, {**places, "model.rotary_emb": 0, "lm_head": 0})
     with kvtier.patch(split, "full"):
         assert split.generate(**prompt, **GREEDY).tolist() == stock.tolist()

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from kvtier.kernels.gather_attention import blocked, streamed
+from kvtier.kernels.gather_attention.extras import PLAIN, Extras
+from kvtier.kernels.gather_attention.table import BreakEven
 from kvtier.types import Partial, Visibility
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 TINY = {
-    "STREAMED_ROWS": 4,
-    "COPIED_STREAMED_ROWS": 6,
+    "VIEWS": BreakEven(rows=4, key_bytes=1024),
+    "COPIES": BreakEven(rows=6, key_bytes=1024),
     "FUSED_ROWS": 8,
     "BLOCK": 8,
     "CACHE_BYTES": 1024,
@@ -28,6 +30,7 @@ def dense(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    extras: Extras = PLAIN,
 ) -> Partial:
     """Softmax attention in fp64, one batch row and one query head at a time."""
     batch, heads, queries, _ = q.shape
@@ -46,9 +49,21 @@ def dense(
                 if visible.window is not None:
                     hidden |= place <= at - visible.window
                 logits[hidden] = -torch.inf
+            keys = k.shape[2]
+            if extras.bias is not None:
+                logits = logits + extras.bias[b, h * extras.bias.shape[1] // heads].double()
+            if extras.tree is not None:
+                for i, word in enumerate(extras.tree.ancestors[b].tolist()):
+                    bits = f"{word % 2**64:064b}"[::-1]
+                    for j in range(extras.tree.first, keys):
+                        if bits[j - extras.tree.first] == "0":
+                            logits[i, j] = -torch.inf
+            if extras.lengths is not None:
+                keys = int(extras.lengths[b, kv_head])
+            logits = logits[:, :keys]
             sees = ~logits.isneginf().all(1)
             lse[b, h, sees] = logits[sees].logsumexp(1)
-            out[b, h, sees] = logits[sees].softmax(1) @ v[b, kv_head].double()
+            out[b, h, sees] = logits[sees].softmax(1) @ v[b, kv_head, :keys].double()
     return Partial(out, lse)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention import attend_run, blocked, reference
+from kvtier.kernels.gather_attention.table import BreakEven
 from kvtier.kernels.merge_partials import merge_partials
 from kvtier.types import Partial, Visibility
 
@@ -160,6 +161,7 @@ def test_any_split_of_the_keys_merges_to_the_whole(
 @pytest.mark.parametrize("queries", [1, 40])
 def test_queries_that_see_nothing(queries: int, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(blocked, "VIEWS", BreakEven(rows=8, key_bytes=cache_bytes))
     q, k, v = problem((2, 2, 2, queries, 50), (16, 16), torch.float32)
     q_pos, k_pos = torch.full((2, queries), 7), torch.full((2, 1, 50), 8)
     for visible in (Visibility(q_pos, k_pos), Visibility(q_pos + 100, k_pos, 50)):

@@ -14,7 +14,8 @@ def device() -> torch.device:
 @pytest.fixture
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small problems as a large GPU would cut large ones."""
-    from kvtier.kernels.gather_attention import plan, triton
+    from kvtier.kernels.gather_attention import triton
+    from kvtier.kernels.gather_attention.table import SPLITS
 
-    monkeypatch.setattr(plan, "LEAST_SPLIT", 40)
+    monkeypatch.setattr(triton, "SPLITS", SPLITS._replace(least_keys=40))
     monkeypatch.setattr(triton, "processors", lambda _: 64)

@@ -1,0 +1,86 @@
+/* Vectors of 16 floats: loads that widen bf16, a transposing sum, and exp. GCC and clang lower them to what the CPU has. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+enum { F32 = 0, BF16 = 1 };
+
+INLINE int64_t bytes_of(int type) { return type == BF16 ? 2 : 4; }
+
+/* 16 channels from channel `at` on. A bf16 is the upper half of an fp32: widening is exact. */
+INLINE vf load(const char *row, int64_t at, int type) {
+    if (type == BF16) {
+        vh half;
+        memcpy(&half, row + 2 * at, sizeof half);
+        return (vf)(__builtin_convertvector(half, vu) << 16);
+    }
+    vf full;
+    memcpy(&full, row + 4 * at, sizeof full);
+    return full;
+}
+
+INLINE void store(float *into, vf x) { memcpy(into, &x, sizeof x); }
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf larger(vf a, vf b) {
+    vi first = a > b;
+    return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* Three steps of a transposing sum: each joins two vectors and halves what is left to add within them. */
+#define PAIRS(a, b)                                                                          \
+    (SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +               \
+     SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31))
+#define FOURS(a, b)                                                                          \
+    (SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +               \
+     SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+#define EIGHTS(a, b)                                                                         \
+    (SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +               \
+     SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+
+/* The sums of 16 vectors, in their order. */
+INLINE vf sums_of(const vf x[LANES]) {
+    vf four[4];
+    for (int i = 0; i < 4; i++) {
+        const vf *y = x + 4 * i;
+        vf a = PAIRS(y[0], y[1]), b = PAIRS(y[2], y[3]);
+        four[i] = FOURS(a, b);
+    }
+    vf low = EIGHTS(four[0], four[1]), high = EIGHTS(four[2], four[3]);
+    return EIGHTS(low, high);
+}
+
+/* exp(x) for x <= 0 to about an ulp, 0 below the least normal number; NaN stays NaN. */
+INLINE vf exp_of(vf x) {
+    const vf least = splat(-87.3f);
+    vi under = x < least;
+    vf t = x * 1.44269504088896341f, magic = splat(12582912.0f);
+    t = (vf)((vi)t & ~under);
+    vf n = (t + magic) - magic;
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vf two = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    return (vf)((vi)(p * two) & ~under);
+}
