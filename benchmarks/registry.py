@@ -53,6 +53,9 @@ BENCHMARKS: Final[Mapping[str, Entry]] = {
     ),
     "engines": Entry("benchmarks.engines", "the POSIX I/O engine by number of threads, beside fio"),
     "kernels": Entry("benchmarks.kernels", "every operator by itself, as a share of what the memory gives"),
+    "policies": Entry(
+        "benchmarks.policies", "what stays of a prompt: time, bytes and agreement of each method, beside kvpress"
+    ),
     "prefix": Entry("benchmarks.prefix", "the first token of a prompt that a store knows, beside one that is computed"),
     "store": Entry("benchmarks.store", "the record store: speed, integrity and scale, beside fio and other stores"),
 }

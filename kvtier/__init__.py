@@ -12,6 +12,8 @@ __all__ = [
     "D2O",
     "H2O",
     "TOVA",
+    "AdaKV",
+    "AdaPyramidKV",
     "Budgets",
     "CapacityError",
     "CompositionError",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     )
     from kvtier.integrations.hf.fingerprint import fingerprint
     from kvtier.integrations.hf.patch import patch
+    from kvtier.policies.eviction.adakv import AdaKV, AdaPyramidKV
     from kvtier.policies.eviction.d2o import D2O
     from kvtier.policies.eviction.h2o import H2O
     from kvtier.policies.eviction.pyramidkv import PyramidKV
@@ -96,6 +99,8 @@ if TYPE_CHECKING:
 else:
     # At run time only: a module `__getattr__` would make type checkers believe every misspelt name.
     _HOMES = {
+        "AdaKV": "kvtier.policies.eviction.adakv",
+        "AdaPyramidKV": "kvtier.policies.eviction.adakv",
         "Budgets": "kvtier.types",
         "D2O": "kvtier.policies.eviction.d2o",
         "Full": "kvtier.policies.full",

@@ -92,6 +92,8 @@ policies = Registry(
     group="kvtier.policies",
     entries={
         "full": Entry("kvtier.policies.full:Full"),
+        "adakv": Entry("kvtier.policies.eviction.adakv:AdaKV"),
+        "adapyramidkv": Entry("kvtier.policies.eviction.adakv:AdaPyramidKV"),
         "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
         "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),

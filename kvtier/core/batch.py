@@ -14,6 +14,7 @@ from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
 from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
+from kvtier.core.ragged import RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.selection import PromptWindow, evict_rows, evict_step, sums_of
 from kvtier.core.sequence import LayerSequence
@@ -100,11 +101,13 @@ class Batch:
 
     def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
         sequence, policy = self.rows[row][layer], self.memory.policy
-        if not isinstance(sequence, LayerSequence):
+        if not isinstance(sequence, (LayerSequence, RaggedSequence)):
             return attend_all(sequence, queries)
         store = sequence.group.store
         if store.bounded:
             store.tick()
+        if isinstance(sequence, RaggedSequence):
+            return self._over_heads(sequence, queries, decoding=decoding)
         retrieval = policy.retrieval if decoding else None
         if retrieval is None or policy.read is None or layer < retrieval.dense_layers:
             if store.bounded:
@@ -116,6 +119,15 @@ class Batch:
             self.pages_held += sequence.pages.length
             self.pages_read += pages
         return partial
+
+    def _over_heads(self, sequence: RaggedSequence, queries: Queries, *, decoding: bool) -> Partial:
+        store = sequence.group.store
+        if store.bounded:
+            store.touch(sequence.page_ids)
+        if decoding:
+            self.pages_held += sequence.page_columns
+            self.pages_read += sequence.page_columns
+        return attend_all(sequence, queries)
 
     def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
         """While a prompt is running, remember what a policy will ask about it."""
@@ -184,7 +196,7 @@ class Batch:
                 pages = following.pages.view[group.head_rows, columns]
                 group.store.prefetch(pages.ravel(), most=group.staging_columns * group.heads)
         first = self.rows[0][layer]
-        if isinstance(first, LayerSequence):
+        if isinstance(first, (LayerSequence, RaggedSequence)):
             first.group.store.write_behind(first.group.low_water())
 
     def record(self, recording: bool) -> None:
@@ -252,8 +264,8 @@ def _release(sequences: Sequence[AnySequence]) -> None:
 
 
 def _append(sequence: AnySequence, keys: torch.Tensor, values: torch.Tensor, row: Row) -> None:
-    if isinstance(sequence, LayerSequence):
-        sequence.append(row.of(keys), row.of(values), row.host, newest=row.last)
+    if row.tokens == 1 and isinstance(sequence, LayerSequence):
+        sequence.append_token(row.of(keys), row.of(values), row.first)
     else:
         sequence.append(row.of(keys), row.of(values), row.host)
 

@@ -119,6 +119,8 @@ def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
             f"{selection.name} evicts by the attention of every step, and {retrieval.name} leaves pages unread; take a "
             "policy that evicts at the end of a prompt, such as snapkv"
         )
+    if selection is not None and selection.shares_heads:
+        _check_shared(selection, retrieval)
     placement = next((part for part in parts if isinstance(part, PlacementPolicy)), None) or policies.resolve("lru")()
     keep = _tokens("keep", selection, selection.keep if selection else None, budgets.keep)
     read = _tokens("read", retrieval, retrieval.read if retrieval else None, budgets.read)
@@ -201,6 +203,19 @@ def _check_part(part: Policy) -> None:
         raise CompositionError(f"{part.name} plans over all layers at once; only selection policies may")
     if part.position_mode is PositionMode.COMPACT:
         raise CompositionError(f"{part.name} renumbers positions; a session keeps the positions that RoPE saw")
+
+
+def _check_shared(selection: SelectionPolicy, retrieval: RetrievalPolicy | None) -> None:
+    """Refuse what pages of KV heads of different lengths cannot do."""
+    if retrieval is not None:
+        raise CompositionError(
+            f"{selection.name} leaves each KV head its own number of pages, and {retrieval.name} ranks equally many of "
+            "all; take a policy that keeps the same number in each, such as snapkv"
+        )
+    if selection.phase is Phase.DECODE or type(selection).merge is not SelectionPolicy.merge:
+        raise CompositionError(
+            f"{selection.name} shares a budget among KV heads, and so may neither evict while it decodes nor merge"
+        )
 
 
 def _tokens(word: str, part: Policy | None, own: int | None, given: int | None) -> int | None:

@@ -93,9 +93,36 @@ class PositionMode(Enum):
 
 
 class KeepPlan(NamedTuple):
-    """Slots that stay: ``keep`` [B, Hk, K] int64, ascending in each row."""
+    """Slots that stay: ``keep`` [B, Hk, K] int64, ascending in each row.
+
+    Where heads share a budget, only the first ``counts`` [B, Hk] entries of a row mean something; None stands for K.
+    """
 
     keep: torch.Tensor
+    counts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, stays: torch.Tensor) -> KeepPlan:
+        """The plan that keeps the slots where ``stays`` [B, Hk, T] bool is true."""
+        counts = stays.sum(dim=-1)
+        order = torch.argsort(~stays, dim=-1, stable=True)
+        return cls(order[..., : int(counts.max())], counts)
+
+    def stays(self, slots: int) -> torch.Tensor:
+        """Which of ``slots`` slots stay [B, Hk, slots] bool."""
+        times = torch.zeros(*self.keep.shape[:2], slots, dtype=torch.int64, device=self.keep.device)
+        place = torch.arange(self.keep.shape[-1], device=self.keep.device)
+        means = torch.ones_like(self.keep) if self.counts is None else (place < self.counts.unsqueeze(-1)).long()
+        return times.scatter_add_(-1, self.keep, means) > 0
+
+    def rows(self) -> list[list[list[int]]]:
+        """The slots of each row and KV head."""
+        if self.counts is None:
+            return [row.tolist() for row in self.keep]
+        return [
+            [slots[:count] for slots, count in zip(row, counts, strict=True)]
+            for row, counts in zip(self.keep.tolist(), self.counts.tolist(), strict=True)
+        ]
 
 
 class MergePlan(NamedTuple):
@@ -193,11 +220,17 @@ class SelectionPolicy(Policy):
 
     With ``Phase.PREFILL`` it acts at the end of a prompt, with ``Phase.DECODE`` also after every step. Slots are always
     given in the order of their positions.
+
+    Attributes
+    ----------
+    shares_heads : bool
+        Whether the KV heads of a layer share one budget, so that each may keep another number of tokens.
     """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.SELECTION})
     phase: ClassVar = Phase.PREFILL
+    shares_heads: ClassVar[bool] = False
     group_reduce: GroupReduce
     keep: int | None
 
@@ -227,6 +260,10 @@ class SelectionPolicy(Policy):
         rank = torch.where(view.protected, rank, -place.to(torch.float64))
         kept = torch.topk(rank, min(keep, total), dim=-1).indices
         return KeepPlan(torch.sort(kept, dim=-1).values)
+
+    def least(self, keep: int) -> int:
+        """Tokens that every KV head of a layer keeps at least, of ``keep`` on average: all of it by default."""
+        return keep
 
     def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
         """Tokens kept per KV head in each layer; their mean is ``keep``. Uniform by default."""

@@ -10,10 +10,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from kvtier.core.attention import Queries, key_votes, segments_of
+from kvtier.core.attention import Queries, key_votes, positions_of, segments_of
 from kvtier.core.kept import KeptSequence
 from kvtier.core.merging import merge_into
 from kvtier.core.policy import IntArray, KeepPlan, Need, Phase, SelectionPolicy
+from kvtier.core.ragged import UNSEEN, RaggedSequence
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
 from kvtier.types import GroupReduce
@@ -22,7 +23,8 @@ __all__ = ["Observed", "PromptWindow", "evict_rows", "evict_slots", "evict_step"
 
 _PURPOSE = "statistics"
 
-Evictable: TypeAlias = LayerSequence | KeptSequence
+Evictable: TypeAlias = LayerSequence | KeptSequence | RaggedSequence
+Paged: TypeAlias = LayerSequence | RaggedSequence
 
 
 @dataclass(slots=True)
@@ -69,13 +71,13 @@ def evict_rows(
     """Apply a policy to every row of one layer, whose prompt has ended; row b keeps ``keep[b]`` tokens a KV head.
 
     Rows that were forks of each other and keep the same stay forks. Under a policy that also evicts while it decodes
-    every row becomes a `KeptSequence`.
+    every row becomes a `KeptSequence`, under one whose heads share a budget a `RaggedSequence`.
     """
     done: dict[object, tuple[torch.Tensor, Evictable]] = {}
     result: list[Evictable] = []
     decodes = policy.phase is Phase.DECODE
     for sequence, seen, budget in zip(rows, observed, keep, strict=True):
-        if (seen is None and policy.needs) or (sequence.length <= budget and not decodes):
+        if (seen is None and policy.needs) or (_within(sequence, budget) and not decodes):
             result.append(sequence)
             continue
         if isinstance(sequence, KeptSequence):
@@ -87,16 +89,17 @@ def evict_rows(
             continue
         stats, view = _observe(sequence, seen, like, policy)
         plan = policy.select(policy.score(view, stats), view, budget)
-        kept, version, total = plan.keep[0], sequence.version, sequence.length
+        version, stays = sequence.version, plan.stays(sequence.length)[0]
         twin = done.get(version)
-        if twin is not None and torch.equal(twin[0], kept):
+        if twin is not None and torch.equal(twin[0], stays):
             sequence.release()
             result.append(twin[1].fork())
             continue
-        left: Evictable = _apply(sequence, plan, view, policy)
-        if decodes:
-            left = _opened(sequence, kept, seen, total)
-        done[version] = (kept, left)
+        if isinstance(sequence, RaggedSequence) or plan.counts is not None:
+            left: Evictable = _shared_out(sequence, stays)
+        else:
+            left = _evicted(sequence, plan, view, seen, policy)
+        done[version] = (stays, left)
         result.append(left)
     return result
 
@@ -143,18 +146,25 @@ def sums_of(sequence: Evictable, queries: Queries, lse: torch.Tensor) -> torch.T
     return sums
 
 
-def _observe(
-    sequence: LayerSequence, seen: Observed | None, like: Queries, policy: SelectionPolicy
-) -> tuple[Stats, SlotView]:
-    """The statistics and the view of slots that the policy declared a need for."""
+def _within(sequence: Evictable, keep: int) -> bool:
+    """Whether a sequence holds no more than ``keep`` tokens a KV head, on average where heads differ."""
+    if isinstance(sequence, RaggedSequence):
+        return int(sequence.counts.sum()) <= keep * sequence.group.heads
+    return sequence.length <= keep
+
+
+def _observe(sequence: Paged, seen: Observed | None, like: Queries, policy: SelectionPolicy) -> tuple[Stats, SlotView]:
+    """The statistics and the view of slots that the policy declared a need for, in the order of their positions."""
     heads = sequence.group.heads
+    turn = sequence.in_order() if isinstance(sequence, RaggedSequence) else None
     window = sums = None
     if seen is not None and seen.window is not None:
-        window = group_reduce(_window_votes(sequence, seen.window, like), heads, policy.group_reduce)
+        votes = group_reduce(_window_votes(sequence, seen.window, like), heads, policy.group_reduce)
+        window = _turned(votes, turn)
     if seen is not None and seen.sums is not None:
-        sums = group_reduce(seen.sums[None], heads, policy.group_reduce)
-    keys = _all_keys(sequence) if Need.KEYS in policy.needs else None
-    return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys)
+        sums = _turned(group_reduce(seen.sums[None], heads, policy.group_reduce), turn)
+    keys = _turned(_all_keys(sequence), turn) if Need.KEYS in policy.needs else None
+    return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys, turn)
 
 
 def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> torch.Tensor:
@@ -163,15 +173,36 @@ def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> t
     return key_votes(sequence, queries, window.lse)
 
 
-def _view(sequence: LayerSequence, policy: SelectionPolicy, keys: torch.Tensor | None) -> SlotView:
+def _view(sequence: Paged, policy: SelectionPolicy, keys: torch.Tensor | None, turn: torch.Tensor | None) -> SlotView:
+    held = positions_of(sequence)
     shape = (sequence.group.heads, sequence.length)
-    positions = torch.from_numpy(np.broadcast_to(sequence.positions.view, shape).copy()).to(sequence.group.device)[None]
-    return SlotView(positions=positions, protected=policy.protected(positions), keys=keys)
+    positions = torch.from_numpy(np.broadcast_to(held, shape).copy()).to(sequence.group.device)[None]
+    if turn is None:
+        return SlotView(positions=positions, protected=policy.protected(positions), keys=keys)
+    positions = _turned(positions, turn)
+    valid = positions != UNSEEN
+    return SlotView(positions=positions, protected=policy.protected(positions) & valid, keys=keys, valid=valid)
+
+
+def _turned(values: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+    """Values of slots [1, Hk, T] or [1, Hk, T, D] in the order ``turn`` [Hk, T]."""
+    if turn is None:
+        return values
+    return values[:, torch.arange(turn.shape[0], device=turn.device)[:, None], turn]
 
 
 def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torch.Tensor:
     """Values of query heads [Hq, n], reduced to KV heads and in the order of positions: [1, Hk, n]."""
     return group_reduce(values[None], turn.shape[0], how).gather(2, turn[None])
+
+
+def _evicted(
+    sequence: LayerSequence, plan: KeepPlan, view: SlotView, seen: Observed | None, policy: SelectionPolicy
+) -> Evictable:
+    """What a plan with one budget for every KV head leaves."""
+    total = sequence.length
+    left = _apply(sequence, plan, view, policy)
+    return _opened(left, plan.keep[0], seen, total) if policy.phase is Phase.DECODE else left
 
 
 def _apply(sequence: LayerSequence, plan: KeepPlan, view: SlotView, policy: SelectionPolicy) -> LayerSequence:
@@ -187,6 +218,27 @@ def _apply(sequence: LayerSequence, plan: KeepPlan, view: SlotView, policy: Sele
             keys, values = merge_into(keys, values, keep, merge, parts[0], parts[1])
         sequence.replace(keys, values, positions)
     return sequence
+
+
+def _shared_out(sequence: Paged, stays: torch.Tensor) -> RaggedSequence:
+    """Leave the slots that stay [Hk, T], in the order of their positions, each KV head its own number."""
+    group, page = sequence.group, sequence.group.page_tokens
+    held = positions_of(sequence)
+    if isinstance(sequence, RaggedSequence):
+        stays = torch.zeros_like(stays).scatter_(1, sequence.in_order(), stays)
+    head, slot = np.nonzero(stays.cpu().numpy())
+    counts = np.bincount(head, minlength=group.heads)
+    place = np.arange(head.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = -(-counts // page)
+    row = ((np.cumsum(columns) - columns) * page)[head] + place
+    positions = np.full((group.heads, int(counts.max())), UNSEEN)
+    positions[head, place] = np.broadcast_to(held, (group.heads, held.shape[1]))[head, slot]
+    pages = int(columns.sum())
+    with group.ledger.lent("staging", pages * group.arena.frame_bytes):
+        keys, values = _copied(sequence, head, slot, row, pages * page)
+        ragged = sequence if isinstance(sequence, RaggedSequence) else RaggedSequence.after(sequence)
+        ragged.keep(counts, keys.unflatten(0, (pages, page)), values.unflatten(0, (pages, page)), positions)
+    return ragged
 
 
 def _opened(sequence: LayerSequence, kept: torch.Tensor, seen: Observed | None, total: int) -> KeptSequence:
@@ -209,7 +261,7 @@ def _taken(sums: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return sums.gather(1, keep.repeat_interleave(sums.shape[0] // keep.shape[0], dim=0))
 
 
-def _all_keys(sequence: LayerSequence) -> torch.Tensor:
+def _all_keys(sequence: Paged) -> torch.Tensor:
     """Copies of all keys [1, Hk, T, Dk], as attention sees them."""
     with segments_of(sequence) as segments:
         return torch.cat([segment.keys.clone() for segment in segments], dim=2)
@@ -217,19 +269,27 @@ def _all_keys(sequence: LayerSequence) -> torch.Tensor:
 
 def _slots(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:
     """Copies of these slots [Hk, K]: K [Hk, K, Dk], V [Hk, K, Dv] and positions [Hk, K]."""
-    group, layer = sequence.group, sequence.group.layer
-    count, like = slots.shape[1], sequence.raw.keys
-    keys, values = (
-        like.new_empty(group.heads, count, layer.key_dim),
-        like.new_empty(group.heads, count, layer.value_dim),
-    )
-    with segments_of(sequence) as segments:
-        for segment in segments:
-            head, column = np.nonzero((slots >= segment.start) & (slots < segment.stop))
-            source = torch.from_numpy(slots[head, column] - segment.start).to(keys.device)
-            heads, columns = torch.from_numpy(head).to(keys.device), torch.from_numpy(column).to(keys.device)
-            keys[heads, columns] = segment.keys[0][heads, source]
-            values[heads, columns] = segment.values[0][heads, source]
+    heads = np.repeat(np.arange(slots.shape[0]), slots.shape[1])
+    keys, values = _copied(sequence, heads, slots.ravel(), np.arange(slots.size), slots.size)
     held = sequence.positions.view
     positions = np.take_along_axis(np.broadcast_to(held, (slots.shape[0], held.shape[1])), slots, axis=1)
-    return keys, values, positions
+    return keys.unflatten(0, slots.shape), values.unflatten(0, slots.shape), positions
+
+
+def _copied(
+    sequence: Paged, heads: IntArray, slots: IntArray, rows: IntArray, total: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [total, Dk] and V [total, Dv], zeros but for slot ``slots[i]`` of KV head ``heads[i]`` in row ``rows[i]``."""
+    layer, device, like = sequence.group.layer, sequence.group.device, torch.empty(0, dtype=sequence.group.dtype)
+    keys = like.new_zeros(total, layer.key_dim, device=device)
+    values = like.new_zeros(total, layer.value_dim, device=device)
+    with segments_of(sequence) as segments:
+        for segment in segments:
+            inside = np.flatnonzero((slots >= segment.start) & (slots < segment.stop))
+            head, source, row = (
+                torch.from_numpy(index).to(device)
+                for index in (heads[inside], slots[inside] - segment.start, rows[inside])
+            )
+            keys[row] = segment.keys[0][head, source]
+            values[row] = segment.values[0][head, source]
+    return keys, values

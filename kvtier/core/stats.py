@@ -25,11 +25,15 @@ class SlotView:
         Slots that no policy ranks [B, Hk, T] bool.
     keys : Tensor, optional
         Keys as attention sees them [B, Hk, T, Dk].
+    valid : Tensor, optional
+        Which slots hold a token [B, Hk, T] bool, where KV heads hold different numbers; the others come first in a
+        row. None when all do.
     """
 
     positions: torch.Tensor
     protected: torch.Tensor
     keys: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
 
     def require_keys(self) -> torch.Tensor:
         """``keys``, or ``SessionStateError`` when the policy forgot to declare the need."""

@@ -164,10 +164,12 @@ class EvictionLaws(PolicyLaws):
         group = prompt.query.shape[1] // prompt.keys.shape[1]
         seen = (weights > 0).unflatten(1, (-1, group))
         require(bool((seen == seen[:, :, :1]).all()), "query heads of one KV head see different tokens")
-        must = min(prompt.keep, prompt.tokens) + 1
+        must, least = min(prompt.keep, prompt.tokens) + 1, min(policy.least(prompt.keep), prompt.tokens) + 1
         counts = seen[:, :, 0].sum(-1)
+        right_counts = (counts.sum(-1) == must * counts.shape[1]) & (counts >= least).all(-1)
         require(
-            bool((counts == must).all()), f"{must} tokens must be seen, the new one among them; got {counts.tolist()}"
+            bool(right_counts.all()),
+            f"{must} tokens a KV head must be seen, the new one among them, and {least} by each; got {counts.tolist()}",
         )
         keys = prompt.keys.float().repeat_interleave(group, 1)
         logits = (prompt.query[:, :, -1:].float() * keys).sum(-1) * _SCALE

@@ -11,8 +11,8 @@ Subclass ``SessionMachine``, set what differs (layout, policy, budgets, tiers), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from hypothesis import note
@@ -26,7 +26,7 @@ from kvtier.core.session import Session
 from kvtier.testing.oracles import PlainSession
 from kvtier.types import Budgets, KVLayout, LayerLayout
 
-__all__ = ["SessionMachine", "small_layout"]
+__all__ = ["Oracle", "SessionMachine", "small_layout"]
 
 _SCALE = 0.3
 _TOLERANCE = 1e-10
@@ -49,19 +49,58 @@ def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2) -
     return KVLayout(layers=(layer(None), layer(window), layer(None)), page_tokens=4, block_tokens=8, chunk_tokens=16)
 
 
+class Oracle(Protocol):
+    """What a session is compared with; `PlainSession` is one."""
+
+    @property
+    def length(self) -> int:
+        """Columns seen."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences held."""
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, /) -> None:
+        """Add keys and values of one layer."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, positions: torch.Tensor, /, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attend over one layer."""
+
+    def fork(self) -> Oracle:
+        """A second one."""
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Permute rows."""
+
+    def crop(self, remove: int) -> None:
+        """Forget columns."""
+
+    def begin_draft(self) -> None:
+        """Begin a draft."""
+
+    def accept(self, path: Sequence[int]) -> None:
+        """End a draft."""
+
+    def close(self) -> None:
+        """Drop everything."""
+
+
 class SessionMachine(RuleBasedStateMachine):
-    """Random appends, forks, crops, reorders, drafts, demotions and promotions against ``PlainSession``.
+    """Random appends, forks, crops, reorders, drafts, demotions and promotions against an oracle.
 
     Attributes
     ----------
-    layout, policy_text, device_bytes, tiers
-        What the memory under test is made of; the policy must be lossless within its budgets.
+    layout, policy_text, keep, device_bytes, tiers
+        What the memory under test is made of; ``oracle`` must do what the policy does.
     rows : int
         Rows of the batch.
     """
 
     layout: ClassVar[KVLayout] = small_layout()
     policy_text: ClassVar[str] = "full"
+    keep: ClassVar[int | None] = None
     device_bytes: ClassVar[int | None] = None
     tiers: ClassVar[Mapping[str, Any]] = {"tiers": [{"name": "host", "backend": "host", "capacity": "16MiB"}]}
     rows: ClassVar[int] = 2
@@ -69,15 +108,18 @@ class SessionMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         config = load_config({**self.tiers, "page_tokens": 4, "block_tokens": 8})
-        self.memory = Memory(self.layout, policy(self.policy_text), Budgets(device=self.device_bytes), config)
-        self.pairs: list[tuple[Session, PlainSession]] = [
-            (self.memory.session(), PlainSession(len(self.layout.layers)))
-        ]
+        budgets = Budgets(keep=self.keep, device=self.device_bytes)
+        self.memory = Memory(self.layout, policy(self.policy_text), budgets, config)
+        self.pairs: list[tuple[Session, Oracle]] = [(self.memory.session(), self.oracle())]
         self.current = 0
         self.next_position = [0]
         self.draft_from: int | None = None
         for session, _ in self.pairs:
             session.record_past(True)
+
+    def oracle(self) -> Oracle:
+        """What the session must equal; one that keeps everything by default."""
+        return PlainSession(len(self.layout.layers))
 
     @precondition(lambda self: self.draft_from is None or self.pairs[self.current][0].length < self.draft_from + 12)
     @rule(tokens=st.integers(1, 40), seed=st.integers(0, 2**16), equal=st.booleans())

@@ -9,10 +9,11 @@ import torch
 
 import kvtier
 from kvtier.core.kept import KeptSequence
+from kvtier.core.ragged import RaggedSequence
 from kvtier.testing.tiny_models import left_padded, tiny_model
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-POLICIES = ["streamingllm", "h2o(recent=4)", "tova", "pyramidkv(window=4)", "d2o(sinks=1, recent=4)"]
+POLICIES = ["streamingllm", "h2o(recent=4)", "tova", "pyramidkv(window=4)", "d2o(sinks=1, recent=4)", "adakv(window=4)"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -47,6 +48,22 @@ def test_budgets_hold_while_it_decodes(policy: str) -> None:
         assert held
         assert all(isinstance(sequence, KeptSequence) and sequence.length == 16 for sequence in held)
         assert handle.report().to_dict()["kept"] == 16
+
+
+@pytest.mark.parametrize("policy", ["adakv(window=4)", "adapyramidkv(window=4, beta=4)"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 9}], ids=str)
+def test_heads_of_a_layer_share_its_budget(policy: str, options: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    with kvtier.patch(model, policy, keep=16) as handle:
+        cache = handle.new_cache()
+        model.generate(**left_padded((60,)), **GREEDY, **options, past_key_values=cache)
+        held = cache.session._batch.sequences  # type: ignore[attr-defined]
+        assert held
+        assert all(isinstance(sequence, RaggedSequence) for sequence in held)
+        layers = [sum(int(sequence.counts.sum()) for sequence in rows) for rows in (held[::2], held[1::2])]
+        rows = options.get("num_beams", 1)
+        assert sum(layers) == rows * 2 * 2 * (16 + 11)
+        assert any(sequence.counts.min() < sequence.counts.max() for sequence in held)
 
 
 def test_a_policy_that_asks_about_every_token_runs_every_token() -> None:
