@@ -58,7 +58,7 @@ def built(operator: str) -> Built:
             _compile(source, target)
         # OpenMP is found in torch's own copy: one pool of threads, not two that get in each other's way.
         return Built(ctypes.CDLL(str(target)), None)
-    except (OSError, _CannotBuildError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, _CannotBuildError) as error:
         _log.info("no native %s: %s", operator, error)
         return Built(None, _in_a_line(str(error)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from kvtier.core.ledger import Ledger
 from kvtier.core.policy import IntArray
 from kvtier.errors import CapacityError
+from kvtier.kernels.pack_pages import pack_pages
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
 __all__ = ["Arena", "Place", "Run", "SlabPart"]
@@ -140,8 +142,11 @@ class Arena:
         """Indices of slabs without a used frame, last first, fit to be dropped in that order."""
         return [index for index in range(len(self._slabs) - 1, -1, -1) if self._slabs[index].free.all()]
 
-    def allocate(self, heads: int, columns: int) -> IntArray:
+    def allocate(self, heads: int, columns: int, *, spare: int = 0) -> IntArray:
         """Frame ids [heads, columns], in runs as long as free memory allows, one run a head, heads at equal distance.
+
+        Behind each head's run up to ``spare`` columns stay free for ``extend``, as far as one free run has them; others
+        may take them.
 
         Raises
         ------
@@ -151,6 +156,12 @@ class Arena:
         if heads * columns > self.free_frames:
             raise CapacityError(f"{heads * columns} page frames were needed, {self.free_frames} are free")
         frames = np.empty((heads, columns), dtype=np.int64)
+        roomy = self._roomy_run(heads, columns, spare) if spare else None
+        if roomy is not None:
+            first, width = roomy
+            frames[:] = first + np.arange(heads)[:, None] * width + np.arange(columns)
+            self._take(frames.ravel())
+            return frames
         done = 0
         while done < columns:
             first, taken = self._longest_run(heads, columns - done)
@@ -161,6 +172,16 @@ class Arena:
             self._take(frames[:, done : done + taken].ravel())
             done += taken
         return frames
+
+    def extend(self, frames: IntArray, columns: int) -> IntArray | None:
+        """Frame ids [heads, columns] right behind ``frames`` [heads], when all of them are free; None when not."""
+        wanted: IntArray = frames[:, None] + np.arange(1, columns + 1)
+        slab = self._slabs[int(self._slab_index(frames[:1])[0])]
+        inside = wanted - slab.first
+        if inside.min() < 0 or inside.max() >= slab.frames or not slab.free[inside].all():
+            return None
+        self._take(wanted.ravel())
+        return wanted
 
     def release(self, frames: IntArray) -> None:
         """Free these frame ids, of any shape."""
@@ -229,6 +250,17 @@ class Arena:
             values.index_copy_(0, target, slab.values.index_select(0, index))
         return keys, values
 
+    def pack(self, frames: IntArray) -> torch.Tensor:
+        """Copies of frames [n] as rows [n, P * (Dk + Dv)]: of each K, then V."""
+        width = self.page_tokens * (self.layer.key_dim + self.layer.value_dim)
+        rows = torch.empty(frames.size, width, dtype=self.dtype, device=self.device)
+        for slab, inside in self._by_slab(frames):
+            index = torch.from_numpy(frames[inside] - slab.first)
+            if inside.size == frames.size:
+                return pack_pages(slab.keys, slab.values, index, into=rows)
+            rows.index_copy_(0, torch.from_numpy(inside).to(self.device), pack_pages(slab.keys, slab.values, index))
+        return rows
+
     def write(self, frames: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill frames [n] with K [n, P, Dk] and V [n, P, Dv]."""
         for slab, inside in self._by_slab(frames):
@@ -266,10 +298,10 @@ class Arena:
         self.version += 1
         self.kept.clear()
 
-    def _longest_run(self, heads: int, columns: int) -> tuple[int, int]:
+    def _longest_run(self, heads: int, columns: int, slabs: Sequence[_Slab] | None = None) -> tuple[int, int]:
         """First frame and length in columns of the first free run that fits, else of the longest; length 0 if none."""
         best_first, best = 0, 0
-        for slab in self._slabs:
+        for slab in self._slabs if slabs is None else slabs:
             free = np.flatnonzero(slab.free)
             if free.size < heads:
                 continue
@@ -283,6 +315,20 @@ class Arena:
             if lengths[longest] > best:
                 best_first, best = slab.first + int(starts[longest]), int(lengths[longest])
         return best_first, best
+
+    def _roomy_run(self, heads: int, columns: int, spare: int) -> tuple[int, int] | None:
+        """First frame, and frames a head, of a run with up to ``spare`` columns more; None when none has any more.
+
+        What lies before it keeps as many frames to grow into.
+        """
+        best: tuple[int, int] | None = None
+        for slab in self._slabs:
+            first, taken = self._longest_run(1, heads * (columns + spare) + spare, (slab,))
+            before = 0 if first == slab.first else spare
+            width = min(columns + spare, (taken - before) // heads)
+            if width > (columns if best is None else best[1]):
+                best = first + before, width
+        return best
 
     def _scattered(self, count: int) -> IntArray:
         free = np.concatenate([np.flatnonzero(slab.free) + slab.first for slab in self._slabs])[:count]

@@ -96,7 +96,7 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
     if slab is None:
         partials = _over_chosen(sequence, queries, chosen, all_seen=all_seen)
     else:
-        frames = slab.frames.gather(2, chosen)
+        frames = slab.at(chosen)
         query, scale, softcap = queries.query, queries.scale, queries.softcap
         partials = [attend_pages(query, slab.keys, slab.values, frames, scale=scale, softcap=softcap)]
     if raw.length:

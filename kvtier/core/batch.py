@@ -264,8 +264,8 @@ def _release(sequences: Sequence[AnySequence]) -> None:
 
 
 def _append(sequence: AnySequence, keys: torch.Tensor, values: torch.Tensor, row: Row) -> None:
-    if isinstance(sequence, LayerSequence):
-        sequence.append(row.of(keys), row.of(values), row.host, newest=row.last)
+    if row.tokens == 1 and isinstance(sequence, LayerSequence):
+        sequence.append_token(row.of(keys), row.of(values), row.first)
     else:
         sequence.append(row.of(keys), row.of(values), row.host)
 

@@ -39,7 +39,7 @@ class GrowingArray(Generic[_S]):
 
     def __init__(self, rows: int, dtype: type[_S]) -> None:
         self._buffer: np.ndarray[tuple[int, ...], np.dtype[_S]] = np.empty((rows, 0), dtype=dtype)
-        self._late: list[np.ndarray[Any, np.dtype[_S]]] = []
+        self._late: list[int] = []
         self._sharing = _Sharing()
         self.length = 0
 
@@ -50,23 +50,23 @@ class GrowingArray(Generic[_S]):
         return self._buffer[:, : self.length]
 
     def append(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
-        """Add columns [rows, n]; one row of columns is repeated over the rows.
-
-        A single one is put away until somebody looks: a decode step adds many and looks at none. It must not change.
-        """
-        if columns.size == 1 and len(self._late) < _MOST_LATE:
-            self._late.append(columns)
-            self.length += 1
-            return
+        """Add columns [rows, n]; one row of columns is repeated over the rows."""
         self._settle()
         self._write(columns)
+
+    def append_one(self, value: int) -> None:
+        """Add a column of this value, put away until somebody looks: a decode step adds many and looks at none."""
+        if len(self._late) == _MOST_LATE:
+            self._settle()
+        self._late.append(value)
+        self.length += 1
 
     def _settle(self) -> None:
         """Write what was put away."""
         if self._late:
             late, self._late = self._late, []
             self.length -= len(late)
-            self._write(np.concatenate(late, axis=1))
+            self._write(np.array([late], dtype=self._buffer.dtype))
 
     def _write(self, columns: np.ndarray[Any, np.dtype[_S]]) -> None:
         end = self.length + columns.shape[1]

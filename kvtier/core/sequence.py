@@ -29,11 +29,19 @@ class Segment(NamedTuple):
 
 
 class SlabFrames(NamedTuple):
-    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N]."""
+    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N].
+
+    ``first`` [1, Hk, 1] are those of column 0 where the others follow one by one.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     frames: torch.Tensor
+    first: torch.Tensor | None
+
+    def at(self, columns: torch.Tensor) -> torch.Tensor:
+        """Frames of page columns [1, Hk, n]."""
+        return self.frames.gather(2, columns) if self.first is None else columns + self.first
 
 
 @dataclass(slots=True)
@@ -99,13 +107,10 @@ class LayerSequence:
         """Slots that a crop may take: those since the last eviction."""
         return self.length - self.evicted_length
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, newest: int | None = None
-    ) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one; seal the blocks that became full.
 
-        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``; ``newest`` is the greatest, for whom
-        it is at hand: all layers of a step share it.
+        Their ``positions`` [1 or Hk, n] ascend, and come after ``last_position``.
 
         Raises
         ------
@@ -119,14 +124,24 @@ class LayerSequence:
             self._make_room(self.raw.length + added)
         if self.draft_start is not None or not store.bounded:
             store.tick()
-            self._append_piece(keys, values, positions, newest)
+            self._append_piece(keys, values, positions)
             return
         while done < added:
             store.tick()
             part = min(added - done, self._next_piece(added - done))
             piece = slice(done, done + part)
-            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece], None)
+            self._append_piece(keys[..., piece, :], values[..., piece, :], positions[:, piece])
             done += part
+
+    def append_token(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """``append`` one token K [1, Hk, 1, Dk], V [1, Hk, 1, Dv], as a decode step does; most of them seal nothing."""
+        if self.raw.length + 1 >= self.group.block_tokens:
+            self.append(keys, values, np.array([[position]], dtype=np.int64))
+            return
+        self.group.store.tick()
+        self.raw.extend(keys, values)
+        self.positions.append_one(position)
+        self.version, self.last_position = object(), position
 
     @property
     def loose_columns(self) -> int:
@@ -150,15 +165,16 @@ class LayerSequence:
             return None
         slabs: list[SlabFrames] | None = arena.kept.get((views, "slabs"))
         if slabs is None:
-            slabs = arena.kept[views, "slabs"] = self._slabs()
+            slabs = arena.kept[views, "slabs"] = self._slabs(one_run=len(views.runs) == 1 and not views.loose.size)
         return slabs[0] if len(slabs) == 1 else None
 
-    def _slabs(self) -> list[SlabFrames]:
-        frames = self.group.store.frames(self.pages.view)
-        return [
-            SlabFrames(slab.keys, slab.values, torch.from_numpy(frames - slab.first).to(slab.keys.device)[None])
-            for slab in self.group.arena.slabs_of(frames)
-        ]
+    def _slabs(self, *, one_run: bool) -> list[SlabFrames]:
+        held = self.group.store.frames(self.pages.view)
+        slabs = []
+        for slab in self.group.arena.slabs_of(held):
+            frames = torch.from_numpy(held - slab.first).to(slab.keys.device)[None]
+            slabs.append(SlabFrames(slab.keys, slab.values, frames, frames[:, :, :1].clone() if one_run else None))
+        return slabs
 
     def tail(self) -> Segment:
         """The slots in the tail."""
@@ -272,7 +288,7 @@ class LayerSequence:
         most = max(block, self.group.piece_tokens() // block * block)
         return max(1, most - self.tail_length) if wanted + self.tail_length > most else wanted
 
-    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, newest: int | None) -> None:
+    def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         block = self.group.block_tokens
         total = self.raw.length + keys.shape[-2]
         sealing = 0 if self.draft_start is not None else total // block * block
@@ -285,7 +301,7 @@ class LayerSequence:
                 self._views = None
         self.raw.extend(keys, values)
         self.positions.append(positions)
-        self.version, self.last_position = object(), _newest(positions) if newest is None else newest
+        self.version, self.last_position = object(), _newest(positions)
 
     def _truncate_positions(self, length: int) -> None:
         self.positions.truncate(length)
@@ -294,7 +310,7 @@ class LayerSequence:
     def _seal(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """Make pages of the tail followed by new tokens, ``tokens`` in all."""
         group, (tail_keys, tail_values) = self.group, self.raw.view()
-        pages = group.store.new_pages(group.heads, tokens // group.page_tokens)
+        pages = group.store.new_pages(group.heads, tokens // group.page_tokens, self.pages.view)
         self.pages.append(pages)
         runs, rest = group.arena.runs(group.store.frames(pages))
         page = group.page_tokens

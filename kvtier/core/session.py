@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
@@ -32,8 +33,6 @@ __all__ = ["Session"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _names = itertools.count()
-# Looked up once: to find a name in a large module costs a decode step more than to call it.
-_records_gradients, _in_inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
 
 def _guarded(
@@ -46,7 +45,7 @@ def _guarded(
         with self.memory.lock:
             if self._unusable is not None:
                 raise SessionStateError(self._unusable)
-            if _records_gradients() or _in_inference_mode():
+            if is_grad_enabled() or is_inference_mode_enabled():
                 with torch.inference_mode(False), torch.no_grad():
                     return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
@@ -377,8 +376,7 @@ class Session:
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
-        if layer in self._raw:
-            self._drop_raw(layer)
+        self._drop_raw(layer)
         nbytes = keys.nbytes + values.nbytes
         self.memory.ledger_of[layer].take("raw", nbytes)
         self._raw[layer] = nbytes
@@ -392,8 +390,7 @@ class Session:
 def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
     """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
     if outs and step.rows[0].whole:
-        out = outs[0]
-        return out if out.dtype == query.dtype else query.new_empty(out.shape).copy_(out)
+        return outs[0] if outs[0].dtype == query.dtype else query.new_empty(outs[0].shape).copy_(outs[0])
     joined = query.new_zeros(*query.shape[:3], value_dim)
     for row, out in zip(step.rows, outs, strict=True):
         joined[row.number, :, row.span] = out[0]

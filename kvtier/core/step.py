@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from kvtier.core.policy import IntArray
 __all__ = ["Row", "Step"]
 
 
-class Row(NamedTuple):
+@dataclass(slots=True)
+class Row:
     """The real tokens of one row.
 
     Parameters
@@ -25,12 +26,8 @@ class Row(NamedTuple):
         Which columns.
     positions : Tensor
         Their positions [1, n], where the caller has them.
-    host : array
-        A copy of them on the host, int64.
-    first, last : int
-        The first of them, and the last.
-    tokens : int
-        How many.
+    numbers : list of int
+        The same on the host.
     whole : bool
         Whether the row is the only one, and every column real: tensors of the step are those of the row.
     """
@@ -38,11 +35,21 @@ class Row(NamedTuple):
     number: int
     span: slice
     positions: torch.Tensor
-    host: IntArray
-    first: int
-    last: int
-    tokens: int
+    numbers: list[int]
     whole: bool
+    first: int = field(init=False)
+    tokens: int = field(init=False)
+    _host: IntArray | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.first, self.tokens = self.numbers[0], len(self.numbers)
+
+    @property
+    def host(self) -> IntArray:
+        """Positions [1, n] int64 on the host; an array is made when one is asked for, which few decode steps do."""
+        if self._host is None:
+            self._host = np.array([self.numbers], dtype=np.int64)
+        return self._host
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The real tokens of a tensor [B, heads, T, D], as [1, heads, n, D]."""
@@ -67,13 +74,12 @@ class Step:
     def __init__(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> None:
         check_positions(positions, rows, tokens)
         self.positions, self.spans, self.shape = positions, spans, (rows, tokens)
-        real, host = spans_of(spans, rows, tokens), np.array(positions.tolist(), dtype=np.int64)
+        on_host: list[list[int]] = positions.tolist()
         self.rows: list[Row] = []
-        for number, span in enumerate(real):
-            count = span.stop - span.start
-            if count:
-                source = slice(number, number + 1) if positions.shape[0] > 1 else slice(0, 1)
-                where, whole = host[source, span], rows == 1 and count == tokens
-                held = positions if whole else positions[source, span]
-                ends = int(where[0, 0]), int(where[0, -1])
-                self.rows.append(Row(number, span, held, where, *ends, count, whole))
+        for number, span in enumerate(spans_of(spans, rows, tokens)):
+            if span.start < span.stop:
+                source = number if len(on_host) > 1 else 0
+                numbers = on_host[source][span]
+                whole = rows == 1 and len(numbers) == tokens
+                held = positions if whole else positions[source : source + 1, span]
+                self.rows.append(Row(number, span, held, numbers, whole))

@@ -18,7 +18,11 @@ from kvtier.core.transfer import TransferEngine
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.eviction import EvictionOrder
 
-__all__ = ["PageStore"]
+__all__ = ["ROOM_BLOCKS", "PageStore"]
+
+ROOM_BLOCKS = 8
+"""Blocks that a sequence gets as room to grow in place, at least, when it outgrows its run."""
+_ROOM = 8  # an eighth of its pages, if that is more
 
 
 @dataclass(slots=True)
@@ -87,8 +91,10 @@ class PageStore:
         found: IntArray = self.table.slot[DEVICE][pages]
         return found
 
-    def new_pages(self, heads: int, columns: int) -> IntArray:
+    def new_pages(self, heads: int, columns: int, held: IntArray | None = None) -> IntArray:
         """Ids [heads, columns] of new pages with empty frames on the device; the caller fills them at once.
+
+        If possible they lie right behind the pages ``held`` [heads, n], so that a sequence that grows stays one run.
 
         Raises
         ------
@@ -96,13 +102,24 @@ class PageStore:
             When no tier has room; nothing changed.
         """
         self.free_frames(heads * columns)
-        frames = self.arena.allocate(heads, columns)
+        frames = self._frames_behind(held, columns) if held is not None and held.size else None
+        if frames is None:
+            frames = self._new_run(heads, columns, 0 if held is None else held.shape[1])
         pages = self.table.allocate(heads, columns)
         self.table.slot[DEVICE][pages] = frames
         self.table.copy[DEVICE][pages] = True
         self.table.last_use[pages] = self.clock
         self.order.admit(pages.ravel())
         return pages
+
+    def _frames_behind(self, held: IntArray, columns: int) -> IntArray | None:
+        last = held[:, -1]
+        return self.arena.extend(self.frames(last), columns) if self.resident(last).all() else None
+
+    def _new_run(self, heads: int, columns: int, held: int) -> IntArray:
+        """Frames [heads, columns] for a sequence of ``held`` columns, with room to grow where memory is not scarce."""
+        least = ROOM_BLOCKS * self.block_pages if held else 0
+        return self.arena.allocate(heads, columns, spare=0 if self.bounded else max(least, (held + columns) // _ROOM))
 
     def free_frames(self, count: int) -> None:
         """Make ``count`` frames free: grow the arena, else demote.

@@ -47,6 +47,32 @@ def test_a_fresh_arena_gives_one_run_per_head_side_by_side() -> None:
     assert frames.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
+def test_spare_columns_stay_free_behind_every_head_and_are_taken_by_extend() -> None:
+    pool = arena(40)
+    first, second = pool.allocate(2, 5, spare=2), pool.allocate(2, 5, spare=2)
+
+    assert [first[0, 0], first[1, 0], second[0, 0], second[1, 0]] == [0, 7, 14, 21]
+    assert pool.free_frames == 20
+    grown = pool.extend(first[:, -1], 2)
+    assert grown is not None
+    assert grown.tolist() == [[5, 6], [12, 13]]
+    places, rest = pool.places(np.concatenate([first, grown], axis=1))
+    assert (len(places), rest.size) == (1, 0)
+    assert pool.extend(grown[:, -1], 1) is None, "what lies behind belongs to another head now"
+    assert pool.free_frames == 16
+
+
+def test_spare_columns_are_nobodys_and_given_up_when_there_is_no_room() -> None:
+    pool = arena(13)
+    first = pool.allocate(2, 3, spare=2)
+    second = pool.allocate(1, 4, spare=9)
+
+    assert first.tolist() == [[0, 1, 2], [5, 6, 7]]
+    assert second.tolist() == [[8, 9, 10, 11]]
+    assert pool.extend(first[:, -1], 2) is None
+    assert pool.extend(second[:, -1], 2) is None, "a slab ends"
+
+
 def test_run_keys_and_values_are_the_frames_and_share_their_memory() -> None:
     pool = arena(20)
     pool.allocate(1, 3)

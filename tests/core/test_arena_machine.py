@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtier.core.arena import Arena
 from kvtier.core.ledger import Ledger
+from kvtier.core.policy import IntArray
 from kvtier.types import LayerLayout
 
 LAYER = LayerLayout(num_query_heads=1, num_kv_heads=1, key_dim=2, value_dim=1, dtype="float64")
@@ -32,11 +33,23 @@ class ArenaMachine(RuleBasedStateMachine):
         self.total += frames
 
     @precondition(lambda self: self.total > len(self.held))
-    @rule(heads=st.integers(1, 3), share=st.floats(0, 1))
-    def allocate(self, heads: int, share: float) -> None:
+    @rule(heads=st.integers(1, 3), share=st.floats(0, 1), spare=st.integers(0, 3))
+    def allocate(self, heads: int, share: float, spare: int) -> None:
         columns = int(share * ((self.total - len(self.held)) // heads))
-        frames = self.arena.allocate(heads, columns)
+        frames = self.arena.allocate(heads, columns, spare=spare)
         assert frames.shape == (heads, columns)
+        self._hold(frames)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), columns=st.integers(1, 3))
+    def extend(self, data: st.DataObject, columns: int) -> None:
+        last = data.draw(st.lists(st.sampled_from(sorted(self.held)), min_size=1, max_size=2, unique=True))
+        frames = self.arena.extend(np.array(last, dtype=np.int64), columns)
+        if frames is not None:
+            assert (frames - np.array(last)[:, None] == np.arange(1, columns + 1)).all()
+            self._hold(frames)
+
+    def _hold(self, frames: IntArray) -> None:
         assert not self.held.keys() & set(frames.ravel().tolist()), "a frame in use was given out"
         serials = self.serial + torch.arange(frames.size, dtype=torch.float64) + 1
         self.serial += frames.size

@@ -199,6 +199,23 @@ def test_replacing_slots_gives_heads_different_tokens_and_ends_the_croppable_pas
     assert sequence.positions.view.tolist() == (3 * slots).tolist()
 
 
+def test_sequences_that_grow_side_by_side_stay_in_one_run_each() -> None:
+    with closing(open_memory(small_layout())) as memory:
+        sequences = [memory.sequence(layer) for layer in range(2)]
+        memory.groups[0].planned_frames = 400
+        for sequence in sequences:
+            sequence.append(*tokens(0, 64))
+        for at in range(64, 128):
+            for sequence in sequences:
+                sequence.append(*tokens(at, at + 1))
+        for sequence in sequences:
+            assert isinstance(sequence, LayerSequence)
+            segments = sequence.segments_in_place()
+            assert segments is not None
+            assert len(segments) <= 3, "the prompt, one run for what was generated, the tail"
+            check(sequence, list(range(128)))
+
+
 def test_a_crop_frees_the_pages_beyond_it(memory: Memory) -> None:
     sequence = opened(memory)
     assert memory.groups[0].store.table.live == 2 * 8
