@@ -85,7 +85,7 @@ bench() {
 
 cd "$ROOT" || exit 2
 step environment 30 "$PYTHON" "$ROOT/benchmarks/gpu/environment.py" "$OUT/environment.json"
-pytest test-kernels 90 -m gpu tests/kernels
+step test-kernels 90 "$PYTHON" benchmarks/gpu/shards.py tests/kernels -m gpu "${PLAIN[@]}"
 pytest test-models 80 -m gpu $(grep -rlE 'mark\.gpu' tests --include='test_*.py' | grep -v ^tests/kernels/)
 pytest test-engines 40 tests/storage_backends/engines/test_kvikio.py
 step test-laws 100 "$PYTHON" benchmarks/gpu/shards.py tests/kernels/triton -m "not gpu" "${PLAIN[@]}" \

@@ -5,21 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["MOST", "logits", "seen_pairs", "softmax_end", "softmax_fixed_step", "softmax_step"]
+__all__ = [
+    "MOST",
+    "capped",
+    "logits",
+    "seen_pairs",
+    "softmax_end",
+    "softmax_fixed_step",
+    "softmax_step",
+    "softmax_weights",
+]
 
 MOST = tl.constexpr(2**31 - 1)
 """Positions are compared in 32 bit: half the registers, and no context is that long."""
 
 
 @triton.jit
+def capped(b_s, softcap):
+    """``softcap * tanh(logits / softcap)``."""
+    b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
+    b_tanh = (1.0 - b_e) / (1.0 + b_e)
+    return softcap * tl.where(b_s < 0, -b_tanh, b_tanh)
+
+
+@triton.jit
 def logits(b_q, b_k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     """Logits [M, N] of queries [M, D] and keys [D, N], capped to ``softcap * tanh(logits / softcap)``."""
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-    if CAPPED:
-        b_e = tl.exp(-2.0 * tl.abs(b_s) / softcap)
-        b_tanh = (1.0 - b_e) / (1.0 + b_e)
-        b_s = softcap * tl.where(b_s < 0, -b_tanh, b_tanh)
-    return b_s
+    return capped(b_s, softcap) if CAPPED else b_s
 
 
 @triton.jit
@@ -32,15 +45,21 @@ def seen_pairs(b_at, b_place, window, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(b_s, b_v, b_m, b_l, b_o, PRECISION: tl.constexpr):
-    """Take logits [M, N] and values [N, DV] into the running maximum [M], sum [M] and output [M, DV]."""
+def softmax_weights(b_s, b_m, b_l):
+    """Weights [M, N] of logits, and what earlier outputs shrink by [M]; the running maximum [M] and sum [M] again."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
     # Of a row that has seen no key yet the maximum is -inf, and -inf - -inf would be NaN.
     b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = tl.exp(b_s - b_base[:, None])
     b_scale = tl.exp(b_m - b_base)
-    b_l = b_l * b_scale + tl.sum(b_p, 1)
-    return b_m_new, b_l, _weighted(b_p, b_v, b_o * b_scale[:, None], PRECISION)
+    return b_p, b_scale, b_m_new, b_l * b_scale + tl.sum(b_p, 1)
+
+
+@triton.jit
+def softmax_step(b_s, b_v, b_m, b_l, b_o, PRECISION: tl.constexpr):
+    """Take logits [M, N] and values [N, DV] into the running maximum [M], sum [M] and output [M, DV]."""
+    b_p, b_scale, b_m, b_l = softmax_weights(b_s, b_m, b_l)
+    return b_m, b_l, _weighted(b_p, b_v, b_o * b_scale[:, None], PRECISION)
 
 
 @triton.jit

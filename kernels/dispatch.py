@@ -16,7 +16,18 @@ __all__ = ["ENVIRONMENT_VARIABLE", "Candidate", "Choice", "Chosen", "Operator", 
 
 ENVIRONMENT_VARIABLE: Final = "KVTIER_KERNELS"
 IMPLEMENTATIONS: Final = ("reference", "blocked", "native", "triton")
-OPERATORS: Final = ("column_sums", "gather_attention", "merge_partials", "page_scores", "page_summaries", "top_pages")
+OPERATORS: Final = (
+    "column_sums",
+    "encoded_attention",
+    "gather_attention",
+    "lowrank_keys",
+    "merge_partials",
+    "pack_pages",
+    "page_scores",
+    "page_summaries",
+    "prefix_attention",
+    "top_pages",
+)
 
 K = TypeVar("K")
 

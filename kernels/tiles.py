@@ -13,7 +13,9 @@ from kvtier.errors import InputError
 __all__ = [
     "DEBUG_VARIABLE",
     "Launch",
+    "attention_fits",
     "check_frames",
+    "check_rows",
     "dense_channels",
     "interpreted",
     "launch_of",
@@ -24,6 +26,7 @@ __all__ = [
 
 DEBUG_VARIABLE: Final = "KVTIER_DEBUG"
 """Set to 1: page ids are checked before every launch, at the price of waiting for the device."""
+MOST_FP32_CHANNELS: Final = 128
 
 
 class Launch(NamedTuple):
@@ -87,13 +90,37 @@ def check_frames(frames: torch.Tensor, count: int, *, slots: int = 1, lengths: t
     InputError
         Naming the least and the greatest.
     """
-    if os.environ.get(DEBUG_VARIABLE, "0") != "1":
+    if not _debugging():
         return
     if lengths is not None:
         pages = frames.shape[2]
         _check_range("lengths", lengths, pages * slots + 1, "there are no keys beyond the last page")
         frames = frames[torch.arange(pages, device=frames.device) * slots < lengths.unsqueeze(-1)]
     _check_range("frames", frames, count, "a page table is stale or damaged")
+
+
+def check_rows(name: str, found: torch.Tensor, count: int) -> None:
+    """In debug mode refuse numbers of rows, of any shape, that a table of ``count`` rows does not have.
+
+    Raises
+    ------
+    InputError
+        Naming the least and the greatest.
+    """
+    if _debugging():
+        _check_range(name, found, count, "what is looked up must be there")
+
+
+def attention_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether attention kernels are for these: fp64 has no tensor cores here, and wide fp32 keys take all registers."""
+    types = {q.dtype, k.dtype, v.dtype}
+    if torch.float64 in types:
+        return False
+    return (len(types) == 1 and torch.float32 not in types) or max(k.shape[-1], v.shape[-1]) <= MOST_FP32_CHANNELS
+
+
+def _debugging() -> bool:
+    return os.environ.get(DEBUG_VARIABLE, "0") == "1"
 
 
 def _check_range(name: str, found: torch.Tensor, limit: int, hint: str) -> None:

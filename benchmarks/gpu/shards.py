@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
-MOST: Final = 8
+MOST: Final = 16
 
 
 def collect(path: str, options: Sequence[str]) -> list[str]:
@@ -48,7 +48,7 @@ def run(tests: Sequence[str], options: Sequence[str], shards: int) -> int:
 def main(arguments: Sequence[str]) -> int:
     """0 when all passed."""
     path, *options = arguments
-    return run(collect(path, options), options, max(1, min(MOST, len(os.sched_getaffinity(0)) // 2)))
+    return run(collect(path, options), options, max(1, min(MOST, len(os.sched_getaffinity(0)))))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ _SESSION_TARGET: Final = {"float32": 0.35, "bfloat16": 0.35}
 _GENERATED: Final = 256
 # Keys and values; a session copies them, and the streams and page scores take some.
 _COPIES: Final = 3
-_LIMIT: Final = 1e-4
 
 
 def device_name(settings: Settings) -> str:
@@ -52,9 +51,9 @@ def check_all(settings: Settings) -> None:
             call = operator.calls(data)[0]
             got, right = _flat(call.run()).double(), call.truth().double().flatten()
             error = float((got - right).abs().max()) / max(1.0, float(right.abs().max()))
-            if not error <= _LIMIT:
+            if not error <= operator.limit:
                 raise BenchmarkError(
-                    f"{name} in {dtype} must be within {_LIMIT} of its reference, and is {error:.1e} off"
+                    f"{name} in {dtype} must be within {operator.limit} of its reference, and is {error:.1e} off"
                 )
 
 

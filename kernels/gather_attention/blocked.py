@@ -26,7 +26,7 @@ from kvtier.kernels.scratch import KEPT_BYTES
 from kvtier.kernels.spans import Rows, Span, all_seen, batch_row, causal_plan, hidden_pairs, plan_blocks, whole_plan
 from kvtier.types import Partial, Visibility
 
-__all__ = ["attend_pages", "attend_run"]
+__all__ = ["attend_loaded", "attend_pages", "attend_run"]
 
 S = TypeVar("S", RunSource, PageSource)
 
@@ -135,6 +135,23 @@ def _over_pages(
     keys, values = (PageLoader(arena, folded_frames, dtype, length) for arena in (k_arena, v_arena))
     folded_q = fold_queries(q, frames.shape[1], dtype)
     return _shaped(_Attention(folded_q, keys, values, scale, softcap, visible, extras), q)
+
+
+def attend_loaded(
+    q: torch.Tensor,
+    kv_heads: int,
+    keys: Loader,
+    values: Loader,
+    *,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+    visible: Visibility | None,
+) -> Partial:
+    """Attention over folded keys and values [H, N, ...] of ``dtype``, H = B * Hk, wherever their blocks come from."""
+    if visible is not None and all_seen(visible):
+        visible = None
+    return _shaped(_Attention(fold_queries(q, kv_heads, dtype), keys, values, scale, softcap, visible, PLAIN), q)
 
 
 def _one_call(

@@ -15,6 +15,7 @@ import torch
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention import blocked, reference
 from kvtier.kernels.gather_attention.extras import PLAIN, Extras
+from kvtier.kernels.gather_attention.table import NATIVE_ROWS
 from kvtier.kernels.native import ELEMENT_TYPES, built, function, threads_for
 from kvtier.kernels.scratch import scratch
 from kvtier.kernels.spans import all_seen
@@ -24,7 +25,7 @@ __all__ = ["MOST_DIM", "MOST_ROWS", "attend_pages", "attend_run", "obstacle"]
 
 LANES: Final = 16
 """Channels that are multiplied at once; head dimensions must be multiples of it."""
-MOST_ROWS: Final = 16
+MOST_ROWS: Final = NATIVE_ROWS
 """Queries of a KV head, as in ``native.c``; for more the fused kernel of torch is the quicker one."""
 MOST_DIM: Final = 256
 """Channels, as in ``native.c``."""

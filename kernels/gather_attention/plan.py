@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from kvtier.kernels.gather_attention.table import TILES, Splits, Tile, shape_of
 from kvtier.kernels.tiles import padded
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "plan", "split"]
 
 REMEMBERED: Final = 256
 
@@ -30,6 +30,11 @@ def plan(*, heads: int, rows: int, keys: int, dim: int, element_bytes: int, proc
     makes it, the others find it.
     """
     tile = TILES[shape_of(rows=rows, padded_dim=padded(dim), element_bytes=element_bytes)]
+    return split(tile, heads=heads, rows=rows, keys=keys, processors=processors, splits=splits)
+
+
+def split(tile: Tile, *, heads: int, rows: int, keys: int, processors: int, splits: Splits) -> Plan:
+    """The same with a given tile."""
     tiles = heads * -(-rows // tile.rows)
     wanted = max(1, min(splits.waves * processors // max(tiles, 1), keys // splits.least_keys, splits.most))
     split_keys = max(1, -(-keys // wanted // tile.keys)) * tile.keys if wanted > 1 else max(keys, 1)

@@ -10,12 +10,12 @@ import torch
 
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention.extras import Extras
-from kvtier.kernels.gather_attention.sources import Source
+from kvtier.kernels.gather_attention.sources import HeadSource
 from kvtier.types import Partial, Visibility
 
 __all__ = ["Piece", "over_pieces", "pieces"]
 
-S = TypeVar("S", bound=Source)
+S = TypeVar("S", bound=HeadSource)
 
 
 class Piece(NamedTuple):

@@ -6,10 +6,10 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 
-__all__ = ["PageSource", "RunSource", "Source"]
+__all__ = ["HeadSource", "PageSource", "RunSource", "Source"]
 
 
-class Source(Protocol):
+class HeadSource(Protocol):
     """Keys and values of B batch rows and Hk KV heads, ``length`` keys each."""
 
     @property
@@ -25,6 +25,10 @@ class Source(Protocol):
 
     def before(self, stop: int) -> Self:
         """The keys before ``stop``."""
+
+
+class Source(HeadSource, Protocol):
+    """The same, whose last keys can be had as a run."""
 
     def after(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys from ``start`` on and their values as a run [B, Hk, n, Dk] and [B, Hk, n, Dv]."""

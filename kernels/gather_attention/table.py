@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["COPIES", "SPLITS", "TILES", "VIEWS", "BreakEven", "Shape", "Splits", "Tile", "shape_of"]
+__all__ = [
+    "COPIES",
+    "FEW_ROWS",
+    "NATIVE_ROWS",
+    "SPLITS",
+    "TILES",
+    "VIEWS",
+    "BreakEven",
+    "Shape",
+    "Splits",
+    "Tile",
+    "shape_of",
+]
 
 
 class BreakEven(NamedTuple):
@@ -23,6 +35,8 @@ class BreakEven(NamedTuple):
         return rows > self.rows or key_bytes <= self.key_bytes
 
 
+NATIVE_ROWS: Final = 16
+"""On a CPU, up to so many queries per KV head the C kernel, where it is built, is the quickest at every size."""
 VIEWS: Final = BreakEven(rows=8, key_bytes=4 << 20)
 """On a CPU, keys that are read where they lie."""
 COPIES: Final = BreakEven(rows=16, key_bytes=4 << 20)

@@ -6,7 +6,7 @@ keys of their KV head. Splits are merged like any other partials.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,12 @@ from kvtier.kernels.gather_attention.extras import PLAIN, UNIFIED_TOTALS, Extras
 from kvtier.kernels.gather_attention.plan import plan
 from kvtier.kernels.gather_attention.table import SPLITS
 from kvtier.kernels.merge_partials.triton import merge_splits
-from kvtier.kernels.tiles import check_frames, dense_channels, launch_of, padded, processors
+from kvtier.kernels.tiles import attention_fits, check_frames, dense_channels, launch_of, padded, processors
 from kvtier.types import Partial, Visibility
 
 __all__ = ["attend_pages", "attend_run"]
 
 
-MOST_FP32_CHANNELS: Final = 128
 LEAST_TOTAL, MOST_TOTAL = (tl.constexpr(total) for total in UNIFIED_TOTALS)
 
 
@@ -169,7 +168,7 @@ def attend_run(
     extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv], whose last stride must be 1 or they are copied."""
-    if not _served(q, k, v):
+    if not attention_fits(q, k, v):
         return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
     k, v = dense_channels(k), dense_channels(v)
     keys = _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
@@ -188,7 +187,7 @@ def attend_pages(
     extras: Extras = PLAIN,
 ) -> Partial:
     """Attention over the pages [B, Hk, N] of arenas [F, P, Dk] and [F, P, Dv], read where they lie."""
-    if not _served(q, k_arena, v_arena):
+    if not attention_fits(q, k_arena, v_arena):
         return blocked.attend_pages(
             q, k_arena, v_arena, frames, scale=scale, softcap=softcap, visible=visible, extras=extras
         )
@@ -198,14 +197,6 @@ def attend_pages(
     k_strides, v_strides = (k.stride(0), 0, k.stride(1)), (v.stride(0), 0, v.stride(1))
     keys = _Keys(k, v, frames.contiguous(), frames.shape[1], frames.shape[2] * slots, slots, k_strides, v_strides)
     return _attend(q, keys, scale, softcap, visible, extras)
-
-
-def _served(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the kernel is for these: fp64 has no tensor cores here, and wide fp32 keys do not fit into registers."""
-    types = {q.dtype, k.dtype, v.dtype}
-    if torch.float64 in types:
-        return False
-    return (len(types) == 1 and torch.float32 not in types) or max(k.shape[-1], v.shape[-1]) <= MOST_FP32_CHANNELS
 
 
 class _Keys(NamedTuple):

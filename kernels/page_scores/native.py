@@ -1,6 +1,6 @@
 """Box bounds in C: kmin and kmax are read once where they lie, 16 bit widened in registers.
 
-What it does not serve (several queries, fp16, fp64, odd head dimensions) goes to ``blocked``.
+What it does not serve (several queries, fp16, fp64, odd head dimensions) goes to ``blocked``; so do the other scores.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 
 from kvtier.kernels.native import ELEMENT_TYPES, built, function, threads_for
 from kvtier.kernels.page_scores import blocked
+from kvtier.kernels.page_scores.blocked import centroid_scores, landmark_scores, plane_scores
 from kvtier.types import GroupReduce
 
-__all__ = ["box_scores", "obstacle"]
+__all__ = ["box_scores", "centroid_scores", "landmark_scores", "obstacle", "plane_scores"]
 
 LANES: Final = 16
 """Channels that are multiplied at once; head dimensions must be multiples of it."""

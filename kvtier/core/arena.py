@@ -13,6 +13,7 @@ import torch
 from kvtier.core.ledger import Ledger
 from kvtier.core.policy import IntArray
 from kvtier.errors import CapacityError
+from kvtier.kernels.pack_pages import pack_pages
 from kvtier.storage_backends.memory import HUGE_PAGE_BYTES, empty_aligned
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
@@ -248,6 +249,17 @@ class Arena:
             keys.index_copy_(0, target, slab.keys.index_select(0, index))
             values.index_copy_(0, target, slab.values.index_select(0, index))
         return keys, values
+
+    def pack(self, frames: IntArray) -> torch.Tensor:
+        """Copies of frames [n] as rows [n, P * (Dk + Dv)]: of each K, then V."""
+        width = self.page_tokens * (self.layer.key_dim + self.layer.value_dim)
+        rows = torch.empty(frames.size, width, dtype=self.dtype, device=self.device)
+        for slab, inside in self._by_slab(frames):
+            index = torch.from_numpy(frames[inside] - slab.first)
+            if inside.size == frames.size:
+                return pack_pages(slab.keys, slab.values, index, into=rows)
+            rows.index_copy_(0, torch.from_numpy(inside).to(self.device), pack_pages(slab.keys, slab.values, index))
+        return rows
 
     def write(self, frames: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill frames [n] with K [n, P, Dk] and V [n, P, Dv]."""

@@ -85,18 +85,17 @@ class LowerTiers:
                 f"pages of this session in the {TIER_NAMES[tier]} tier cannot be read ({error}); "
                 "call handle.recover() to run the prompt again"
             ) from error
-        flat = rows.view(arena.dtype)
+        flat = rows.view(arena.dtype).to(arena.device)
         split = arena.page_tokens * layer.key_dim
         keys = flat[:, :split].unflatten(1, (arena.page_tokens, layer.key_dim))
         values = flat[:, split:].unflatten(1, (arena.page_tokens, layer.value_dim))
-        return keys.to(arena.device), values.to(arena.device)
+        return keys, values
 
     def write(self, tier: int, slots: IntArray, frames: IntArray) -> None:
         """Copy frames [n] of the arena into slots [n]."""
         step = max(1, _BATCH_BYTES // self.arena.frame_bytes)
         for start in range(0, slots.size, step):
-            keys, values = self.arena.read(frames[start : start + step])
-            rows = torch.cat([keys.flatten(1), values.flatten(1)], dim=1).cpu().view(torch.uint8)
+            rows = self.arena.pack(frames[start : start + step]).cpu().view(torch.uint8)
             self.backends[tier].write(slots[start : start + step], rows)
 
     def reserve(self, tier: int, count: int) -> IntArray:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 # A Python that sees a GPU, whose measurement of bandwidth fails and whose tests of models take too long.
 ACTOR = """#!/usr/bin/env bash
+echo "$*" >> "$(dirname "$0")/calls"
 case "$*" in
   *torch.cuda*) echo "A Make-Believe GPU" ;;
   *"bandwidth.json"*) echo "no bandwidth"; exit 3 ;;
@@ -35,8 +36,8 @@ esac
 """
 
 
-def suite(*words: str, python: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
+def suite(*words: str, python: str, wheels: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": python, "CUDA_VISIBLE_DEVICES": "", "KVTIER_WHEELS": wheels}
     return subprocess.run([SUITE, *words], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -57,13 +58,16 @@ def test_a_step_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     actor = tmp_path / "python"
     actor.write_text(ACTOR, encoding="utf-8")
     actor.chmod(0o755)
-    done = suite(str(tmp_path / "out"), python=str(actor))
+    (tmp_path / "light-1-py3-none-any.whl").touch()
+    done = suite(str(tmp_path / "out"), python=str(actor), wheels=str(tmp_path))
     assert done.returncode == 1, done.stderr
     steps = json.loads((tmp_path / "out" / "steps.json").read_text(encoding="utf-8"))
     failed = {name: step["exit"] for name, step in steps.items() if step["exit"]}
     assert failed == {"test-models": 124, "bandwidth": 3}
     assert list(steps)[-1] == "choices"
     assert "no bandwidth" in done.stdout
+    calls = (tmp_path / "calls").read_text(encoding="utf-8")
+    assert f"-m zipfile -e {tmp_path}/light-1-py3-none-any.whl {tmp_path}/out/site" in calls
     assert all((tmp_path / "out" / f"{name}.log").exists() for name in steps)
 
 

@@ -1,4 +1,4 @@
-"""Merge, column sums, page bounds and page scores in Triton, against their references in fp64."""
+"""Merge, column sums, page bounds, page scores and packed pages in Triton, against their references in fp64."""
 
 from typing import get_args
 
@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.kernels import column_sums, merge_partials, page_scores, page_summaries
+from kvtier.errors import InputError
+from kvtier.kernels import column_sums, merge_partials, pack_pages, page_scores, page_summaries
 from kvtier.kernels.column_sums import triton as sums_kernel
 from kvtier.kernels.gather_attention import reference as attention
 from kvtier.kernels.merge_partials import triton as merge_kernel
+from kvtier.kernels.pack_pages import triton as pages_kernel
 from kvtier.kernels.page_scores import triton as scores_kernel
 from kvtier.kernels.page_summaries import triton as bounds_kernel
+from kvtier.kernels.tiles import DEBUG_VARIABLE
 from kvtier.testing.attention_problems import Problem
 from kvtier.types import GroupReduce, Partial
 
@@ -87,3 +90,32 @@ def test_box_scores(
     got = scores_kernel.box_scores(q, bounds[0], bounds[1], group_reduce)
     expected = page_scores.reference.box_scores(q.double(), bounds[0].double(), bounds[1].double(), group_reduce)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("slots", "dims"), [(16, (128, 128)), (7, (5, 3)), (1, (1, 1))], ids=str)
+def test_pages_are_packed_and_unpacked(
+    dtype: torch.dtype, slots: int, dims: tuple[int, int], device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(6, slots, dim, generator=generator).to(dtype).to(device) for dim in dims)
+    keys[2], values[2] = torch.nan, torch.nan
+    frames = torch.tensor([5, 0, 1, 3])
+    rows = torch.empty(4, slots * sum(dims), dtype=dtype, device=device)
+    pages_kernel.pack_pages(keys, values, frames, rows)
+    expected = torch.empty_like(rows)
+    pack_pages.reference.pack_pages(keys, values, frames, expected)
+    assert rows.equal(expected)
+    filled = [torch.full_like(arena, 7) for arena in (keys, values)]
+    pages_kernel.unpack_pages(rows, filled[0], filled[1], frames)
+    for arena, got in zip((keys, values), filled, strict=True):
+        assert got[frames].equal(arena[frames])
+        assert bool((got[[2, 4]] == 7).all())
+
+
+@pytest.mark.parametrize("wrong", [-1, 6])
+def test_debug_mode_names_pages_out_of_range(wrong: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    keys, values = (torch.zeros(6, 2, 4, device=device) for _ in range(2))
+    with pytest.raises(InputError, match=r"frames must lie in \[0, 6\)"):
+        pages_kernel.pack_pages(keys, values, torch.tensor([0, wrong]), torch.empty(2, 16, device=device))
