@@ -19,13 +19,13 @@ from kvtier.errors import CapacityError
 from kvtier.storage_backends.slots import Rows
 from kvtier.types import format_bytes
 
-__all__ = ["PAGE_BYTES", "ByteRows", "PinnedRegion", "copy_rows", "empty_aligned", "round_up"]
+__all__ = ["HUGE_PAGE_BYTES", "PAGE_BYTES", "ByteRows", "PinnedRegion", "copy_rows", "empty_aligned", "round_up"]
 
 PAGE_BYTES = 4096
 
 ByteRows: TypeAlias = npt.NDArray[np.uint8]
 
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
 _CACHED_BYTES = 256 << 10
 _logger = logging.getLogger("kvtier.storage_backends.memory")
 
@@ -50,7 +50,7 @@ def empty_aligned(size: int) -> torch.Tensor:
             f"required {format_bytes(size)} of host memory, which the system refused ({error}); lower the capacity of "
             "the host tier"
         ) from error
-    if size >= _HUGE_PAGE_BYTES:
+    if size >= HUGE_PAGE_BYTES:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)[:size]
 

@@ -18,6 +18,7 @@ from benchmarks.registry import BenchmarkError
 from benchmarks.timing import Competitor, Timing, contest, event_seconds, wall_seconds
 from benchmarks.workload import KV, Shape, random_kv
 from kvtier.kernels import dispatch
+from kvtier.storage_backends.memory import empty_aligned
 from kvtier.types import DTypeName, Partial
 
 __all__ = ["LEAST_CONTEXT", "SESSION", "case", "check_all", "device_name"]
@@ -83,7 +84,14 @@ def case(settings: Settings, context: int, dtype: DTypeName) -> dict[str, Any]:
 
 def _data(settings: Settings, context: int, dtype: DTypeName) -> Data:
     shape, device = Shape(dtype=dtype), torch.device(settings.device)
-    return Data(shape, device, KV(*(tensor.to(device) for tensor in random_kv(shape, context))))
+    return Data(shape, device, KV(*(_placed(tensor, device) for tensor in random_kv(shape, context))))
+
+
+def _placed(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy where an arena would keep it: on a CPU in huge pages."""
+    if device.type != "cpu":
+        return drawn.to(device)
+    return empty_aligned(drawn.nbytes).view(drawn.dtype).view(drawn.shape).copy_(drawn)
 
 
 def _wanted(settings: Settings, dtype: DTypeName) -> dict[str, Operator]:

@@ -13,10 +13,10 @@ from kvtier.core.group import LayerGroup
 from kvtier.core.growable import GrowingArray, GrowingSketch
 from kvtier.core.policy import IntArray
 from kvtier.core.tail import Tail
-from kvtier.core.views import PageViews, join_short_runs, split_columns
+from kvtier.core.views import PageViews, SlabFrames, join_short_runs, split_columns
 from kvtier.errors import SessionStateError
 
-__all__ = ["LayerSequence", "Segment", "SlabFrames"]
+__all__ = ["LayerSequence", "Segment"]
 
 
 class Segment(NamedTuple):
@@ -30,22 +30,6 @@ class Segment(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     ahead: int = 0
-
-
-class SlabFrames(NamedTuple):
-    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N].
-
-    ``first`` [1, Hk, 1] are those of column 0 where the others follow one by one.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    frames: torch.Tensor
-    first: torch.Tensor | None
-
-    def at(self, columns: torch.Tensor) -> torch.Tensor:
-        """Frames of page columns [1, Hk, n]."""
-        return self.frames.gather(2, columns) if self.first is None else columns + self.first
 
 
 @dataclass(slots=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from kvtier.core.arena import Place
 from kvtier.core.policy import IntArray
 from kvtier.core.tier import PageStore
 
-__all__ = ["PageViews", "join_short_runs", "split_columns"]
+__all__ = ["PageViews", "SlabFrames", "join_short_runs", "split_columns"]
 
 _SHORT_RUN = 4
 _MOST_RUNS = 4
@@ -44,6 +46,22 @@ class PageViews:
             loose += [np.arange(run.start, run.stop) for run in short]
             runs = [run for run in runs if run.stop - run.start >= _SHORT_RUN]
         return cls(store.arena.version, pages.shape[1], runs, np.sort(np.concatenate(loose)))
+
+
+class SlabFrames(NamedTuple):
+    """Frames K [F, P, Dk] and V [F, P, Dv] of a slab, and which of them hold the pages of a sequence [1, Hk, N].
+
+    ``first`` [1, Hk, 1] are those of column 0 where the others follow one by one.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    frames: torch.Tensor
+    first: torch.Tensor | None
+
+    def at(self, columns: torch.Tensor) -> torch.Tensor:
+        """Frames of page columns [1, Hk, n]."""
+        return self.frames.gather(2, columns) if self.first is None else columns + self.first
 
 
 def join_short_runs(store: PageStore, pages: IntArray, views: PageViews) -> bool:
