@@ -106,7 +106,8 @@ class IOEngine(ABC):
         """Fill the buffers; one result each, None for every byte read. A short file is an OSError (EIO).
 
         ``then(i)`` runs in the thread that sees transfer i succeed, beside the others: the place to compute digests,
-        which take `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers have ended.
+        which take `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers
+        have ended.
         """
 
     @abstractmethod
