@@ -105,16 +105,17 @@ class IOEngine(ABC):
     def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Fill the buffers; one result each, None for every byte read. A short file is an OSError (EIO).
 
-        ``then(i)`` runs in the I/O thread as soon as transfer i succeeded: the place to compute digests, which take
-        `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers have ended.
+        ``then(i)`` runs in the thread that sees transfer i succeed, beside the others: the place to compute digests,
+        which take `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers
+        have ended.
         """
 
     @abstractmethod
     def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Write the buffers; one result each.
 
-        ``before(i)`` runs in the I/O thread ahead of transfer i, and may still change its buffer. If it raises,
-        transfer i is left out, and the error is raised here, after the others have ended.
+        ``before(i)`` runs ahead of transfer i, in any thread and beside others, and may still change its buffer. If it
+        raises, transfer i is left out, and the error is raised here, after the others have ended.
         """
 
     @abstractmethod
