@@ -48,6 +48,7 @@ class Entry:
 BENCHMARKS: Final[Mapping[str, Entry]] = {
     "bandwidth": Entry("benchmarks.bandwidth", "how fast memory is read and copied, and the way between host and GPU"),
     "choices": Entry("benchmarks.choices", "which way of attending is the quickest for which shape"),
+    "claims": Entry("benchmarks.claims", "published claims about policies beside ours, on a constructed model"),
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),

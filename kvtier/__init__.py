@@ -20,6 +20,7 @@ __all__ = [
     "ConfigError",
     "DamagedSlotsError",
     "Full",
+    "GemFilter",
     "Hit",
     "InputError",
     "KVChunk",
@@ -46,6 +47,7 @@ __all__ = [
     "StoreInUseError",
     "StoreStats",
     "StreamingLLM",
+    "Surprisal",
     "TenantConfig",
     "TierConfig",
     "UnsupportedModelError",
@@ -94,6 +96,8 @@ if TYPE_CHECKING:
     from kvtier.policies.eviction.streamingllm import StreamingLLM
     from kvtier.policies.eviction.tova import TOVA
     from kvtier.policies.full import Full
+    from kvtier.policies.prompt.gemfilter import GemFilter
+    from kvtier.policies.prompt.surprisal import Surprisal
     from kvtier.policies.retrieval.quest import Quest
     from kvtier.types import Budgets, KVLayout, LayerLayout
 else:
@@ -104,6 +108,7 @@ else:
         "Budgets": "kvtier.types",
         "D2O": "kvtier.policies.eviction.d2o",
         "Full": "kvtier.policies.full",
+        "GemFilter": "kvtier.policies.prompt.gemfilter",
         "H2O": "kvtier.policies.eviction.h2o",
         "Hit": "kvtier.core.hit",
         "KVChunk": "kvtier.core.chunks",
@@ -121,6 +126,7 @@ else:
         "StoreConfig": "kvtier.config",
         "StoreStats": "kvtier.core.store_stats",
         "StreamingLLM": "kvtier.policies.eviction.streamingllm",
+        "Surprisal": "kvtier.policies.prompt.surprisal",
         "TOVA": "kvtier.policies.eviction.tova",
         "TenantConfig": "kvtier.config",
         "TierConfig": "kvtier.config",
