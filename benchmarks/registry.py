@@ -48,11 +48,15 @@ class Entry:
 BENCHMARKS: Final[Mapping[str, Entry]] = {
     "bandwidth": Entry("benchmarks.bandwidth", "how fast memory is read and copied, and the way between host and GPU"),
     "choices": Entry("benchmarks.choices", "which way of attending is the quickest for which shape"),
+    "claims": Entry("benchmarks.claims", "published claims about policies beside ours, on a constructed model"),
     "decode": Entry(
         "benchmarks.decode", "one decode step: attention, whole model and session overhead, beside stock transformers"
     ),
     "engines": Entry("benchmarks.engines", "the POSIX I/O engine by number of threads, beside fio"),
     "kernels": Entry("benchmarks.kernels", "every operator by itself, as a share of what the memory gives"),
+    "policies": Entry(
+        "benchmarks.policies", "what stays of a prompt: time, bytes and agreement of each method, beside kvpress"
+    ),
     "prefix": Entry("benchmarks.prefix", "the first token of a prompt that a store knows, beside one that is computed"),
     "store": Entry("benchmarks.store", "the record store: speed, integrity and scale, beside fio and other stores"),
 }

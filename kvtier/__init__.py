@@ -12,12 +12,15 @@ __all__ = [
     "D2O",
     "H2O",
     "TOVA",
+    "AdaKV",
+    "AdaPyramidKV",
     "Budgets",
     "CapacityError",
     "CompositionError",
     "ConfigError",
     "DamagedSlotsError",
     "Full",
+    "GemFilter",
     "Hit",
     "InputError",
     "KVChunk",
@@ -44,6 +47,7 @@ __all__ = [
     "StoreInUseError",
     "StoreStats",
     "StreamingLLM",
+    "Surprisal",
     "TenantConfig",
     "TierConfig",
     "UnsupportedModelError",
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     )
     from kvtier.integrations.hf.fingerprint import fingerprint
     from kvtier.integrations.hf.patch import patch
+    from kvtier.policies.eviction.adakv import AdaKV, AdaPyramidKV
     from kvtier.policies.eviction.d2o import D2O
     from kvtier.policies.eviction.h2o import H2O
     from kvtier.policies.eviction.pyramidkv import PyramidKV
@@ -91,14 +96,19 @@ if TYPE_CHECKING:
     from kvtier.policies.eviction.streamingllm import StreamingLLM
     from kvtier.policies.eviction.tova import TOVA
     from kvtier.policies.full import Full
+    from kvtier.policies.prompt.gemfilter import GemFilter
+    from kvtier.policies.prompt.surprisal import Surprisal
     from kvtier.policies.retrieval.quest import Quest
     from kvtier.types import Budgets, KVLayout, LayerLayout
 else:
     # At run time only: a module `__getattr__` would make type checkers believe every misspelt name.
     _HOMES = {
+        "AdaKV": "kvtier.policies.eviction.adakv",
+        "AdaPyramidKV": "kvtier.policies.eviction.adakv",
         "Budgets": "kvtier.types",
         "D2O": "kvtier.policies.eviction.d2o",
         "Full": "kvtier.policies.full",
+        "GemFilter": "kvtier.policies.prompt.gemfilter",
         "H2O": "kvtier.policies.eviction.h2o",
         "Hit": "kvtier.core.hit",
         "KVChunk": "kvtier.core.chunks",
@@ -116,6 +126,7 @@ else:
         "StoreConfig": "kvtier.config",
         "StoreStats": "kvtier.core.store_stats",
         "StreamingLLM": "kvtier.policies.eviction.streamingllm",
+        "Surprisal": "kvtier.policies.prompt.surprisal",
         "TOVA": "kvtier.policies.eviction.tova",
         "TenantConfig": "kvtier.config",
         "TierConfig": "kvtier.config",

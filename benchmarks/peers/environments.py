@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["HERE", "PEERS", "EnvironmentBuildError", "Peer", "command", "install", "installed"]
+__all__ = ["HERE", "KVPRESS", "PEERS", "EnvironmentBuildError", "Peer", "command", "install", "installed", "packages"]
 
 HERE: Final = Path(__file__).resolve().parent
 _CACHE: Final = Path(os.environ.get("KVTIER_PEERS", HERE.parent.parent / ".peers"))
@@ -45,6 +45,8 @@ class Peer:
         Further arguments of the runner's ``Store``.
     unpack : str
         Names within the wheel that are unpacked, where the wheel is not installed.
+    slow_start : bool
+        Opening takes many seconds: it takes part in the first round alone, and only where there is something to read.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Peer:
     runner: str = "runner.py"
     options: Mapping[str, Any] = field(default_factory=dict)
     unpack: str = ""
+    slow_start: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -68,9 +71,12 @@ PEERS: Final[Mapping[str, Peer]] = {
     "vllm_fs": Peer(label="vLLM fs tier", folder="vllm_fs", unpack="vllm/v1/kv_offload/tiering/fs/io.py"),
     "nixl": Peer(label="NIXL POSIX aio", folder="nixl"),
     "nixl_uring": Peer(label="NIXL POSIX io_uring", folder="nixl", options={"queue": "uring"}),
-    "mooncake": Peer(label="Mooncake SSD offload", folder="mooncake"),
+    "mooncake": Peer(label="Mooncake SSD offload", folder="mooncake", slow_start=True),
 }
-"""The peers, by the name that the command line knows."""
+"""The stores, by the name that the command line knows."""
+
+KVPRESS: Final = Peer(label="kvpress", folder="kvpress")
+"""Policies, on transformers of its own."""
 
 
 def installed(peer: Peer) -> str | None:
@@ -109,6 +115,11 @@ def command(peer: Peer) -> tuple[list[str], dict[str, str]]:
     place = _place(peer)
     words = [str(_python(place)), "-P", str(HERE / "serve.py"), str(HERE / peer.folder / peer.runner)]
     return words, {"UNPACKED": str(place / _UNPACKED)}
+
+
+def packages(peer: Peer) -> Path:
+    """Where the packages of a peer lie: first on ``PYTHONPATH``, they go before those of the interpreter."""
+    return _packages(_place(peer))
 
 
 def _place(peer: Peer) -> Path:

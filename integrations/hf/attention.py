@@ -151,7 +151,7 @@ def _attend_session(
     columns = state.begin(layer, attention_mask, position_ids, batch, width)
     positions = columns.positions_on(query.device)
     state.session.append(layer, staged.key.detach(), staged.value.detach(), positions, spans=columns.spans)
-    state.appended(layer)
+    state.appended(layer, query)
     out = state.session.attend(layer, query, positions, spans=columns.spans, **softmax._asdict())
     state.finish(layer)
     return out

@@ -125,6 +125,7 @@ class KVTierCache(Cache):
     def reset(self) -> None:
         """Forget everything and start over with an empty session."""
         self.state.restart()
+        self.state.filtered = None
         for layer in self.layers:
             if isinstance(layer, KVTierLayer):
                 layer.is_initialized = False

@@ -13,8 +13,10 @@ from torch import nn
 from kvtier.errors import InputError, PagesLostError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.cache import KVTierCache
+from kvtier.integrations.hf.filter import PromptFilter, Turn
 from kvtier.integrations.hf.history import History
 from kvtier.integrations.hf.pool import CachePool
+from kvtier.integrations.hf.probe import ProbeCache
 from kvtier.integrations.hf.prompt import Prompt, Split, read_prompt, split_forward
 from kvtier.integrations.hf.stage import stage
 
@@ -38,12 +40,21 @@ class PatchedCalls:
         Where its caches come from.
     prefix : PrefixCache, optional
         The store under it.
+    filtering : PromptFilter, optional
+        What leaves tokens of a prompt out before anything else sees it.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: CachePool, prefix: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: CachePool,
+        prefix: PrefixCache | None = None,
+        filtering: PromptFilter | None = None,
+    ) -> None:
         self.model = model
         self.pool = pool
         self.prefix = prefix
+        self.filtering = filtering
 
     def generate(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         """Run ``original(**call)`` with a cache of ours.
@@ -58,8 +69,9 @@ class PatchedCalls:
         self._refuse_options(call)
         given = call.get("past_key_values")
         if given is None and compat.generation_option(self.model, "use_cache", call) is False:
-            read_prompt(self.model, call, cached=0)
-            return original(**call)
+            turn = self._turn(call, None)
+            read_prompt(self.model, turn.call, cached=0)
+            return turn.splice(original(**turn.call))
         cache = self.pool.new_cache() if given is None else self.check_cache(given)
         try:
             output = self._generate_on(cache, original, call)
@@ -88,6 +100,8 @@ class PatchedCalls:
             raise InputError("paged attention has no attention weights; leave out output_attentions=True")
         stage.clear()
         given = call.get("past_key_values")
+        if isinstance(given, ProbeCache):
+            return call
         if given is None:
             wanted = call.get("use_cache")
             if not (getattr(compat.text_config(self.model), "use_cache", True) if wanted is None else wanted):
@@ -138,9 +152,15 @@ class PatchedCalls:
             )
         return cache
 
+    def _turn(self, call: dict[str, Any], state: CacheState | None) -> Turn:
+        """The call as it is to be run: without the tokens that a prompt filter leaves out."""
+        return Turn(call) if self.filtering is None else self.filtering.turn(call, state)
+
     def _generate_on(self, cache: KVTierCache, original: Callable[..., Any], call: dict[str, Any]) -> Any:
         state = cache.state
         state.check_ready()
+        turn = self._turn(call, state)
+        call = turn.call
         prompt = read_prompt(self.model, call, state.length)
         drafts = self._drafts(call)
         assisting = bool(compat.generation_option(self.model, "is_assistant", call))
@@ -161,7 +181,7 @@ class PatchedCalls:
             output = original(**call)
             if state.prefix is not None:
                 state.prefix.past(state.length)
-            return output
+            return turn.splice(output)
         finally:
             state.split = None
             if self.prefix is not None:

@@ -43,6 +43,7 @@ __all__ = [
     "register",
     "rerouted",
     "set_implementation",
+    "shorter",
     "takes_attention_functions",
     "text_config",
     "unwrap",
@@ -198,6 +199,17 @@ def generation_option(model: PreTrainedModel, name: str, call: dict[str, Any]) -
         if (value := getattr(config, name, None)) is not None:
             return value
     return None
+
+
+def shorter(model: PreTrainedModel, call: dict[str, Any], removed: int) -> dict[str, Any]:
+    """The length options of ``generate`` that count the prompt, for one that is ``removed`` columns shorter."""
+    changed = {}
+    longest, least = (generation_option(model, name, call) for name in ("max_length", "min_length"))
+    if longest is not None and generation_option(model, "max_new_tokens", call) is None:
+        changed["max_length"] = longest - removed
+    if least and generation_option(model, "min_new_tokens", call) is None:
+        changed["min_length"] = max(0, least - removed)
+    return changed
 
 
 def generation_options(model: PreTrainedModel) -> frozenset[str]:

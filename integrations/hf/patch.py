@@ -7,16 +7,18 @@ from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import nn
 
 from kvtier.core.store import Store
-from kvtier.errors import SessionStateError
+from kvtier.errors import InputError, SessionStateError
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.attention import adopt, attention, mask, release
 from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
+from kvtier.integrations.hf.explanation import Explanation
+from kvtier.integrations.hf.filter import PromptFilter
 from kvtier.integrations.hf.layout import layer_devices, layout_of
 from kvtier.integrations.hf.memory import open_memory, open_prefix_store
 from kvtier.integrations.hf.pool import CachePool
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvtier.config import StoreConfig
+    from kvtier.core.filtering import BoundFilter
+    from kvtier.core.memory import Memory as CoreMemory
     from kvtier.core.policy import Policy
+    from kvtier.types import KVLayout
 
 __all__ = ["PatchHandle", "attach", "patch"]
 
@@ -42,6 +47,7 @@ def patch(
     device: int | str | None = None,
     store: Store | StoreConfig | Mapping[str, Any] | str | Path | None = None,
     tenant: str = "default",
+    explain: bool = False,
 ) -> PatchHandle:
     """Let a model keep its KV cache in kvtier's tiers, under a policy, and find prompts again that it has seen.
 
@@ -52,7 +58,7 @@ def patch(
     policy : str or Policy
         ``"full"``, ``"snapkv(window=32) | quest"`` or a Policy.
     keep : int, optional
-        Tokens kept per sequence, layer and KV head.
+        Tokens kept per sequence, layer and KV head; or, under a prompt filter alone, prompt tokens that are run.
     read : int, optional
         Tokens read per decode step, layer and KV head.
     device : int or str, optional
@@ -62,6 +68,8 @@ def patch(
         prompts are looked up, and published in the background. An open store may be shared and stays open.
     tenant : str
         Whose data this is: nothing that is stored is shared with another, spill files go into a directory of its own.
+    explain : bool
+        Log which pages decode steps read, for ``handle.explain()``.
 
     Returns
     -------
@@ -79,20 +87,38 @@ def patch(
         if own is not None:
             store = opened.enter_context(own)
         budgets = Budgets(keep=keep, read=read, device=None if device is None else parse_bytes(device))
-        memory = open_memory(layout_of(inner), layer_devices(inner), policy, budgets, store, tenant=tenant)
+        layout = layout_of(inner)
+        bound, rest, budgets = _split(policy, layout, budgets)
+        memory = open_memory(layout, layer_devices(inner), rest, budgets, store, tenant=tenant)
         opened.callback(memory.close)
         prefix = PrefixCache(inner, memory, store, tenant) if isinstance(store, Store) else None
-        handle = attach(model, memory, prefix, closing=own)
+        handle = attach(model, memory, prefix, closing=own, bound=bound)
+        if explain:
+            handle.watch()
         opened.pop_all()
     return handle
 
 
+def _split(policy: str | Policy, layout: KVLayout, budgets: Budgets) -> tuple[BoundFilter | None, Policy, Budgets]:
+    """The prompt filter of a policy, if it has one, and what a session is to run."""
+    from kvtier.core.compose import policy as read_policy
+    from kvtier.core.filtering import take_filter
+
+    return take_filter(read_policy(policy), layout, budgets)
+
+
 def attach(
-    model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+    model: Any,
+    memory: Memory,
+    prefix: PrefixCache | None = None,
+    *,
+    closing: Store | None = None,
+    bound: BoundFilter | None = None,
 ) -> PatchHandle:
     """Put a memory under a model; what ``patch`` does once it has one.
 
-    The handle closes the memory, and the store ``closing`` after it.
+    The handle closes the memory, and the store ``closing`` after it. A prompt filter ``bound`` to the model needs a
+    memory of the core.
 
     Raises
     ------
@@ -101,7 +127,7 @@ def attach(
     """
     compat.check_version()
     compat.register(attention, mask)
-    return PatchHandle(model, memory, prefix, closing=closing)
+    return PatchHandle(model, memory, prefix, closing=closing, bound=bound)
 
 
 class PatchHandle:
@@ -120,13 +146,21 @@ class PatchHandle:
     """
 
     def __init__(
-        self, model: Any, memory: Memory, prefix: PrefixCache | None = None, *, closing: Store | None = None
+        self,
+        model: Any,
+        memory: Memory,
+        prefix: PrefixCache | None = None,
+        *,
+        closing: Store | None = None,
+        bound: BoundFilter | None = None,
     ) -> None:
         self.model: PreTrainedModel = compat.unwrap(model)
         self.memory = memory
         self.store = None if prefix is None else prefix.store
         self._pool = CachePool(memory)
-        self._calls = PatchedCalls(self.model, self._pool, prefix)
+        filtering = None if bound is None else PromptFilter(self.model, self._pool, bound)
+        self._pool.filter_name = "" if bound is None else bound.policy.name
+        self._calls = PatchedCalls(self.model, self._pool, prefix, filtering)
         self._removed = False
         with ExitStack() as undo:
             if closing is not None:
@@ -155,6 +189,33 @@ class PatchHandle:
             Before the first one.
         """
         return self._pool.report()
+
+    def watch(self) -> None:
+        """From now on, log what ``explain`` tells; what ``patch(..., explain=True)`` does."""
+        self._pool.explaining = True
+        cast("CoreMemory", self.memory).logs_reads = True
+
+    def explain(self, row: int = 0) -> Explanation:
+        """Which tokens of the last generation were run, and what each layer held and read of them.
+
+        Parameters
+        ----------
+        row : int
+            Of the batch.
+
+        Raises
+        ------
+        SessionStateError
+            Without ``patch(..., explain=True)``, before the first generation, and when tokens came as embeddings.
+        InputError
+            For a row that there is not.
+        """
+        rows = self._pool.explain()
+        if not rows:
+            raise SessionStateError("there is nothing to explain before the first generate() or forward")
+        if not 0 <= row < len(rows):
+            raise InputError(f"row must be 0 to {len(rows) - 1}, got {row}")
+        return rows[row]
 
     def recover(self, cache: KVTierCache | None = None) -> KVTierCache:
         """Rebuild a cache by running the model over what it was fed, after ``PagesLostError``.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from dataclasses import replace
+from typing import cast
 
 from kvtier.core.report import SessionReport
-from kvtier.errors import SessionStateError
+from kvtier.errors import KVTierError, SessionStateError
 from kvtier.integrations.hf.cache import KVTierCache
-from kvtier.integrations.hf.prefix_use import PrefixUse
+from kvtier.integrations.hf.explanation import Explanation, explain_rows
 from kvtier.integrations.hf.sessions import Memory, Report
 from kvtier.integrations.hf.state import CacheState
 
@@ -18,6 +20,13 @@ __all__ = ["CachePool"]
 
 class CachePool:
     """Makes caches over one memory and remembers the last report.
+
+    Attributes
+    ----------
+    filter_name : str
+        The prompt filter that acts before the sessions' policy; empty when there is none.
+    explaining : bool
+        Whether what a closed cache held is remembered for ``explain``.
 
     Notes
     -----
@@ -30,7 +39,10 @@ class CachePool:
         self._caches: weakref.WeakSet[KVTierCache] = weakref.WeakSet()
         self._dropped: deque[CacheState] = deque()
         self._latest: CacheState | None = None
-        self._report: tuple[Report, PrefixUse | None] | None = None
+        self.filter_name = ""
+        self.explaining = False
+        self._explained: tuple[Explanation, ...] | KVTierError = ()
+        self._report: tuple[Report, CacheState] | None = None
         self._lost: KVTierCache | None = None
 
     def new_cache(self) -> KVTierCache:
@@ -54,7 +66,11 @@ class CachePool:
         if state.closed:
             return
         if state is self._latest:
-            self._report = (state.session.report(), state.prefix)
+            # A session that failed cannot tell; whoever closes it is told of the failure already.
+            with contextlib.suppress(SessionStateError):
+                self._report = (state.session.report(), state)
+            if self.explaining:
+                self._explained = self._explain_or_say(state)
         state.close()
 
     def sweep(self) -> None:
@@ -73,10 +89,38 @@ class CachePool:
         self.sweep()
         latest = self._latest
         if latest is not None and not latest.closed:
-            return _with_prefix(latest.session.report(), latest.prefix)
+            return self._full(latest.session.report(), latest)
         if self._report is None:
             raise SessionStateError("there is nothing to report before the first generate() or forward")
-        return _with_prefix(*self._report)
+        return self._full(*self._report)
+
+    def explain(self) -> tuple[Explanation, ...]:
+        """Every row of the cache in use, or of the last one that was; empty before anything ran.
+
+        Raises
+        ------
+        SessionStateError
+            When nobody asked for it, or tokens are not known.
+        """
+        if not self.explaining:
+            raise SessionStateError("what policies do is not watched; ask for it with patch(..., explain=True)")
+        self.sweep()
+        latest = self._latest
+        if latest is not None and not latest.closed:
+            return self._explain(latest)
+        if isinstance(self._explained, KVTierError):
+            raise self._explained
+        return self._explained
+
+    def _explain_or_say(self, state: CacheState) -> tuple[Explanation, ...] | KVTierError:
+        try:
+            return self._explain(state)
+        except KVTierError as error:
+            return error
+
+    def _explain(self, state: CacheState) -> tuple[Explanation, ...]:
+        policy = cast("SessionReport", self._full(state.session.report(), state)).policy
+        return explain_rows(state, policy)
 
     def keep_lost(self, cache: KVTierCache) -> None:
         """Hold on to a cache whose pages are gone, for ``take_broken``."""
@@ -105,9 +149,13 @@ class CachePool:
         for cache in list(self._caches):
             self.close(cache.state)
 
-
-def _with_prefix(report: Report, prefix: PrefixUse | None) -> Report:
-    """A report with what the store did; chunks may have been published since the session was closed."""
-    if prefix is None or not isinstance(report, SessionReport):
-        return report
-    return replace(report, prefix=prefix.report())
+    def _full(self, report: Report, state: CacheState) -> Report:
+        """A report with what store and prompt filter did; chunks may be published after the session was closed."""
+        if not isinstance(report, SessionReport):
+            return report
+        if state.prefix is not None:
+            report = replace(report, prefix=state.prefix.report())
+        if not self.filter_name:
+            return report
+        prompt = None if state.filtered is None else state.filtered.report()
+        return replace(report, policy=f"{self.filter_name} | {report.policy}", lossless=False, prompt=prompt)

@@ -8,6 +8,7 @@ import torch
 
 from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf.columns import Columns, read_columns
+from kvtier.integrations.hf.filtered import Filtered
 from kvtier.integrations.hf.history import History
 from kvtier.integrations.hf.prefix_use import PrefixUse
 from kvtier.integrations.hf.prompt import Split
@@ -45,10 +46,14 @@ class CacheState:
         Token ids [B, Tq] of a forward that failed, after the state was rebuilt.
     broken, closed : bool
         Whether a rebuild failed; whether the session was freed.
+    depth : int
+        Layers that a forward runs through.
     records_past : bool
         Whether sliding-window layers keep what a crop may need.
     prefix : PrefixUse, optional
         What stored prefixes did for it, and what it publishes; None without a store.
+    filtered : Filtered, optional
+        The prompt as it was given, and what a filter left of it; None without a filter.
     """
 
     def __init__(self, memory: Memory, session: Session | None = None, history: History | None = None) -> None:
@@ -62,6 +67,8 @@ class CacheState:
         self.closed = False
         self.records_past = False
         self.prefix: PrefixUse | None = None
+        self.filtered: Filtered | None = None
+        self.depth = len(memory.layout.layers)
         self._running: tuple[Columns, torch.Tensor | None] | None = None
         self._next_layer = 0
         self._read: list[tuple[_Given, Columns]] = []
@@ -83,7 +90,14 @@ class CacheState:
 
     @property
     def input_ids(self) -> torch.Tensor | None:
-        """Token ids [B, T] fed so far, those of an unfinished forward included; None when some are not known."""
+        """Token ids [B, T] given so far, those of an unfinished forward included; None when some are not known."""
+        fed = self._fed_ids
+        if fed is None or not fed.shape[0] or self.filtered is None:
+            return fed
+        return self.filtered.shown(fed)
+
+    @property
+    def _fed_ids(self) -> torch.Tensor | None:
         known = self.history.ids
         waiting = self.waiting if self._running is None else self._running[1]
         if known is None or (waiting is None and self._running is not None):
@@ -165,15 +179,16 @@ class CacheState:
         self._read.append(((mask, position_ids), columns))
         return columns
 
-    def appended(self, layer: int) -> None:
-        """Layer ``layer`` holds the forward's tokens and has not attended yet."""
+    def appended(self, layer: int, query: torch.Tensor) -> None:
+        """Layer ``layer`` holds the forward's tokens and has not attended with ``query`` [B, Hq, Tq, Dk] yet."""
+        del query
         if self.trail is not None:
             self.trail.collect(cast("CoreSession", self.session), layer)
 
     def finish(self, layer: int) -> None:
         """Layer ``layer`` has attended; after the last one the columns count."""
         self._next_layer = layer + 1
-        if self._next_layer == len(self.memory.layout.layers) and self._running is not None:
+        if self._next_layer == self.depth and self._running is not None:
             self.history.extend(*self._running)
             self._forget_forward()
             if self.trail is not None:
@@ -184,6 +199,7 @@ class CacheState:
         if rows != list(range(self.history.rows)) and self.history.rows:
             self.session.reorder(rows)
             self.history.reorder(rows)
+            self.filtered = None if self.filtered is None else self.filtered.reordered(rows)
             if self.trail is not None:
                 self.trail.reorder(rows)
 
@@ -206,6 +222,7 @@ class CacheState:
         self.check_ready()
         twin = CacheState(self.memory, self.session.fork(), self.history.copy())
         twin.prefix = None if self.prefix is None else self.prefix.fork()
+        twin.filtered = self.filtered
         return twin
 
     def restart(self) -> tuple[History, torch.Tensor | None]:

@@ -126,8 +126,9 @@ def _policies(settings: Settings) -> dict[str, Policy]:
 def _budgets(policy: Policy, settings: Settings, device: int) -> Budgets:
     """The budgets that this policy has a use for, unless it brings its own."""
     shares: dict[str, int] = {}
+    evicts = any(Role.SELECTION in part.roles for part in policy.parts)
     for word, role, asked, default in (
-        ("keep", Role.SELECTION, settings.keep, settings.context // _KEEP_SHARE),
+        ("keep", Role.SELECTION if evicts else Role.PROMPT_FILTER, settings.keep, settings.context // _KEEP_SHARE),
         ("read", Role.RETRIEVAL, settings.read, settings.context // _READ_SHARE),
     ):
         takers = [part for part in policy.parts if role in part.roles]

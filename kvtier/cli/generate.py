@@ -40,6 +40,9 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample, by the model's settings.")] = False,
     chat_template: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if it has one.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
+    explain: Annotated[
+        Path | None, typer.Option(help="Write a page that shows the document and what was kept and read of it.")
+    ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     debug: DebugFlag = False,
@@ -66,6 +69,7 @@ def generate(
         sample=sample,
         chat_template=chat_template,
         seed=seed,
+        explain=explain,
     )
     text = check_request(request)
     with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen, quiet_transformers(screen):

@@ -34,6 +34,8 @@ class Request:
         Bytes.
     store : dict, optional
         Tiers below the device; None for kvtier's default.
+    explain : Path, optional
+        Where a page about what was kept and read goes.
     """
 
     model: Path
@@ -50,15 +52,17 @@ class Request:
     sample: bool
     chat_template: bool
     seed: int
+    explain: Path | None = None
 
 
 class Loaded(NamedTuple):
-    """What a request leads to: the prompt ``ids`` [1, T] int64 are already within the model's positions."""
+    """What a request leads to: the prompt ``ids`` [1, T] int64 of ``text`` are already within the model's positions."""
 
     model: Any
     tokenizer: Any
     ids: torch.Tensor
     policy: Policy
+    text: str
 
 
 def check_request(request: Request) -> str:
@@ -78,6 +82,8 @@ def check_request(request: Request) -> str:
     if not request.question.strip():
         raise InputError("--question is empty; ask something")
     _check_model_directory(request.model)
+    if request.explain is not None:
+        _check_page(request.explain)
     return text
 
 
@@ -96,12 +102,13 @@ def prepare(request: Request, text: str, screen: Screen) -> Loaded:
     chosen = policy(request.policy)
     config = _load_config(request.model)
     tokenizer = _load_tokenizer(request.model)
-    ids = _prompt_ids(tokenizer, text, request)
+    whole, plain = _prompt(tokenizer, text, request)
+    ids = _encode(tokenizer, whole, plain=plain)
     _check_length(config, ids.shape[1], request.max_new_tokens)
     check_budgets(chosen, request.keep, request.read, ids.shape[1])
     screen.note(f"loading {request.model} for a prompt of {ids.shape[1]} tokens")
     model = _load_model(request.model, config, request.dtype)
-    return Loaded(model, tokenizer, ids.to(model.device), chosen)
+    return Loaded(model, tokenizer, ids.to(model.device), chosen, whole)
 
 
 def read_document(path: Path) -> str:
@@ -171,20 +178,32 @@ def _load_tokenizer(directory: Path) -> Any:
         raise InputError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
 
 
-def _prompt_ids(tokenizer: Any, document: str, request: Request) -> torch.Tensor:
-    """Token ids [1, T] int64 of the document and then the question, in the model's chat form if it has one."""
+def _prompt(tokenizer: Any, document: str, request: Request) -> tuple[str, bool]:
+    """The document and then the question, in the model's chat form if it has one; whether it has none."""
     text = f"{document}\n\n{request.question}"
-    if request.chat_template and tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(text, return_tensors="pt")
-    ids: torch.Tensor = encoded["input_ids"]
+    if not request.chat_template or tokenizer.chat_template is None:
+        return text, True
+    turns = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False
+
+
+def _encode(tokenizer: Any, text: str, *, plain: bool) -> torch.Tensor:
+    """Token ids [1, T] int64; a chat form brings its special tokens itself."""
+    ids: torch.Tensor = tokenizer(text, add_special_tokens=plain, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise InputError("the document and the question have no token in this tokenizer; give other text")
     return ids
+
+
+def _check_page(path: Path) -> None:
+    """Refuse a place where no file can be written, before anything runs.
+
+    Raises
+    ------
+    InputError
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--explain must be a file in a folder that exists, got {path}")
 
 
 def _check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:

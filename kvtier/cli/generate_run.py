@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from kvtier.cli.explain_page import write_page
+from kvtier.cli.explain_text import pieces_of
 from kvtier.cli.stopwatch import Stopwatch
 from kvtier.cli.tiers import peak_bytes
 from kvtier.types import format_bytes
@@ -45,6 +47,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
             device=request.device,
             store=request.store,
             tenant=request.tenant,
+            explain=request.explain is not None,
         ) as handle,
     ):
         task = bars.add_task(f"{prompt_tokens} tokens in, tokens out", total=request.max_new_tokens)
@@ -60,9 +63,13 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         if handle.store is not None:
             handle.store.flush()
         report = handle.report().to_dict()
+        explanation = handle.explain() if request.explain is not None else None
     new = output[0, prompt_tokens:]
+    said = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    if explanation is not None and request.explain is not None:
+        write_page(request.explain, explanation, pieces_of(loaded.tokenizer, loaded.text, loaded.ids[0]), said)
     return {
-        "answer": loaded.tokenizer.decode(new, skip_special_tokens=True),
+        "answer": said,
         "policy": request.policy,
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new),
@@ -70,6 +77,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         "tokens_saved": (report["prefix"] or {}).get("tokens_saved", 0),
         "prefill_s": watch.prefill_s,
         "decode_tokens_per_s": watch.decode_tokens_per_s,
+        "explain": None if request.explain is None else str(request.explain),
         "report": report,
     }
 

@@ -11,7 +11,9 @@ import torch
 
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
+from kvtier.core.ragged import UNSEEN, RaggedFrames, RaggedSequence
 from kvtier.core.ring import WindowSequence
+from kvtier.core.rotation import turned
 from kvtier.core.sequence import LayerSequence, Segment
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
@@ -20,12 +22,11 @@ from kvtier.types import Partial, Visibility
 
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
 _MERGE_WIDTH = 8
-_UNSEEN = np.iinfo(np.int64).max
 
-__all__ = ["AnySequence", "Queries", "attend_all", "attend_chosen", "key_votes", "segments_of"]
+__all__ = ["AnySequence", "Queries", "attend_all", "attend_chosen", "key_votes", "positions_of", "segments_of"]
 
 
-AnySequence: TypeAlias = "LayerSequence | WindowSequence | KeptSequence"
+AnySequence: TypeAlias = "LayerSequence | WindowSequence | KeptSequence | RaggedSequence"
 
 
 class Queries(NamedTuple):
@@ -53,6 +54,13 @@ class Queries(NamedTuple):
         last = sequence.last_position
         return self.window is None and last is not None and last <= self.first
 
+    def places(self) -> IntArray:
+        """Positions [Tq] on the host; of a single query without waiting for the device."""
+        if self.positions.shape[1] == 1:
+            return np.array([self.first])
+        places: IntArray = self.positions[0].cpu().numpy()
+        return places
+
     def visibility(self, key_positions: IntArray) -> Visibility | None:
         """Which keys at ``key_positions`` [1 or Hk, n] these queries may see; None when all see all."""
         if self.window is None and int(key_positions.max()) <= self.first:
@@ -67,14 +75,16 @@ def segments_of(sequence: AnySequence) -> Iterator[Iterable[Segment]]:
     in_place = _in_place(sequence)
     if in_place is not None:
         yield in_place
-    elif isinstance(sequence, LayerSequence):
+    elif isinstance(sequence, (LayerSequence, RaggedSequence)):
         with sequence.group.staging(sequence.loose_columns) as columns:
             yield sequence.segments(columns)
 
 
 def attend_all(sequence: AnySequence, queries: Queries) -> Partial:
     """Attention over every slot, in whatever tier it lives."""
-    positions = None if queries.see_all(sequence) else _positions(sequence)
+    if isinstance(sequence, RaggedSequence):
+        return _over_ragged(sequence, queries)
+    positions = None if queries.see_all(sequence) else positions_of(sequence)
     in_place = _in_place(sequence)
     if in_place is not None:
         return _over(in_place, queries, positions, sequence)
@@ -105,11 +115,11 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
     """Attention of these queries summed per key [1, Hq, slots], from their saved ``lse`` [1, Hq, Tq]."""
     votes = torch.empty(1, queries.query.shape[1], sequence.length, dtype=lse.dtype, device=lse.device)
-    positions = _positions(sequence)
+    positions = positions_of(sequence)
     with segments_of(sequence) as segments:
         for segment in segments:
             votes[:, :, segment.start : segment.stop] = column_sums(
-                queries.query,
+                _meeting(sequence, segment, queries),
                 lse,
                 segment.keys,
                 scale=queries.scale,
@@ -119,8 +129,18 @@ def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> tor
     return votes
 
 
+def _meeting(sequence: AnySequence, segment: Segment, queries: Queries) -> torch.Tensor:
+    """The queries as the keys of a segment must be met: turned where positions are compact."""
+    if not isinstance(sequence, KeptSequence) or sequence.compact is None:
+        return queries.query
+    tokens = segment.ahead - sequence.ahead(queries.places())
+    return turned(sequence.compact, queries.query, torch.from_numpy(tokens)) if tokens.any() else queries.query
+
+
 def _in_place(sequence: AnySequence) -> Sequence[Segment] | None:
     """All slots as views where they lie; None when some must be fetched."""
+    if isinstance(sequence, RaggedSequence):
+        return None
     return sequence.segments_in_place() if isinstance(sequence, LayerSequence) else list(sequence.segments())
 
 
@@ -136,7 +156,12 @@ def _over(
         seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
         found.append(
             attend_run(
-                queries.query, segment.keys, segment.values, scale=queries.scale, softcap=queries.softcap, visible=seen
+                _meeting(sequence, segment, queries),
+                segment.keys,
+                segment.values,
+                scale=queries.scale,
+                softcap=queries.softcap,
+                visible=seen,
             )
         )
         if len(found) >= _MERGE_WIDTH:
@@ -150,6 +175,38 @@ def _merged(partials: Sequence[Partial], queries: Queries, sequence: AnySequence
         layer = sequence.layer if isinstance(sequence, WindowSequence) else sequence.group.layer
         return empty_partial(queries.query, layer.value_dim)
     return partials[0] if len(partials) == 1 else merge_partials(partials)
+
+
+def _over_ragged(sequence: RaggedSequence, queries: Queries) -> Partial:
+    """Attention over heads of different lengths, and over what they have in common."""
+    all_seen = queries.window is None and sequence.newest <= queries.first
+    slabs = sequence.kept.in_place() if all_seen else None
+    if slabs is None:
+        with segments_of(sequence) as segments:
+            return _over(segments, queries, sequence.positions, sequence)
+    partials = [_over_heads(slab, queries) for slab in slabs]
+    if sequence.recent.length:
+        partials.append(attend_all(sequence.recent, queries))
+    return partials[0] if len(partials) == 1 else merge_partials(partials)
+
+
+def _over_heads(slab: RaggedFrames, queries: Queries) -> Partial:
+    """Attention of each KV head over its own number of tokens in one slab; every query sees them."""
+    if slab.runs is not None:
+        parts = [
+            attend_run(query, *run, scale=queries.scale, softcap=queries.softcap)
+            for query, run in zip(queries.query.chunk(len(slab.runs), dim=1), slab.runs, strict=True)
+        ]
+        return Partial(torch.cat([part.out for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
+    return attend_pages(
+        queries.query,
+        slab.keys,
+        slab.values,
+        slab.frames,
+        scale=queries.scale,
+        softcap=queries.softcap,
+        lengths=slab.lengths,
+    )
 
 
 def _over_chosen(sequence: LayerSequence, queries: Queries, chosen: torch.Tensor, *, all_seen: bool) -> list[Partial]:
@@ -198,7 +255,7 @@ def _gathered_left(
     left = np.where(taken, np.take_along_axis(index, order, axis=1), 0)
     full = np.broadcast_to(places, (*inside.shape, places.shape[2]))
     moved = np.take_along_axis(full, order[:, :, None], axis=1)
-    return left, np.where(taken[:, :, None], moved, _UNSEEN)
+    return left, np.where(taken[:, :, None], moved, UNSEEN)
 
 
 def _brought(sequence: LayerSequence, columns: IntArray) -> Iterator[tuple[slice, IntArray]]:
@@ -240,7 +297,8 @@ def _fitting(chosen: IntArray, most: int) -> list[slice]:
     return [slice(start, min(start + step, chosen.shape[1])) for start in range(0, chosen.shape[1], step)]
 
 
-def _positions(sequence: AnySequence) -> IntArray:
-    if isinstance(sequence, KeptSequence):
+def positions_of(sequence: AnySequence) -> IntArray:
+    """Positions [1 or Hk, slots] of all slots of a sequence."""
+    if isinstance(sequence, (KeptSequence, RaggedSequence)):
         return sequence.positions
     return sequence.positions[None] if isinstance(sequence, WindowSequence) else sequence.positions.view

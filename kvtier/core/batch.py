@@ -10,10 +10,13 @@ import torch
 
 from kvtier.core.attention import AnySequence, Queries, attend_all, attend_chosen
 from kvtier.core.checks import check_ascending
+from kvtier.core.explain import ReadLog
 from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
+from kvtier.core.moments import moments_of
 from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
+from kvtier.core.ragged import RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.selection import PromptWindow, evict_rows, evict_step, sums_of
 from kvtier.core.sequence import LayerSequence
@@ -35,17 +38,28 @@ class Batch:
         ``rows[b][layer]``.
     pages_read, pages_held : int
         Pages that decode steps read per KV head, and pages there were.
+    reads : ReadLog, optional
+        Which pages decode steps read, if the memory says that it is wanted.
+    probing : int, optional
+        The first layers that take part, and no policy does; None for all layers under the policy.
 
     Notes
     -----
     Called under the lock of the memory.
     """
 
-    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker) -> None:
+    def __init__(self, memory: Memory, rows: Rows, prompt: PromptTracker, probing: int | None = None) -> None:
         self.memory = memory
         self.rows = rows
         self.prompt = prompt
+        self.probing = probing
+        self.reads: ReadLog | None = ReadLog() if memory.logs_reads else None
         self.pages_read = self.pages_held = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers that take part."""
+        return len(self.memory.layout.layers) if self.probing is None else self.probing
 
     @property
     def sequences(self) -> list[AnySequence]:
@@ -56,8 +70,8 @@ class Batch:
         """Start ``count`` empty rows."""
         self.rows = [[] for _ in range(count)]
         for row in self.rows:
-            for layer in range(len(self.memory.layout.layers)):
-                row.append(self.memory.sequence(layer))
+            for layer in range(self.depth):
+                row.append(self.memory.sequence(layer, sketched=self.probing is None))
 
     def check_order(self, layer: int, step: Step) -> None:
         """Raise ``InputError`` when the positions of a row do not ascend, or not from what it holds."""
@@ -95,16 +109,18 @@ class Batch:
         if not decoding:
             self.note_prompt(layer, row, queries, partial)
         elif isinstance(sequence := self.rows[row][layer], KeptSequence):
-            self._evict_step(layer, sequence, queries, partial)
+            self._evict_step(sequence, queries, partial)
         return partial
 
     def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
         sequence, policy = self.rows[row][layer], self.memory.policy
-        if not isinstance(sequence, LayerSequence):
+        if not isinstance(sequence, (LayerSequence, RaggedSequence)):
             return attend_all(sequence, queries)
         store = sequence.group.store
         if store.bounded:
             store.tick()
+        if isinstance(sequence, RaggedSequence):
+            return self._over_heads(sequence, queries, decoding=decoding)
         retrieval = policy.retrieval if decoding else None
         if retrieval is None or policy.read is None or layer < retrieval.dense_layers:
             if store.bounded:
@@ -115,18 +131,39 @@ class Batch:
         if decoding:
             self.pages_held += sequence.pages.length
             self.pages_read += pages
+            if self.reads is not None:
+                self.reads.note(layer, row, sequence, pages)
         return partial
+
+    def _over_heads(self, sequence: RaggedSequence, queries: Queries, *, decoding: bool) -> Partial:
+        store = sequence.group.store
+        if store.bounded:
+            store.touch(sequence.page_ids)
+        if decoding:
+            self.pages_held += sequence.page_columns
+            self.pages_read += sequence.page_columns
+        return attend_all(sequence, queries)
 
     def note_prompt(self, layer: int, row: int, queries: Queries, partial: Partial) -> None:
         """While a prompt is running, remember what a policy will ask about it."""
         selection, sequence = self.memory.policy.selection, self.rows[row][layer]
-        if selection is None or isinstance(sequence, WindowSequence):
+        if selection is None or self.probing is not None or isinstance(sequence, WindowSequence):
             return
         if Need.WINDOW_ATTENTION in selection.needs:
             width = selection.window_queries
             self.prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
         if Need.COLUMN_SUMS in selection.needs:
             self.prompt.add(layer, row, sums_of(sequence, queries, partial.lse))
+        rope = self.memory.layout.layers[layer].rope
+        if Need.QUERY_MOMENTS in selection.needs and rope is not None:
+            self.prompt.moments[layer, row] = moments_of(
+                queries.query,
+                queries.positions,
+                rope,
+                skip=selection.skipped_queries,
+                before=self.prompt.moments.get((layer, row)),
+                ledger=sequence.group.ledger,
+            )
 
     def evict(self, layer: int, like: Queries) -> None:
         """Apply the selection policy to a layer whose prompt has ended; sliding windows are never subject to it.
@@ -156,7 +193,8 @@ class Batch:
     def _evict_layer(self, layer: int, like: Queries, selection: SelectionPolicy, keep: Sequence[int]) -> None:
         held = [row[layer] for row in self.rows]
         sequences = [sequence for sequence in held if not isinstance(sequence, WindowSequence)]
-        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep)
+        rope = self.memory.layout.layers[layer].rope
+        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep, rope)
         for row, sequence in zip(self.rows, evicted, strict=True):
             row[layer] = sequence
         group = sequences[0].group
@@ -164,10 +202,9 @@ class Batch:
             group.planned_frames = 0
             group.store.compact()
 
-    def _evict_step(self, layer: int, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
-        selection, keep = self.memory.policy.selection, self.memory.policy.keep
-        if selection is not None and keep is not None:
-            evict_step(sequence, queries, partial.lse, selection, keep[layer])
+    def _evict_step(self, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
+        if self.memory.policy.selection is not None:
+            evict_step(sequence, queries, partial.lse, self.memory.policy.selection)
 
     def work_ahead(self, layer: int, *, decoding: bool) -> None:
         """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""
@@ -184,7 +221,7 @@ class Batch:
                 pages = following.pages.view[group.head_rows, columns]
                 group.store.prefetch(pages.ravel(), most=group.staging_columns * group.heads)
         first = self.rows[0][layer]
-        if isinstance(first, LayerSequence):
+        if isinstance(first, (LayerSequence, RaggedSequence)):
             first.group.store.write_behind(first.group.low_water())
 
     def record(self, recording: bool) -> None:
@@ -211,10 +248,13 @@ class Batch:
         forks = iter(_fork_rows([self.rows[row] for row in repeated]))
         self.rows = [next(forks) if row in order[:place] else self.rows[row] for place, row in enumerate(order)]
         self.prompt = self.prompt.reordered(order)
+        self.reads = None if self.reads is None else self.reads.reordered(order)
 
     def fork(self) -> Batch:
         """A second owner of every sequence."""
-        return Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin = Batch(self.memory, _fork_rows(self.rows), self.prompt.fork())
+        twin.reads = None if self.reads is None else self.reads.fork()
+        return twin
 
     def release(self) -> None:
         """Let go of every sequence."""

@@ -15,16 +15,17 @@ from kvtier.core.kept import kept_bytes
 from kvtier.core.ledger import Ledger
 from kvtier.core.lower import TIER_NAMES
 from kvtier.core.pages import HOST, NVME
-from kvtier.core.policy import Policy
+from kvtier.core.policy import Policy, Scope
 from kvtier.core.report import TierReport
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.session_tiers import ConfiguredTiers, SessionTiers, check_tenant
 from kvtier.core.transfer import TransferEngine
-from kvtier.errors import ConfigError, SessionStateError
+from kvtier.errors import CompositionError, ConfigError, SessionStateError
 from kvtier.types import Budgets, KVLayout, LayerLayout
 
 if TYPE_CHECKING:
+    from kvtier.core.probe import ProbeSession
     from kvtier.core.session import Session
 
 __all__ = ["Memory"]
@@ -52,6 +53,11 @@ class Memory:
         Device of each layer; the CPU by default.
     tenant : str
         Whose data this is: spill files go into a directory of its own.
+
+    Attributes
+    ----------
+    logs_reads : bool
+        Whether sessions opened from now on log which pages decode steps read, for ``Session.explain``.
 
     Raises
     ------
@@ -91,10 +97,12 @@ class Memory:
         self._reserved: dict[int, dict[torch.device, int]] = {}
         self._closed = False
         self._open_chunk = 0
+        self.logs_reads = False
         if not isinstance(tiers, SessionTiers):
             tiers = ConfiguredTiers(tiers if tiers is not None else load_config(None), self.tenant)
         self._tiers = tiers
         try:
+            self._check_parking()
             self._open_groups()
         except BaseException:
             self.close()
@@ -109,18 +117,24 @@ class Memory:
         """A new session over these tiers."""
         from kvtier.core.session import Session
 
-        if self._closed:
-            raise SessionStateError("this memory is closed; patch the model again")
+        self._check_open()
         return Session(self)
 
-    def sequence(self, layer: int) -> LayerSequence | WindowSequence:
-        """An empty sequence for one layer."""
+    def probe(self, *, layers: int, columns: int) -> ProbeSession:
+        """A session for the first run of a prompt of ``columns`` through the first ``layers``; no policy acts on it."""
+        from kvtier.core.probe import ProbeSession
+
+        self._check_open()
+        return ProbeSession(self, layers=layers, columns=columns)
+
+    def sequence(self, layer: int, *, sketched: bool = True) -> LayerSequence | WindowSequence:
+        """An empty sequence for one layer, with sketches if the policy ranks its pages and they are wanted."""
         shape, retrieval = self.layout.layers[layer], self.policy.retrieval
         if shape.window is not None:
             device = self.devices[layer]
             return WindowSequence.empty(shape, shape.window, device, self.ledgers[device], chunk=self._open_chunk)
         return LayerSequence.empty(
-            self._group_of[layer], sketched=retrieval is not None and layer >= retrieval.dense_layers
+            self._group_of[layer], sketched=sketched and retrieval is not None and layer >= retrieval.dense_layers
         )
 
     def keep_open_chunks(self) -> None:
@@ -136,13 +150,17 @@ class Memory:
         block = self.layout.block_tokens
         return max(block, limit // _CHUNK_SHARE // (rows * widest) // block * block)
 
-    def plan(self, session: int, rows: int, *, held: int, coming: int, chunk: int) -> None:
-        """Expect ``coming`` tokens a row, ``chunk`` at a time, in ``rows`` distinct rows that hold ``held`` each."""
+    def plan(self, session: int, rows: int, *, held: int, coming: int, chunk: int, probing: int | None = None) -> None:
+        """Expect ``coming`` tokens a row, ``chunk`` at a time, in ``rows`` distinct rows that hold ``held`` each.
+
+        With ``probing``, in that many first layers, and none is evicted.
+        """
         shares = dict.fromkeys(self.ledgers, 0)
-        block, keep = self.layout.block_tokens, self.policy.keep
+        block, keep = self.layout.block_tokens, self.policy.keep if probing is None else None
+        depth = len(self.layout.layers) if probing is None else probing
         tokens = held + coming
         for group in self._groups:
-            count, page = len(group.layers), group.page_tokens
+            count, page = sum(layer < depth for layer in group.layers), group.page_tokens
             kept = tokens if keep is None else min(tokens, max(keep[layer] for layer in group.layers))
             evicting = kept < tokens
             arriving, left = -(-coming // page), -(-kept // page)
@@ -154,10 +172,10 @@ class Memory:
                 kept * group.layer.token_bytes if evicting else 0
             )
             per_row = group.tail_bytes(block) + group.sketch_bytes(group.expected_pages)
-            if self.policy.evicts_steps:
+            if self.policy.evicts_steps and probing is None:
                 per_row += kept_bytes(group, kept)
             shares[group.device] += staging + rows * (count * per_row + chunk * group.layer.token_bytes)
-        for layer, device in zip(self.layout.layers, self.devices, strict=True):
+        for layer, device in list(zip(self.layout.layers, self.devices, strict=True))[:depth]:
             if layer.window is not None:
                 shares[device] += rows * (layer.window + block + self._open_chunk) * layer.token_bytes
         self._reserve(session, shares)
@@ -209,6 +227,21 @@ class Memory:
                 group.store.lower.close()
             self._tiers.close()
             self.transfer.close()
+
+    def _check_parking(self) -> None:
+        """Refuse a policy that waits for all layers where a prompt that comes in chunks could not be put aside."""
+        selection = self.policy.selection
+        waits = selection is not None and selection.scope is Scope.MODEL
+        if selection is not None and waits and self.budgets.device is not None and not self._tiers.capacities:
+            raise CompositionError(
+                f"{selection.name} evicts when the last layer has seen the prompt, and until then all of it must lie "
+                f"somewhere: with device={self.budgets.device} bytes and no tier below, a prompt in chunks has no "
+                "place; add a host or nvme tier, or leave device out"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionStateError("this memory is closed; patch the model again")
 
     def _open_groups(self) -> None:
         shapes: dict[tuple[LayerLayout, torch.device], list[int]] = {}

@@ -65,9 +65,13 @@ class Need(Enum):
     ATTENTION_VARIANCE = "variance of the column sums, per layer"
     HIDDEN_STATES = "hidden states of the last tokens"
     NEXT_LAYER_QUERY_WEIGHTS = "query projection of the next layer"
+    QUERY_MOMENTS = "mean and covariance of the prompt's queries before rotation"
     KEYS = "keys of the slots, as attention sees them"
+    VALUE_NORMS = "lengths of the values of the slots"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
+    LAST_QUERY = "the prompt's last query against every key of one layer"
+    SURPRISAL = "surprisal of every token of the prompt"
 
 
 class Phase(Enum):
@@ -93,21 +97,50 @@ class PositionMode(Enum):
 
 
 class KeepPlan(NamedTuple):
-    """Slots that stay: ``keep`` [B, Hk, K] int64, ascending in each row."""
+    """Slots that stay: ``keep`` [B, Hk, K] int64, ascending in each row.
+
+    Where heads share a budget, only the first ``counts`` [B, Hk] entries of a row mean something; None stands for K.
+    """
 
     keep: torch.Tensor
+    counts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, stays: torch.Tensor) -> KeepPlan:
+        """The plan that keeps the slots where ``stays`` [B, Hk, T] bool is true."""
+        counts = stays.sum(dim=-1)
+        order = torch.argsort(~stays, dim=-1, stable=True)
+        return cls(order[..., : int(counts.max())], counts)
+
+    def stays(self, slots: int) -> torch.Tensor:
+        """Which of ``slots`` slots stay [B, Hk, slots] bool."""
+        times = torch.zeros(*self.keep.shape[:2], slots, dtype=torch.int64, device=self.keep.device)
+        place = torch.arange(self.keep.shape[-1], device=self.keep.device)
+        means = torch.ones_like(self.keep) if self.counts is None else (place < self.counts.unsqueeze(-1)).long()
+        return times.scatter_add_(-1, self.keep, means) > 0
+
+    def rows(self) -> list[list[list[int]]]:
+        """The slots of each row and KV head."""
+        if self.counts is None:
+            return [row.tolist() for row in self.keep]
+        return [
+            [slots[:count] for slots, count in zip(row, counts, strict=True)]
+            for row, counts in zip(self.keep.tolist(), self.counts.tolist(), strict=True)
+        ]
 
 
 class MergePlan(NamedTuple):
     """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight``, each [B, Hk, M].
 
     A ``dst`` that takes something states its own weight too, with ``src == dst``; the weights that go to one ``dst``
-    sum to 1. An entry of weight 0 fills a row and means nothing.
+    sum to 1. An entry of weight 0 fills a row and means nothing. ``memory`` [B, Hk, S] fp32 is what the next merge of
+    the same sequence finds in its ``SlotView``; it travels with forks and beams, and ends with the sequence.
     """
 
     src: torch.Tensor
     dst: torch.Tensor
     weight: torch.Tensor
+    memory: torch.Tensor | None = None
 
 
 class ZonePlan(NamedTuple):
@@ -124,7 +157,9 @@ class Encoded(NamedTuple):
 
 
 class Policy(ABC):
-    """What every policy declares; the class attributes are checked when policies are composed.
+    """What every policy declares; checked when policies are composed.
+
+    Class attributes, but for phase and positions, which may depend on a policy's parameters.
 
     Attributes
     ----------
@@ -147,11 +182,19 @@ class Policy(ABC):
     paper: ClassVar[str]
     roles: ClassVar[frozenset[Role]] = frozenset()
     needs: ClassVar[frozenset[Need]] = frozenset()
-    phase: ClassVar[Phase] = Phase.DECODE
     scope: ClassVar[Scope] = Scope.LAYER
-    position_mode: ClassVar[PositionMode] = PositionMode.ORIGINAL
     lossless: ClassVar[bool] = False
     query_aware: ClassVar[bool] = False
+
+    @property
+    def phase(self) -> Phase:
+        """When it acts."""
+        return Phase.DECODE
+
+    @property
+    def position_mode(self) -> PositionMode:
+        """What becomes of the positions of kept tokens."""
+        return PositionMode.ORIGINAL
 
     @property
     def parts(self) -> tuple[Policy, ...]:
@@ -176,8 +219,24 @@ class PromptFilterPolicy(Policy):
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.PROMPT_FILTER})
-    phase: ClassVar = Phase.PROMPT
     query_aware: ClassVar = True
+    keep: int | None
+
+    def vote_layer(self, layout: KVLayout) -> int:
+        """The layer whose keys the last query votes on, for ``Need.LAST_QUERY``; no later one is run.
+
+        Raises
+        ------
+        CompositionError
+            When a model of this shape has no such layer.
+        """
+        del layout
+        raise PolicyError(f"{self.name} names no layer; LAST_QUERY needs one")
+
+    @property
+    def phase(self) -> Phase:
+        """Before anything is run."""
+        return Phase.PROMPT
 
     def protected(self, tokens: int) -> torch.Tensor:
         """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""
@@ -185,7 +244,10 @@ class PromptFilterPolicy(Policy):
 
     @abstractmethod
     def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
-        """Prompt tokens to run: indices [keep] into [T], ascending, by votes [T] of a partial forward."""
+        """Prompt tokens to run: indices [min(keep, T)], ascending, of ids [T] int64 by their votes [T] fp32.
+
+        Votes are what ``needs`` names: with ``LAST_QUERY`` q.k summed over the query heads, with ``SURPRISAL`` nats.
+        """
 
 
 class SelectionPolicy(Policy):
@@ -193,13 +255,33 @@ class SelectionPolicy(Policy):
 
     With ``Phase.PREFILL`` it acts at the end of a prompt, with ``Phase.DECODE`` also after every step. Slots are always
     given in the order of their positions.
+
+    Attributes
+    ----------
+    shares_heads : bool
+        Whether the KV heads of a layer share one budget, so that each may keep another number of tokens.
     """
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.SELECTION})
-    phase: ClassVar = Phase.PREFILL
+    shares_heads: ClassVar[bool] = False
     group_reduce: GroupReduce
     keep: int | None
+
+    @property
+    def phase(self) -> Phase:
+        """At the end of a prompt."""
+        return Phase.PREFILL
+
+    @property
+    def merges_steps(self) -> bool:
+        """Whether it folds tokens into others after every step."""
+        return self.phase is Phase.DECODE and type(self).merge is not SelectionPolicy.merge
+
+    @property
+    def skipped_queries(self) -> int:
+        """Positions at the start of a text whose queries ``Stats.query_moments`` leaves out."""
+        return 0
 
     @property
     def window_queries(self) -> int:
@@ -228,6 +310,10 @@ class SelectionPolicy(Policy):
         kept = torch.topk(rank, min(keep, total), dim=-1).indices
         return KeepPlan(torch.sort(kept, dim=-1).values)
 
+    def least(self, keep: int) -> int:
+        """Tokens that every KV head of a layer keeps at least, of ``keep`` on average: all of it by default."""
+        return keep
+
     def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
         """Tokens kept per KV head in each layer; their mean is ``keep``. Uniform by default."""
         return (keep,) * len(layout.layers)
@@ -241,7 +327,7 @@ class SelectionPolicy(Policy):
         return keep
 
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
-        """How dropped slots are folded into kept ones; None drops them."""
+        """How dropped slots are folded into kept ones; None drops them, and forgets what was remembered."""
         del view, plan
         return None
 

@@ -6,6 +6,7 @@ import torch
 
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray
+from kvtier.core.ragged import RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
 
@@ -13,7 +14,7 @@ __all__ = ["read_tokens"]
 
 
 def read_tokens(
-    sequence: LayerSequence | WindowSequence | KeptSequence,
+    sequence: LayerSequence | WindowSequence | KeptSequence | RaggedSequence,
     start: int,
     stop: int,
     keys: torch.Tensor,
@@ -45,7 +46,7 @@ def read_tokens(
         keys.copy_(held[0])
         values.copy_(held[1])
         return True
-    if isinstance(sequence, KeptSequence):
+    if isinstance(sequence, (KeptSequence, RaggedSequence)):
         return False
     page = sequence.group.page_tokens
     if sequence.evicted_length or stop > sequence.sealed or start % page or stop % page:

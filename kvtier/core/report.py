@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvtier.core.batch import Batch
     from kvtier.core.load_worth import LoadDecision
 
-__all__ = ["PrefixReport", "SessionReport", "TierReport", "session_report"]
+__all__ = ["PrefixReport", "PromptReport", "SessionReport", "TierReport", "session_report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,29 @@ class PrefixReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReport:
+    """What a prompt filter left of the prompt that began a cache, over all rows.
+
+    Parameters
+    ----------
+    tokens_prompt : int
+        Tokens that were given.
+    tokens_run : int
+        Those of them that were run through the whole model.
+    votes_seconds : float
+        Time of the first run, which says which.
+    """
+
+    tokens_prompt: int
+    tokens_run: int
+    votes_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionReport:
     """A session and the memory under it.
 
@@ -101,6 +124,8 @@ class SessionReport:
         Bytes written below the device, spilled from host to NVMe, read from below, promoted.
     prefix : PrefixReport, optional
         What stored prefixes did; None without a store.
+    prompt : PromptReport, optional
+        What a prompt filter did; None without one, and before it acted.
     """
 
     policy: str
@@ -116,6 +141,7 @@ class SessionReport:
     pages_held: int
     seconds: dict[str, float]
     prefix: PrefixReport | None = None
+    prompt: PromptReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""

@@ -18,11 +18,12 @@ from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
+from kvtier.core.explain import LayerExplanation, explain_layers
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
-from kvtier.core.step import Step
+from kvtier.core.step import Step, joined
 from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class Session:
             with self._or_unusable("an eviction"):
                 batch.evict(layer, last)
         batch.work_ahead(layer, decoding=decoding)
-        out = _joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
+        out = joined(outs, step, query, self.memory.layout.layers[layer].value_dim)
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
@@ -309,6 +310,11 @@ class Session:
         """What this session and the memory under it hold, read and spent."""
         return session_report(self._batch, tokens=self.length, seconds=self._seconds)
 
+    @_guarded
+    def explain(self, row: int) -> tuple[LayerExplanation, ...]:
+        """What each layer holds of a row, and how often decode steps read it where the memory has that logged."""
+        return explain_layers(self._batch, row)
+
     def close(self) -> None:
         """Free what no fork shares; idempotent."""
         with self.memory.lock:
@@ -372,7 +378,8 @@ class Session:
         self._history.note(tokens, None if spans is None else tuple((span.start, span.stop) for span in spans))
         if first or tokens > self.memory.layout.block_tokens:
             coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
-            self.memory.plan(self._name, distinct_rows(keys, values), held=self.length, coming=coming, chunk=tokens)
+            rows, probing = distinct_rows(keys, values), self._batch.probing
+            self.memory.plan(self._name, rows, held=self.length, coming=coming, chunk=tokens, probing=probing)
 
     def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Count the model's own K and V of this layer, which live until it has attended."""
@@ -385,16 +392,6 @@ class Session:
         nbytes = self._raw.pop(layer, 0)
         if nbytes:
             self.memory.ledger_of[layer].give("raw", nbytes)
-
-
-def _joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
-    if outs and step.rows[0].whole:
-        return outs[0] if outs[0].dtype == query.dtype else query.new_empty(outs[0].shape).copy_(outs[0])
-    joined = query.new_zeros(*query.shape[:3], value_dim)
-    for row, out in zip(step.rows, outs, strict=True):
-        joined[row.number, :, row.span] = out[0]
-    return joined
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"

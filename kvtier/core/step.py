@@ -11,7 +11,7 @@ import torch
 from kvtier.core.checks import check_positions, spans_of
 from kvtier.core.policy import IntArray
 
-__all__ = ["Row", "Step"]
+__all__ = ["Row", "Step", "joined"]
 
 
 @dataclass(slots=True)
@@ -83,3 +83,13 @@ class Step:
                 whole = rows == 1 and len(numbers) == tokens
                 held = positions if whole else positions[source : source + 1, span]
                 self.rows.append(Row(number, span, held, numbers, whole))
+
+
+def joined(outs: Sequence[torch.Tensor], step: Step, query: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """The outputs [1, Hq, n, Dv] of the rows of a step as [B, Hq, Tq, Dv] of the query's type, zeros on padding."""
+    if outs and step.rows[0].whole:
+        return outs[0] if outs[0].dtype == query.dtype else query.new_empty(outs[0].shape).copy_(outs[0])
+    joined = query.new_zeros(*query.shape[:3], value_dim)
+    for row, out in zip(step.rows, outs, strict=True):
+        joined[row.number, :, row.span] = out[0]
+    return joined

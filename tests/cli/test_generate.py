@@ -46,7 +46,13 @@ def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("policy", "budgets"),
-    [("full", {}), ("full", {"device": "512KiB"}), ("quest", {"read": 128}), ("snapkv", {"keep": 256})],
+    [
+        ("full", {}),
+        ("full", {"device": "512KiB"}),
+        ("quest", {"read": 128}),
+        ("snapkv", {"keep": 256}),
+        ("adakv", {"keep": 256}),
+    ],
 )
 def test_json_holds_the_answer_and_what_it_took(
     policy: str, budgets: dict[str, object], saved: Any, capsys: pytest.CaptureFixture[str]

@@ -52,7 +52,8 @@ def test_a_broken_law_is_told_with_its_smallest_case(capsys: pytest.CaptureFixtu
     assert run(["policies", "check", "somebodys_policies:narrow", "-n", "20", "--law", "S1", "--law", "S3"]) == 1
 
     out = capsys.readouterr().out
-    assert "S1, every row and KV head keeps exactly its budget, or all it has: 2 of 2 slots must stay, 1 do" in out
+    assert "S1, a row keeps exactly its budget, or all it has, and each KV head at least its part of it: " in out
+    assert "row 0, KV head 0: 2 of 2 slots must stay, 1 do" in out
     assert "for 1 rows, 1 KV heads of 1 query heads, 2 slots, keep 2, torch.float32" in out
     assert "1 of 2 laws broken, 20 cases a law" in out
 

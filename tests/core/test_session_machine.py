@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from hypothesis import settings
 
+from kvtier.testing.dense_heads import AdaKVRule, DenseHeadsSession
 from kvtier.testing.session_machine import SessionMachine, small_layout
 
 
@@ -48,7 +49,24 @@ class Retrieving(SessionMachine):
     device_bytes: ClassVar = 400_000
 
 
-for machine in (Unbounded, OnHost, OnNvme, Sliding, Retrieving):
+class SharingHeads(SessionMachine):
+    """AdaKV, which leaves KV heads of different lengths after every append of several tokens."""
+
+    layout: ClassVar = small_layout(heads=3)
+    policy_text: ClassVar = "adakv(window=2, kernel=3)"
+    keep: ClassVar = 11
+
+    def make_oracle(self) -> DenseHeadsSession:
+        return DenseHeadsSession(self.layout, AdaKVRule(window=2, kernel=3, keep=11))
+
+
+class SharingHeadsOnHost(SharingHeads):
+    """The same on a device that holds a fraction."""
+
+    device_bytes: ClassVar = 150_000
+
+
+for machine in (Unbounded, OnHost, OnNvme, Sliding, Retrieving, SharingHeads, SharingHeadsOnHost):
     # Short runs find what long ones find, and shrink faster.
     machine.TestCase.settings = settings(stateful_step_count=16)
 
@@ -57,3 +75,5 @@ TestOnHost = OnHost.TestCase
 TestOnNvme = OnNvme.TestCase
 TestSliding = Sliding.TestCase
 TestRetrieving = Retrieving.TestCase
+TestSharingHeads = SharingHeads.TestCase
+TestSharingHeadsOnHost = SharingHeadsOnHost.TestCase

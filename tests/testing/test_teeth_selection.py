@@ -16,6 +16,7 @@ from kvtier.core.policy import (
     SelectionPolicy,
 )
 from kvtier.core.stats import SlotView, Stats
+from kvtier.policies.eviction.heads import share_heads
 from kvtier.testing.check import check_policy
 from kvtier.types import GroupReduce
 
@@ -124,8 +125,59 @@ class RoundsLayers(Voted):
         return tuple(max(1, 2 * keep - (2 * keep // layers) * layer) for layer in range(layers))
 
 
-def test_a_right_policy_breaks_no_law() -> None:
-    verdicts = list(check_policy(Voted(), examples=15))
+class Shared(Voted):
+    """KV heads share a budget, half of which each keeps for itself; right, and the base of the wrong ones."""
+
+    shares_heads: ClassVar[bool] = True
+
+    def least(self, keep: int) -> int:
+        return keep // 2
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        return share_heads(scores, view, keep, self.least(keep))
+
+
+class RoundsHeads(Shared):
+    """AdaKV's published code: the best are counted by head, mixed with the even share, and rounded."""
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        counts = share_heads(scores, view, keep, 0).stays(scores.shape[-1]).sum(-1)
+        mixed = torch.round(counts * 0.5 + keep / 2 + 0.01).long()
+        best = torch.argsort(scores, dim=-1, descending=True, stable=True)
+        place = torch.empty_like(best).scatter_(-1, best, torch.arange(scores.shape[-1]).expand_as(best).contiguous())
+        return KeepPlan.of(place < mixed.unsqueeze(-1))
+
+
+class StarvesAHead(Shared):
+    """No safeguard: the best of all heads, whoever has them."""
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        return share_heads(scores, view, keep, 0)
+
+
+class SharesOverTheBatch(Shared):
+    """One ranking for the heads of all rows."""
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        def one(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.flatten(0, 1)[None]
+
+        valid = None if view.valid is None else one(view.valid)
+        whole = SlotView(positions=one(view.positions), protected=one(view.protected), valid=valid)
+        stays = share_heads(one(scores), whole, keep, self.least(keep)).stays(scores.shape[-1])
+        return KeepPlan.of(stays[0].unflatten(0, scores.shape[:2]))
+
+
+class SharesNothing(Shared):
+    """Says that heads share a budget, and gives each the same."""
+
+    def select(self, scores: torch.Tensor, view: SlotView, keep: int) -> KeepPlan:
+        return share_heads(scores, view, keep, keep)
+
+
+@pytest.mark.parametrize("right", [Voted(), Shared()])
+def test_a_right_policy_breaks_no_law(right: SelectionPolicy) -> None:
+    verdicts = list(check_policy(right, examples=15))
 
     assert not [verdict for verdict in verdicts if verdict.holds is False]
     assert len(verdicts) >= 15
@@ -147,6 +199,10 @@ def test_a_right_policy_breaks_no_law() -> None:
         (KeepsInScoreOrder(), "S3", r"row 0, KV head 0 keeps \[\d, \d"),
         (BreaksTies(), "S8", r"row 0, KV head 0 keeps \[1\] of the ranked slots; the best are \[0\]"),
         (NormalisesInPlace(), "S12", r"the votes are not what they were"),
+        (RoundsHeads(), "S1", r"row 0: \d+ slots must stay in all, \d+ do: \[.*\]|slots must stay, \d+ do"),
+        (StarvesAHead(), "S1", r"row \d, KV head \d: \d+ to \d+ of \d+ slots must stay, \d+ do"),
+        (SharesOverTheBatch(), "S1", r"row 0: \d+ slots must stay in all, \d+ do: \[.*\]"),
+        (SharesNothing(), "S10", r"row \d keeps a slot of score 0.* beyond its head's least, and drops one of"),
         (RoundsLayers(), "S11", r"1 tokens in each of 1 layers, 2 in all"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else "",

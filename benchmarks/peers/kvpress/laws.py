@@ -1,7 +1,7 @@
 """The presses of kvpress under the laws of selection, each as its users run it, on small random Llamas.
 
-python -m pip install --no-deps --target .peers/kvpress -r benchmarks/peers/kvpress/requirements.txt
-PYTHONPATH=.peers/kvpress python -P benchmarks/peers/kvpress/laws.py
+python benchmarks/run.py policies --install --quick
+PYTHONPATH=$(echo .peers/kvpress/lib/python*/site-packages) python -P benchmarks/peers/kvpress/laws.py
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 
+from kvtier.core.policy import KeepPlan
 from kvtier.testing.law import CALM, PHASES, Law, LawBroken, PolicyLaws, law, laws_of, require
 from kvtier.testing.selection_laws import SelectionLaws
 
@@ -55,6 +56,11 @@ class Press:
 
     name: str
     press: Any
+    shares_heads: bool = False
+
+    def least(self, keep: int) -> int:
+        """Tokens that every KV head must keep."""
+        return keep
 
     @property
     def attention(self) -> str:
@@ -86,6 +92,10 @@ class PressCase:
         width = self.heads * self.group * _DIM
         drawn = torch.randn(self.rows, self.slots, width, generator=random).to(self.dtype)
         return drawn if self.picked is None else drawn[list(self.picked)]
+
+    def keeps(self, policy: Press, keep: int | None = None) -> KeepPlan:
+        """The plan by which a press seems to have acted."""
+        return KeepPlan(self.plan(policy, keep))
 
     def plan(self, policy: Press, keep: int | None = None) -> torch.Tensor:
         """Slots of the prompt whose keys are left in the cache [B, Hk, K], in their order there."""

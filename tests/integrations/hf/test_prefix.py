@@ -110,6 +110,7 @@ POLICIES = {
     "full": {},
     "quest(dense_layers=0)": {"read": 24},
     "snapkv(window=8)": {"keep": 40},
+    "adakv(window=8)": {"keep": 40},
     "snapkv(window=8) | quest(dense_layers=1)": {"keep": 60, "read": 24},
 }
 

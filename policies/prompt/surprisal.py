@@ -1,0 +1,72 @@
+"""Surprisal: drop prompt tokens that the model could have guessed (after TCRA-LLM, Liu et al. 2023, 2310.15556)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from kvtier.core.policy import Need, PromptFilterPolicy
+from kvtier.errors import PolicyError
+from kvtier.policies.prompt.ranking import best_tokens, check_edges, edges
+
+__all__ = ["Surprisal"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surprisal(PromptFilterPolicy):
+    """Run only the tokens that carry the most information for the model itself, and the protected ones.
+
+    Parameters
+    ----------
+    keep : int, optional
+        Prompt tokens that are run, protected ones included; None takes the ``keep`` of the patch.
+    kernel : int
+        Width of the mean over neighbouring tokens, odd; 1 judges every token alone, more keeps phrases together.
+    prefix, suffix : int
+        Tokens at the beginning (instructions) and at the end (the question) that are always run.
+    separator : int, optional
+        Token id that stands between passages: always run, after beginning and end.
+
+    Notes
+    -----
+    The paper compresses retrieval-augmented prompts in two ways: it has a second model summarise them, and it removes
+    words that matter little for the meaning of the text, by the distance of sentence embeddings. This is the second
+    one without a second model: a token's weight is its surprisal, -log p(token | all before it), from one run of the
+    model over the prompt. Summarising is another kind of policy and not offered.
+
+    That first run costs a whole prefill: what is saved is memory and decode time, not time to the first token.
+    """
+
+    name: ClassVar[str] = "surprisal"
+    paper: ClassVar[str] = "after TCRA-LLM, Liu et al. 2023, arXiv 2310.15556, semantic compression"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.SURPRISAL, Need.PROMPT_TOKENS})
+    query_aware: ClassVar[bool] = False
+
+    keep: int | None = None
+    kernel: int = 1
+    prefix: int = 32
+    suffix: int = 32
+    separator: int | None = None
+
+    def __post_init__(self) -> None:
+        check_edges(self.name, self.keep, self.prefix, self.suffix)
+        if type(self.kernel) is not int or self.kernel < 1 or self.kernel % 2 == 0:
+            raise PolicyError(f"surprisal: kernel must be an odd integer of at least 1, got {self.kernel!r}")
+        if self.separator is not None and (type(self.separator) is not int or self.separator < 0):
+            raise PolicyError(f"surprisal: separator must be a token id, got {self.separator!r}")
+
+    def protected(self, tokens: int) -> torch.Tensor:
+        """The first ``prefix`` and the last ``suffix`` tokens [T] bool."""
+        return edges(tokens, self.prefix, self.suffix)
+
+    def keep_tokens(self, token_ids: torch.Tensor, votes: torch.Tensor, keep: int) -> torch.Tensor:
+        """The ``keep`` most surprising of ids [T] by their surprisal [T] in nats: indices, ascending."""
+        pad = self.kernel // 2
+        smooth = functional.avg_pool1d(
+            votes.float()[None], self.kernel, stride=1, padding=pad, count_include_pad=False
+        )[0]
+        certain = None if self.separator is None else (token_ids == self.separator).to(votes.device)
+        return best_tokens(smooth, keep, prefix=self.prefix, suffix=self.suffix, certain=certain)
