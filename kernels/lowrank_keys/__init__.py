@@ -88,6 +88,18 @@ def lowrank_keys(
     InputError
         When shapes do not fit together.
     """
+    _check(u, sv, positions, pages, rotation, page_tokens)
+    return OPERATOR.on(u.device).lowrank_keys(u, sv, positions, pages, rotation, page_tokens=page_tokens)
+
+
+def _check(
+    u: torch.Tensor,
+    sv: torch.Tensor,
+    positions: torch.Tensor,
+    pages: torch.Tensor,
+    rotation: Rotation,
+    page_tokens: int,
+) -> None:
     cos, sin = rotation
     if not (
         u.dim() == pages.dim() == 3
@@ -109,4 +121,3 @@ def lowrank_keys(
             f"int64, tables [S, R / 2] with R at most D, and page_tokens of at least 1, got {shapes}, "
             f"{positions.dtype}, {pages.dtype} and {page_tokens}"
         )
-    return OPERATOR.on(u.device).lowrank_keys(u, sv, positions, pages, rotation, page_tokens=page_tokens)

@@ -99,6 +99,20 @@ def prefix_attention(
     InputError
         When shapes do not fit together or to the plan.
     """
+    _check(q, k_arena, v_arena, prefix_frames, own_frames, plan)
+    return OPERATOR.on(q.device).prefix_attention(
+        q, k_arena, v_arena, prefix_frames, own_frames, plan, scale=scale, softcap=softcap
+    )
+
+
+def _check(
+    q: torch.Tensor,
+    k_arena: torch.Tensor,
+    v_arena: torch.Tensor,
+    prefix_frames: torch.Tensor,
+    own_frames: torch.Tensor,
+    plan: PrefixPlan,
+) -> None:
     layout = plan.layout
     heads = layout.num_kv_heads
     wanted = {
@@ -111,6 +125,3 @@ def prefix_attention(
     for name, (got, shape) in wanted.items():
         if tuple(got) != shape:
             raise InputError(f"prefix_attention needs {name} of {list(shape)} for this plan, got {list(got)}")
-    return OPERATOR.on(q.device).prefix_attention(
-        q, k_arena, v_arena, prefix_frames, own_frames, plan, scale=scale, softcap=softcap
-    )

@@ -97,18 +97,7 @@ def plan_prefix(
     InputError
         When the lengths do not fit together, or the layers have a window.
     """
-    if not (
-        len(groups) == len(own_lengths)
-        and all(0 <= group < len(prefix_lengths) for group in groups)
-        and min((0, *prefix_lengths, *own_lengths)) == 0
-        and page_tokens >= 1
-        and queries >= 1
-    ):
-        raise InputError(
-            "plan_prefix needs for each request a group of prefix_lengths and an own length, no length below 0, and "
-            f"page_tokens and queries of at least 1, got groups {list(groups)}, prefix_lengths {list(prefix_lengths)}, "
-            f"own_lengths {list(own_lengths)}, page_tokens {page_tokens} and queries {queries}"
-        )
+    _check(groups, prefix_lengths, own_lengths, page_tokens, queries)
     if layout.window is not None:
         raise InputError(
             f"prefix_attention serves layers that see everything, got a window of {layout.window}; use attend_pages"
@@ -136,3 +125,20 @@ def _end_to_end(lengths: Sequence[int], page_tokens: int) -> tuple[Span, ...]:
         spans.append(Span(page, length))
         page += -(-length // page_tokens)
     return tuple(spans)
+
+
+def _check(
+    groups: Sequence[int], prefix_lengths: Sequence[int], own_lengths: Sequence[int], page_tokens: int, queries: int
+) -> None:
+    if not (
+        len(groups) == len(own_lengths)
+        and all(0 <= group < len(prefix_lengths) for group in groups)
+        and min((0, *prefix_lengths, *own_lengths)) == 0
+        and page_tokens >= 1
+        and queries >= 1
+    ):
+        raise InputError(
+            "plan_prefix needs for each request a group of prefix_lengths and an own length, no length below 0, and "
+            f"page_tokens and queries of at least 1, got groups {list(groups)}, prefix_lengths {list(prefix_lengths)}, "
+            f"own_lengths {list(own_lengths)}, page_tokens {page_tokens} and queries {queries}"
+        )
