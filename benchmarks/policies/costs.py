@@ -23,7 +23,7 @@ from kvtier.integrations.hf.columns import Columns
 
 __all__ = ["planning", "statistics"]
 
-_STEPWISE: Final = ("streamingllm", "tova", "h2o(recent=64)")
+_STEPWISE: Final = ("streamingllm", "tova", "h2o(recent=64)", "d2o(when='step')")
 _ASKING: Final = ("full", "h2o(recent=64)", "d2o")
 _VOCABULARY: Final = 256
 
