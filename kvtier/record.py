@@ -209,15 +209,24 @@ class RecordHeader:
         InputError
             A field is longer or larger than the format can say.
         """
-        tenant = self.tenant.encode()
-        _check_fields(self, tenant)
-        size = header_bytes(self.payload_bytes, len(tenant), len(self.meta), self.extent_bytes)
-        fixed = _HEADER.pack(
-            RECORD_MAGIC, 0, RECORD_VERSION, self.kind, size, self.epoch, self.sequence, self.created_us,
-            self.payload_bytes, self.extent_bytes, len(self.digests) // DIGEST_BYTES, self.key, self.namespace,
-            self.codec, len(tenant), len(self.meta), 0,
+        packed = bytearray(self.header_bytes)
+        self.pack_into(memoryview(packed), seed)
+        return bytes(packed)
+
+    def pack_into(self, block: memoryview, seed: int) -> None:
+        """Write the header over zeros, ``header_bytes`` long; see `pack`."""
+        tenant, meta, digests = self.tenant.encode(), self.meta, self.digests
+        if not _can_be_said(self, len(tenant), block.nbytes):
+            _refuse_fields(self, len(tenant))
+        meta_at = _HEADER.size + len(tenant)
+        digests_at = meta_at + len(meta)
+        _HEADER.pack_into(
+            block, 0, RECORD_MAGIC, 0, RECORD_VERSION, self.kind, block.nbytes, self.epoch, self.sequence,
+            self.created_us, self.payload_bytes, self.extent_bytes, len(digests) // DIGEST_BYTES, self.key,
+            self.namespace, self.codec, len(tenant), len(meta), 0,
         )  # fmt: skip
-        return _sealed(b"".join((fixed, tenant, self.meta, self.digests)).ljust(size, b"\0"), seed)
+        block[_HEADER.size : digests_at + len(digests)] = b"".join((tenant, meta, digests))
+        _CHECKSUM.pack_into(block, _CHECKSUM_AT, xxhash.xxh3_64_intdigest(block[_CHECKED_FROM:], seed))
 
 
 def header_bytes(payload_bytes: int, tenant_bytes: int, meta_bytes: int, extent_bytes: int) -> int:
@@ -349,8 +358,23 @@ def _check_sizes(
         )
 
 
-def _check_fields(header: RecordHeader, tenant: bytes) -> None:
-    """Refuse what `parse_header` would not take back."""
+def _can_be_said(header: RecordHeader, tenant_bytes: int, size: int) -> bool:
+    """Whether `parse_header` would take the fields back from a header of ``size`` bytes."""
+    extent = header.extent_bytes
+    return (
+        len(header.key) == len(header.namespace) == KEY_BYTES
+        and 0 < tenant_bytes <= MAX_TENANT_BYTES
+        and len(header.meta) <= MAX_META_BYTES
+        and 0 <= header.payload_bytes <= MAX_PAYLOAD_BYTES
+        and BLOCK_BYTES <= extent <= MAX_EXTENT_BYTES
+        and extent % BLOCK_BYTES == 0
+        and len(header.digests) == -(-header.payload_bytes // extent) * DIGEST_BYTES
+        and size <= MAX_HEADER_BYTES
+    )
+
+
+def _refuse_fields(header: RecordHeader, tenant_bytes: int) -> None:
+    """Say which field cannot be said."""
     lengths: Sequence[tuple[str, int, int]] = (
         ("key", len(header.key), KEY_BYTES),
         ("namespace", len(header.namespace), KEY_BYTES),
@@ -360,7 +384,7 @@ def _check_fields(header: RecordHeader, tenant: bytes) -> None:
         if got != required:
             raise InputError(f"{name} must be {required} bytes, got {got}")
     bounds: Sequence[tuple[str, int, int, int]] = (
-        ("tenant", len(tenant), 1, MAX_TENANT_BYTES),
+        ("tenant", tenant_bytes, 1, MAX_TENANT_BYTES),
         ("meta", len(header.meta), 0, MAX_META_BYTES),
         ("payload", header.payload_bytes, 0, MAX_PAYLOAD_BYTES),
         ("extent", header.extent_bytes, BLOCK_BYTES, MAX_EXTENT_BYTES),
@@ -369,5 +393,4 @@ def _check_fields(header: RecordHeader, tenant: bytes) -> None:
     for name, got, least, most in bounds:
         if not least <= got <= most:
             raise InputError(f"{name} must have {least} to {most} bytes, got {got}")
-    if header.extent_bytes % BLOCK_BYTES:
-        raise InputError(f"extent_bytes must be a multiple of {BLOCK_BYTES}, got {header.extent_bytes}")
+    raise InputError(f"extent_bytes must be a multiple of {BLOCK_BYTES}, got {header.extent_bytes}")

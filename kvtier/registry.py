@@ -95,6 +95,7 @@ policies = Registry(
         "adakv": Entry("kvtier.policies.eviction.adakv:AdaKV"),
         "adapyramidkv": Entry("kvtier.policies.eviction.adakv:AdaPyramidKV"),
         "d2o": Entry("kvtier.policies.eviction.d2o:D2O"),
+        "expected_attention": Entry("kvtier.policies.eviction.expected_attention:ExpectedAttention"),
         "h2o": Entry("kvtier.policies.eviction.h2o:H2O"),
         "pyramidkv": Entry("kvtier.policies.eviction.pyramidkv:PyramidKV"),
         "snapkv": Entry("kvtier.policies.eviction.snapkv:SnapKV"),

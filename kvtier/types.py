@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ __all__ = [
     "KVLayout",
     "LayerLayout",
     "Partial",
+    "Rope",
     "TierName",
     "Tree",
     "Visibility",
@@ -76,6 +77,29 @@ class Tree(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """How a layer rotates its queries and keys by their positions.
+
+    Parameters
+    ----------
+    frequencies : tuple of float
+        Radians a token of each of n pairs of channels (i, i + n); channels from 2n on are not rotated.
+    scaling : float
+        Factor of cosines and sines (YaRN).
+    changes : str
+        Why the frequencies depend on the length of the text; empty when they do not.
+    """
+
+    frequencies: tuple[float, ...]
+    scaling: float = 1.0
+    changes: str = ""
+
+    def __post_init__(self) -> None:
+        if self.scaling <= 0:
+            raise ConfigError(f"scaling must be more than 0, got {self.scaling}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLayout:
     """Shape of the keys and values of one layer.
 
@@ -83,6 +107,9 @@ class LayerLayout:
     ----------
     window : int, optional
         Sliding-window length W in tokens; None for a layer that sees everything.
+    rope : Rope, optional
+        How the model rotates keys before they come, for policies that undo it; None when that is not known. No part of
+        the shape: layouts that differ in it alone are equal.
     """
 
     num_query_heads: int
@@ -91,6 +118,7 @@ class LayerLayout:
     value_dim: int
     dtype: DTypeName
     window: int | None = None
+    rope: Rope | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_query_heads", "num_kv_heads", "key_dim", "value_dim"):
@@ -101,6 +129,8 @@ class LayerLayout:
                 f"num_query_heads must be a multiple of num_kv_heads, "
                 f"got {self.num_query_heads} and {self.num_kv_heads}"
             )
+        if self.rope is not None and 2 * len(self.rope.frequencies) > self.key_dim:
+            raise ConfigError(f"{len(self.rope.frequencies)} rotated pairs do not fit key_dim {self.key_dim}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.window is not None and self.window < 1:

@@ -84,9 +84,9 @@ def copy_with_digests(sources: Sequence[ByteRows], targets: Sequence[ByteRows], 
     return b"".join(digests)
 
 
-def verified(sources: Sequence[ByteRows], digests: bytes, nbytes: int) -> bool:
-    """Whether a payload of ``nbytes`` is what it was, where it lies."""
-    return _digests(sources, 0, nbytes) == digests
+def verified(sources: Sequence[ByteRows], digests: bytes, start: int, stop: int) -> bool:
+    """Whether extents of a payload are what they were: whole ones from ``start`` on, up to ``stop`` or its end."""
+    return _digests(sources, start, stop) == _part(digests, start, stop)
 
 
 def copy_verified(

@@ -39,9 +39,9 @@ class HostEntry:
             return None
         return copy_verified(views, self.digests, self.info.payload_bytes, ranges, request.into.numpy())
 
-    def verified(self, views: Sequence[ByteRows]) -> bool:
-        """Whether every byte is what it was, where it lies."""
-        return verified(views, self.digests, self.info.payload_bytes)
+    def verified(self, views: Sequence[ByteRows], start: int, stop: int) -> bool:
+        """Whether the extents that begin from ``start`` up to ``stop`` are what they were, where they lie."""
+        return verified(views, self.digests, start, stop)
 
     @property
     def index_bytes(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
+from kvtier.storage_backends.extents import EXTENT_BYTES
 from kvtier.storage_backends.host_arena import HostArena
 from kvtier.storage_backends.host_entry import HostEntry, index_bytes, info_of
 from kvtier.storage_backends.leases import LeaseBook
@@ -30,6 +31,7 @@ from kvtier.storage_backends.records import (
     RecordInfo,
     RecordStats,
     RecordStore,
+    RecordView,
 )
 from kvtier.storage_backends.workers import Workers
 from kvtier.types import format_bytes
@@ -142,7 +144,7 @@ class HostRecords(RecordStore):
         return [right is True for right in results]
 
     @contextmanager
-    def view(self, key: bytes) -> Iterator[torch.Tensor | None]:
+    def view(self, key: bytes) -> Iterator[RecordView | None]:
         """A payload where it lies, if it lies in one piece; it stays there until the block ends."""
         with self._lock:
             entry = self._entries.get(key)
@@ -155,12 +157,12 @@ class HostRecords(RecordStore):
             yield None
             return
         payload = torch.from_numpy(views[0])[: entry.info.payload_bytes]
-        right = entry.verified(views)
+        found = RecordView(payload, partial(entry.verified, views), EXTENT_BYTES)
         try:
-            yield payload if right else None
+            yield found
         finally:
             with self._lock:
-                self._finish_read(entry, ReadRequest(key, payload), right)
+                self._finish_read(entry, ReadRequest(key, payload), not found.damaged)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""

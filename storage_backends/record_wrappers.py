@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
-import torch
-
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.records import (
     BoolArray,
@@ -18,6 +16,7 @@ from kvtier.storage_backends.records import (
     RecordInfo,
     RecordStats,
     RecordStore,
+    RecordView,
 )
 
 __all__ = ["ReadOnlyRecords", "WrappedRecords"]
@@ -41,7 +40,7 @@ class WrappedRecords(RecordStore):
         """Read from the inner store."""
         return self.inner.read(requests)
 
-    def view(self, key: bytes) -> AbstractContextManager[torch.Tensor | None]:
+    def view(self, key: bytes) -> AbstractContextManager[RecordView | None]:
         """View in the inner store."""
         return self.inner.view(key)
 

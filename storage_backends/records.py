@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -40,6 +40,7 @@ __all__ = [
     "RecordInfo",
     "RecordStats",
     "RecordStore",
+    "RecordView",
 ]
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -75,9 +76,9 @@ class Record:
     meta: bytes = b""
 
     def __post_init__(self) -> None:
-        for name in ("key", "namespace"):
-            if len(getattr(self, name)) != KEY_BYTES:
-                raise InputError(f"{name} must be {KEY_BYTES} bytes, got {len(getattr(self, name))}")
+        if not len(self.key) == len(self.namespace) == KEY_BYTES:
+            got = f"{len(self.key)} and {len(self.namespace)}"
+            raise InputError(f"key and namespace must be {KEY_BYTES} bytes each, got {got}")
         if len(self.meta) > MAX_META_BYTES:
             raise InputError(f"meta must be at most {MAX_META_BYTES} bytes, got {len(self.meta)}")
         if not 0 < len(self.tenant.encode()) <= MAX_TENANT_BYTES:
@@ -216,6 +217,45 @@ class Lease(ABC):
         self.release()
 
 
+class RecordView:
+    """A payload in memory, verified as far as its reader goes: what was just verified is copied out of the cache.
+
+    Parameters
+    ----------
+    payload : Tensor
+        uint8, to be left as it is.
+    digested : callable
+        Whether the extents that begin from one byte up to another are those that were put.
+    extent_bytes : int
+
+    Attributes
+    ----------
+    damaged : bool
+        An extent proved wrong: nothing of the payload may be used.
+    seconds : float
+        Spent on verifying.
+    """
+
+    def __init__(self, payload: torch.Tensor, digested: Callable[[int, int], bool], extent_bytes: int) -> None:
+        self.payload = payload
+        self.damaged = False
+        self.seconds = 0.0
+        self._digested = digested
+        self._extent_bytes = extent_bytes
+        self._verified = 0
+
+    def verify(self, stop: int | None = None) -> bool:
+        """Whether every byte before ``stop``, the end by default, is as it was put; each extent is read once."""
+        end = self.payload.numel()
+        upto = end if stop is None else min(end, -(-stop // self._extent_bytes) * self._extent_bytes)
+        if not self.damaged and upto > self._verified:
+            start = time.perf_counter()
+            self.damaged = not self._digested(self._verified, upto)
+            self.seconds += time.perf_counter() - start
+            self._verified = upto
+        return not self.damaged
+
+
 class RecordStore(ABC):
     """Verified records under keys, within a hard bound of bytes.
 
@@ -243,8 +283,8 @@ class RecordStore(ABC):
         False is a miss, for any reason at all; ``into`` is then undefined and must not be used.
         """
 
-    def view(self, key: bytes) -> AbstractContextManager[torch.Tensor | None]:
-        """A whole payload where it lies, verified, to be read within the ``with`` block; None when it cannot be had.
+    def view(self, key: bytes) -> AbstractContextManager[RecordView | None]:
+        """A whole payload where it lies, to be copied within the ``with`` block; None when it cannot be had.
 
         Only stores in memory have any; it saves them a copy. Whoever gets None calls `read`.
         """

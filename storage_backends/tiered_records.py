@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from itertools import compress
 
 import numpy as np
-import torch
 
 from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import Capabilities
@@ -26,6 +25,7 @@ from kvtier.storage_backends.records import (
     RecordInfo,
     RecordStats,
     RecordStore,
+    RecordView,
 )
 from kvtier.storage_backends.slots import IntArray
 
@@ -118,14 +118,14 @@ class TieredRecords(RecordStore):
         return served
 
     @contextmanager
-    def view(self, key: bytes) -> Iterator[torch.Tensor | None]:
+    def view(self, key: bytes) -> Iterator[RecordView | None]:
         """View in the highest tier."""
-        start = time.perf_counter()
-        with self.tiers[0].view(key) as payload:
-            if payload is not None:
-                self.rates[0].learn(payload.numel(), time.perf_counter() - start)
-                self._count(hits=1, read_bytes=payload.numel())
-            yield payload
+        with self.tiers[0].view(key) as found:
+            yield found
+            if found is not None and not found.damaged:
+                nbytes = found.payload.numel()
+                self.rates[0].learn(nbytes, found.seconds)
+                self._count(hits=1, read_bytes=nbytes)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Lease every copy of those of ``keys`` that exist."""

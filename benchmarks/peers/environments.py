@@ -45,6 +45,8 @@ class Peer:
         Further arguments of the runner's ``Store``.
     unpack : str
         Names within the wheel that are unpacked, where the wheel is not installed.
+    slow_start : bool
+        Opening takes many seconds: it takes part in the first round alone, and only where there is something to read.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Peer:
     runner: str = "runner.py"
     options: Mapping[str, Any] = field(default_factory=dict)
     unpack: str = ""
+    slow_start: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -68,7 +71,7 @@ PEERS: Final[Mapping[str, Peer]] = {
     "vllm_fs": Peer(label="vLLM fs tier", folder="vllm_fs", unpack="vllm/v1/kv_offload/tiering/fs/io.py"),
     "nixl": Peer(label="NIXL POSIX aio", folder="nixl"),
     "nixl_uring": Peer(label="NIXL POSIX io_uring", folder="nixl", options={"queue": "uring"}),
-    "mooncake": Peer(label="Mooncake SSD offload", folder="mooncake"),
+    "mooncake": Peer(label="Mooncake SSD offload", folder="mooncake", slow_start=True),
 }
 """The stores, by the name that the command line knows."""
 

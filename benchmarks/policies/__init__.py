@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Parts, sizes, and whether to make the peer's environment."""
     parser.add_argument("--parts", type=_parts, default=_PARTS, help=f"which of {', '.join(_PARTS)}; all by default")
     parser.add_argument("--context", type=int, help="tokens of the prompt (default: 4096)")
-    parser.add_argument("--rounds", type=int, help="turns of every method (default: 3)")
+    parser.add_argument("--rounds", type=int, help="turns of every method (default: 2)")
     parser.add_argument("--install", action="store_true", help="make kvpress's environment, below .peers/")
 
 

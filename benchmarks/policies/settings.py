@@ -35,12 +35,12 @@ class Settings:
 
     context: int = 4096
     steps: int = 32
-    layers: int = 4
+    layers: int = 3
     hidden: int = 512
     induction_context: int = 2048
     needles: int = 4
     share: int = 4
-    rounds: int = 3
+    rounds: int = 2
     plan_context: int = 8192
     plan_steps: int = 24
     prompt: int = 32768

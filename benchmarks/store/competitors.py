@@ -28,6 +28,9 @@ class Competitor(Protocol):
     def label(self) -> str:
         """Name of it, and of nobody else."""
 
+    def takes(self, visit: Visit, turn: int) -> bool:
+        """Whether it takes part in this round of a visit."""
+
     def visit(self, visit: Visit) -> Mapping[str, float]:
         """Bytes a second of ``"write"`` and of each read of the visit.
 
@@ -46,6 +49,11 @@ class FioAt:
     setting: fio.Setting
     directory: Path
     direct: bool
+
+    def takes(self, visit: Visit, turn: int) -> bool:
+        """Always."""
+        del visit, turn
+        return True
 
     def visit(self, visit: Visit) -> Mapping[str, float]:
         """New files, written and read."""
@@ -66,6 +74,11 @@ class Served:
     client: Client
     directory: Path
     direct: bool
+    slow_start: bool
+
+    def takes(self, visit: Visit, turn: int) -> bool:
+        """Always, but for one that is slow to start."""
+        return not self.slow_start or (turn == 0 and bool(visit.reads))
 
     def visit(self, visit: Visit) -> Mapping[str, float]:
         """A new store, filled and read; what comes back wrong or not at all is an error here."""
@@ -118,6 +131,7 @@ def served(settings: Settings, stack: ExitStack) -> list[Served]:
             client=stack.enter_context(Client(*start)),
             directory=settings.directory / name,
             direct=settings.direct,
+            slow_start=name in environments.PEERS and environments.PEERS[name].slow_start,
         )
         for name, start in starts(settings)
         if not isinstance(start, str)

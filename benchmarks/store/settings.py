@@ -111,7 +111,7 @@ def _proper(directory: Path) -> Settings:
         direct=True,
         peers=tuple(PEERS),
         repeats=5,
-        visits=_visits(small=64 * MIB, large=128 * MIB, sizes=(64 * KIB, MIB, 4 * MIB, 16 * MIB)),
+        visits=_visits(small=32 * MIB, large=128 * MIB, sizes=(64 * KIB, MIB, 4 * MIB, 16 * MIB)),
         records=1_000_000,
         rebuild=Pieces(count=1024, nbytes=MIB),
         host=Pieces(count=256, nbytes=MIB),
@@ -149,9 +149,8 @@ def _visits(*, small: int, large: int, sizes: Sequence[int]) -> tuple[Visit, ...
                 )
             )
         request = Pieces(count=small // (64 * KIB), nbytes=64 * KIB)
-        visits.append(
-            Visit(name="64 x 64 KiB", pieces=request, per_call=64, durable=durable, reads=("read",) if durable else ())
-        )
+        reads = _reads(64 * KIB) if durable else ()
+        visits.append(Visit(name="64 x 64 KiB", pieces=request, per_call=64, durable=durable, reads=reads))
     return tuple(visits)
 
 

@@ -44,7 +44,7 @@ def _rounds(
         for visit in settings.visits:
             print(f"round {turn + 1} of {settings.repeats}: {_title(visit)}", file=sys.stderr, flush=True)
             shuffle(order)
-            for competitor in [one for one in order if one.label not in failed]:
+            for competitor in [one for one in order if one.label not in failed and one.takes(visit, turn)]:
                 try:
                     rates = competitor.visit(visit)
                 except (PeerError, fio.FioError) as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from kvtier.errors import UnsupportedModelError
 from kvtier.integrations.hf import compat
+from kvtier.integrations.hf.rope import rope_of
 from kvtier.types import DTYPE_BYTES, DTypeName, KVLayout, LayerLayout
 
 if TYPE_CHECKING:
@@ -38,7 +40,10 @@ def layout_of(model: Any, *, page_tokens: int = 16, block_tokens: int = 64, chun
     _refuse_layers(inner, config, layers)
     dtype = _dtype_name(inner)
     return KVLayout(
-        layers=tuple(_layer(config, index, layer.window, dtype) for index, layer in enumerate(layers)),
+        layers=tuple(
+            replace(_layer(config, index, layer.window, dtype), rope=rope_of(inner, config, index))
+            for index, layer in enumerate(layers)
+        ),
         page_tokens=page_tokens,
         block_tokens=block_tokens,
         chunk_tokens=chunk_tokens,

@@ -197,9 +197,13 @@ class PrefixCache:
     def _asks_about_all(self) -> str:
         """Why every token of a prompt must run; empty when it need not."""
         selection = self.memory.policy.selection
-        if selection is None or self.memory.policy.keep is None or Need.COLUMN_SUMS not in selection.needs:
+        if selection is None or self.memory.policy.keep is None:
             return ""
-        return f"{selection.name} asks about the attention of every token of a prompt, so all of them must run"
+        if Need.COLUMN_SUMS in selection.needs:
+            return f"{selection.name} asks about the attention of every token of a prompt, so all of them must run"
+        if Need.QUERY_MOMENTS in selection.needs:
+            return f"{selection.name} asks about the query of every token of a prompt, so all of them must run"
+        return ""
 
     def _restore(
         self, state: CacheState, space: Namespace, prompt: StoredPrompt, *, leave: int, spread: int = 1

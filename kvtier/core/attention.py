@@ -13,6 +13,7 @@ from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
 from kvtier.core.ragged import UNSEEN, RaggedFrames, RaggedSequence
 from kvtier.core.ring import WindowSequence
+from kvtier.core.rotation import turned
 from kvtier.core.sequence import LayerSequence, Segment
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
@@ -52,6 +53,13 @@ class Queries(NamedTuple):
         """Whether every query sees every slot, as in a decode step."""
         last = sequence.last_position
         return self.window is None and last is not None and last <= self.first
+
+    def places(self) -> IntArray:
+        """Positions [Tq] on the host; of a single query without waiting for the device."""
+        if self.positions.shape[1] == 1:
+            return np.array([self.first])
+        places: IntArray = self.positions[0].cpu().numpy()
+        return places
 
     def visibility(self, key_positions: IntArray) -> Visibility | None:
         """Which keys at ``key_positions`` [1 or Hk, n] these queries may see; None when all see all."""
@@ -111,7 +119,7 @@ def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> tor
     with segments_of(sequence) as segments:
         for segment in segments:
             votes[:, :, segment.start : segment.stop] = column_sums(
-                queries.query,
+                _meeting(sequence, segment, queries),
                 lse,
                 segment.keys,
                 scale=queries.scale,
@@ -119,6 +127,14 @@ def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> tor
                 visible=queries.visibility(positions[:, segment.start : segment.stop]),
             )
     return votes
+
+
+def _meeting(sequence: AnySequence, segment: Segment, queries: Queries) -> torch.Tensor:
+    """The queries as the keys of a segment must be met: turned where positions are compact."""
+    if not isinstance(sequence, KeptSequence) or sequence.compact is None:
+        return queries.query
+    tokens = segment.ahead - sequence.ahead(queries.places())
+    return turned(sequence.compact, queries.query, torch.from_numpy(tokens)) if tokens.any() else queries.query
 
 
 def _in_place(sequence: AnySequence) -> Sequence[Segment] | None:
@@ -140,7 +156,12 @@ def _over(
         seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
         found.append(
             attend_run(
-                queries.query, segment.keys, segment.values, scale=queries.scale, softcap=queries.softcap, visible=seen
+                _meeting(sequence, segment, queries),
+                segment.keys,
+                segment.values,
+                scale=queries.scale,
+                softcap=queries.softcap,
+                visible=seen,
             )
         )
         if len(found) >= _MERGE_WIDTH:

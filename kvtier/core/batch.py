@@ -13,6 +13,7 @@ from kvtier.core.checks import check_ascending
 from kvtier.core.explain import ReadLog
 from kvtier.core.kept import KeptSequence
 from kvtier.core.memory import Memory
+from kvtier.core.moments import moments_of
 from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.ragged import RaggedSequence
@@ -108,7 +109,7 @@ class Batch:
         if not decoding:
             self.note_prompt(layer, row, queries, partial)
         elif isinstance(sequence := self.rows[row][layer], KeptSequence):
-            self._evict_step(layer, sequence, queries, partial)
+            self._evict_step(sequence, queries, partial)
         return partial
 
     def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
@@ -153,6 +154,16 @@ class Batch:
             self.prompt.note(layer, row, PromptWindow.of(queries, partial.lse, width), width)
         if Need.COLUMN_SUMS in selection.needs:
             self.prompt.add(layer, row, sums_of(sequence, queries, partial.lse))
+        rope = self.memory.layout.layers[layer].rope
+        if Need.QUERY_MOMENTS in selection.needs and rope is not None:
+            self.prompt.moments[layer, row] = moments_of(
+                queries.query,
+                queries.positions,
+                rope,
+                skip=selection.skipped_queries,
+                before=self.prompt.moments.get((layer, row)),
+                ledger=sequence.group.ledger,
+            )
 
     def evict(self, layer: int, like: Queries) -> None:
         """Apply the selection policy to a layer whose prompt has ended; sliding windows are never subject to it.
@@ -182,7 +193,8 @@ class Batch:
     def _evict_layer(self, layer: int, like: Queries, selection: SelectionPolicy, keep: Sequence[int]) -> None:
         held = [row[layer] for row in self.rows]
         sequences = [sequence for sequence in held if not isinstance(sequence, WindowSequence)]
-        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep)
+        rope = self.memory.layout.layers[layer].rope
+        evicted = evict_rows(sequences, self.prompt.take(layer, len(held)), like, selection, keep, rope)
         for row, sequence in zip(self.rows, evicted, strict=True):
             row[layer] = sequence
         group = sequences[0].group
@@ -190,10 +202,9 @@ class Batch:
             group.planned_frames = 0
             group.store.compact()
 
-    def _evict_step(self, layer: int, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
-        selection, keep = self.memory.policy.selection, self.memory.policy.keep
-        if selection is not None and keep is not None:
-            evict_step(sequence, queries, partial.lse, selection, keep[layer])
+    def _evict_step(self, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
+        if self.memory.policy.selection is not None:
+            evict_step(sequence, queries, partial.lse, self.memory.policy.selection)
 
     def work_ahead(self, layer: int, *, decoding: bool) -> None:
         """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from kvtier.errors import InputError
+from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ByteRange
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
@@ -16,6 +18,17 @@ __all__ = ["ChunkCodec", "KVChunk", "LayerTensors"]
 
 LayerTensors: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
 """[L, Hk, C, D] in one tensor, or a sequence of L tensors [Hk, C, D]: ``x[layer]`` is the same."""
+
+
+_HostRows: TypeAlias = "ByteRows | list[ByteRows]"
+"""Bytes of a chunk's keys or values by page, [L, Hk, N, P, bytes of D], or [1, Hk, N, P, bytes of D] a layer."""
+
+_Like: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
+"""Shape and dtype of one layer's keys or values."""
+
+_Bytes = TypeVar("_Bytes", torch.Tensor, ByteRows)
+
+_STEP_BYTES = 256 << 10  # verified, then copied out of the cache
 
 
 class KVChunk(NamedTuple):
@@ -37,6 +50,43 @@ class KVChunk(NamedTuple):
         ]
 
 
+class _Step(NamedTuple):
+    """Bytes ``start`` to ``stop`` of a payload: some layers, or some heads of one.
+
+    ``places`` says which layers of the chunk, ``heads`` which of their heads, ``layer`` what they are like.
+    """
+
+    start: int
+    stop: int
+    places: slice
+    heads: slice
+    layer: LayerLayout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads."""
+        return (self.places.stop - self.places.start, self.heads.stop - self.heads.start)
+
+    def of(self, tensors: LayerTensors) -> torch.Tensor:
+        """Its part of a chunk, [L, Hk, C, D]."""
+        if isinstance(tensors, torch.Tensor):
+            return tensors[self.places, self.heads]
+        layer: torch.Tensor = tensors[self.places.start]
+        return layer[self.heads].unsqueeze(0)
+
+    def on_host(self, rows: _HostRows) -> ByteRows:
+        """Its part of the bytes of a chunk, [L, Hk, N, P, bytes of D]."""
+        return rows[self.places, self.heads] if isinstance(rows, np.ndarray) else rows[self.places.start][:, self.heads]
+
+
+class _OnHost(NamedTuple):
+    """A payload and a chunk as numpy sees them."""
+
+    payload: ByteRows
+    keys: _HostRows
+    values: _HostRows
+
+
 class ChunkCodec:
     """Bytes of chunks of one layout.
 
@@ -51,6 +101,12 @@ class ChunkCodec:
         sizes = [layer.token_bytes * layout.chunk_tokens for layer in layout.layers]
         self._starts = [0, *accumulate(sizes)]
         self.payload_bytes = self._starts[-1]
+        tokens = layout.chunk_tokens
+        self._wanted = {
+            "k": [_like(layer, tokens, layer.key_dim) for layer in layout.layers],
+            "v": [_like(layer, tokens, layer.value_dim) for layer in layout.layers],
+        }
+        self._plans: dict[tuple[tuple[int, ...], bool], list[_Step]] = {}
 
     def check(self, chunk: KVChunk, layers: Sequence[int], name: str) -> None:
         """Refuse a chunk whose tensors are not those of ``layers``.
@@ -63,25 +119,45 @@ class ChunkCodec:
         for kind, tensors in (("k", chunk.k), ("v", chunk.v)):
             if len(tensors) != len(layers):
                 raise InputError(f"{name}.{kind} must have {len(layers)} layers, got {len(tensors)}")
-            for place, layer in enumerate(layers):
-                self._check_layer(tensors[place], layer, f"{name}.{kind}[{place}]", kind)
+            if isinstance(tensors, torch.Tensor):
+                alike = [(tuple(tensors.shape[1:]), tensors.dtype)] * len(layers)
+            else:
+                alike = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+            for place, (layer, got) in enumerate(zip(layers, alike, strict=True)):
+                if got != self._wanted[kind][layer]:
+                    raise InputError(
+                        f"{name}.{kind}[{place}] must be {_spoken(self._wanted[kind][layer])} "
+                        f"(KV heads, chunk_tokens, dim) for layer {layer}, got {_spoken(got)}"
+                    )
 
     def encode(self, chunk: KVChunk, into: torch.Tensor) -> None:
         """Lay a checked chunk into uint8 [payload_bytes]."""
-        for index, layer in enumerate(self.layout.layers):
-            keys, values = self._pages(into[self._starts[index] : self._starts[index + 1]], layer)
-            _write(chunk.k[index], keys)
-            _write(chunk.v[index], values)
+        host = self._on_host(into, chunk)
+        for step in self._steps(range(len(self.layout.layers)), chunk):
+            if host is not None:
+                pages = self._pages(host.payload, step)
+                pages[0][...], pages[1][...] = step.on_host(host.keys), step.on_host(host.values)
+                continue
+            keys, values = self._pages(into, step)
+            _write(step.of(chunk.k), keys)
+            _write(step.of(chunk.v), values)
 
     def decode(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> None:
         """Fill a checked chunk of ``layers`` from the bytes that `ranges` asks for."""
-        at = 0
-        for place, index in enumerate(layers):
-            size = self._starts[index + 1] - self._starts[index]
-            keys, values = self._pages(payload[at : at + size], self.layout.layers[index])
-            _read(keys, into.k[place])
-            _read(values, into.v[place])
-            at += size
+        for _ in self.decoding(payload, layers, into):
+            pass
+
+    def decoding(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> Iterator[int]:
+        """The same in steps that a cache holds: before each, up to which byte of the payload it reads."""
+        host = self._on_host(payload, into)
+        for step in self._steps(layers, into):
+            yield step.stop
+            if host is not None:
+                step.on_host(host.keys)[...], step.on_host(host.values)[...] = self._pages(host.payload, step)
+                continue
+            keys, values = self._pages(payload, step)
+            _read(keys, step.of(into.k))
+            _read(values, step.of(into.v))
 
     def ranges(self, layers: Sequence[int]) -> tuple[ByteRange, ...]:
         """Where ascending ``layers`` lie in a payload; neighbours are one range."""
@@ -100,70 +176,106 @@ class ChunkCodec:
 
     def empty(self, layers: Sequence[int]) -> KVChunk:
         """A chunk on the CPU to decode into: one tensor each for k and v where the layers are alike."""
-        shapes = [self.layout.layers[index] for index in layers]
-        return KVChunk(*(self._empty(shapes, kind) for kind in ("k", "v")))
+        return KVChunk(*(self._empty(layers, kind) for kind in ("k", "v")))
 
-    def _empty(self, shapes: Sequence[LayerLayout], kind: str) -> LayerTensors:
-        tokens = self.layout.chunk_tokens
-        wanted = [((layer.num_kv_heads, tokens, _dim(layer, kind)), getattr(torch, layer.dtype)) for layer in shapes]
+    def _empty(self, layers: Sequence[int], kind: str) -> LayerTensors:
+        wanted = [self._wanted[kind][index] for index in layers]
         if len(set(wanted)) == 1:
             (shape, dtype) = wanted[0]
             return torch.empty((len(wanted), *shape), dtype=dtype)
         return [torch.empty(shape, dtype=dtype) for shape, dtype in wanted]
 
-    def _pages(self, payload: torch.Tensor, layer: LayerLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one layer's bytes, pages of keys [Hk, N, P, bytes of Dk] and values [Hk, N, P, bytes of Dv]."""
-        page, size = self.layout.page_tokens, DTYPE_BYTES[layer.dtype]
-        key_bytes, value_bytes = layer.key_dim * size, layer.value_dim * size
-        rows = payload.view(layer.num_kv_heads, -1, page * (key_bytes + value_bytes))
+    def _steps(self, layers: Sequence[int], chunk: KVChunk) -> list[_Step]:
+        """Copies that a chunk of ``layers`` takes: of several small layers that lie together, or some heads of one."""
+        together = isinstance(chunk.k, torch.Tensor) and isinstance(chunk.v, torch.Tensor)
+        key = (tuple(layers), together)
+        if key not in self._plans:
+            self._plans = {key: _steps_of(self.layout, key[0], together=together)}  # the last one is enough
+        return self._plans[key]
+
+    def _on_host(self, payload: torch.Tensor, chunk: KVChunk) -> _OnHost | None:
+        """Everything as numpy sees it, whose views cost a tenth of torch's; None where it cannot see it."""
+        keys, values = (_host_rows(tensors, self.layout.page_tokens) for tensors in chunk)
+        if keys is None or values is None or not payload.is_cpu:
+            return None
+        return _OnHost(payload.numpy(), keys, values)
+
+    def _pages(self, payload: _Bytes, step: _Step) -> tuple[_Bytes, _Bytes]:
+        """Views of a step's bytes, pages of keys [L, Hk, N, P, bytes of Dk] and values [L, Hk, N, P, bytes of Dv]."""
+        page, size = self.layout.page_tokens, DTYPE_BYTES[step.layer.dtype]
+        key_bytes, value_bytes = step.layer.key_dim * size, step.layer.value_dim * size
+        shape = (*step.shape, self.layout.chunk_tokens // page, page)
+        rows = payload[step.start : step.stop].reshape(*shape[:3], page * (key_bytes + value_bytes))
         keys, values = rows[..., : page * key_bytes], rows[..., page * key_bytes :]
-        return keys.view(*rows.shape[:2], page, key_bytes), values.view(*rows.shape[:2], page, value_bytes)
-
-    def _check_layer(self, tensor: torch.Tensor, index: int, name: str, kind: str) -> None:
-        layer = self.layout.layers[index]
-        shape = (layer.num_kv_heads, self.layout.chunk_tokens, _dim(layer, kind))
-        dtype = getattr(torch, layer.dtype)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise InputError(
-                f"{name} must be {dtype} {list(shape)} (KV heads, chunk_tokens, dim) for layer {index}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
+        return keys.reshape(*shape, key_bytes), values.reshape(*shape, value_bytes)
 
 
-def _dim(layer: LayerLayout, kind: str) -> int:
-    return layer.key_dim if kind == "k" else layer.value_dim
+def _spoken(like: _Like) -> str:
+    shape, dtype = like
+    return f"{dtype} {list(shape)}"
+
+
+def _like(layer: LayerLayout, tokens: int, dim: int) -> _Like:
+    return ((layer.num_kv_heads, tokens, dim), getattr(torch, layer.dtype))
+
+
+def _steps_of(layout: KVLayout, layers: tuple[int, ...], *, together: bool) -> list[_Step]:
+    """See `ChunkCodec._steps`; ``together``: a chunk's layers are one tensor."""
+    steps: list[_Step] = []
+    at = 0
+    for place, index in enumerate(layers):
+        layer = layout.layers[index]
+        head_bytes = layer.token_bytes * layout.chunk_tokens // layer.num_kv_heads
+        heads = max(1, min(layer.num_kv_heads, _STEP_BYTES // head_bytes))
+        last = steps[-1] if steps and together else None
+        size = head_bytes * layer.num_kv_heads
+        if last is not None and last.layer == layer and last.stop - last.start + size <= _STEP_BYTES:
+            steps[-1] = last._replace(stop=at + size, places=slice(last.places.start, place + 1))
+            at += size
+            continue
+        for first in range(0, layer.num_kv_heads, heads):
+            some = slice(first, min(first + heads, layer.num_kv_heads))
+            stop = at + head_bytes * (some.stop - some.start)
+            steps.append(_Step(at, stop, slice(place, place + 1), some, layer))
+            at = stop
+    return steps
+
+
+def _host_rows(tensors: LayerTensors, page_tokens: int) -> _HostRows | None:
+    """Views of the bytes of a chunk's keys or values; None where they do not lie in host memory row by row."""
+    whole = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+    if not all(tensor.is_cpu and tensor.stride(-1) == 1 for tensor in whole):
+        return None
+    rows: list[ByteRows] = []
+    for tensor in whole:
+        heads, tokens, dim = tensor.shape[-3:]
+        shape = (-1, heads, tokens // page_tokens, page_tokens, dim * tensor.element_size())
+        rows.append(tensor.detach().view(torch.uint8).view(shape).numpy())
+    return rows[0] if isinstance(tensors, torch.Tensor) else rows
 
 
 def _write(tensor: torch.Tensor, pages: torch.Tensor) -> None:
-    """Copy [Hk, C, D] to its bytes [Hk, N, P, bytes of D]."""
+    """Copy [L, Hk, C, D] to its bytes [L, Hk, N, P, bytes of D]."""
     rows = tensor.detach()
     if rows.stride(-1) != 1:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    _copy(_bytes_by_page(rows, pages), pages)
+    pages.copy_(_bytes_by_page(rows, pages))
 
 
 def _read(pages: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy bytes [Hk, N, P, bytes of D] to [Hk, C, D]."""
+    """Copy bytes [L, Hk, N, P, bytes of D] to [L, Hk, C, D]."""
     rows = tensor.detach()
     if rows.stride(-1) == 1:
-        _copy(pages, _bytes_by_page(rows, pages))
+        _bytes_by_page(rows, pages).copy_(pages)
     else:
         straight = torch.empty(rows.shape, dtype=rows.dtype)
-        _copy(pages, _bytes_by_page(straight, pages))
+        _bytes_by_page(straight, pages).copy_(pages)
         rows.copy_(straight)
 
 
 def _bytes_by_page(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """[Hk, C, D] as bytes [Hk, N, P, bytes of D], a view."""
+    """[L, Hk, C, D] as bytes [L, Hk, N, P, bytes of D], a view."""
     return rows.view(torch.uint8).view(pages.shape)
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    if source.is_cpu and target.is_cpu:
-        # numpy stays in this thread; torch would start a pool of OpenMP threads in every thread that calls it.
-        target.numpy()[...] = source.numpy()
-    else:
-        target.copy_(source)
 
 
 def _narrow(tensors: LayerTensors, start: int, length: int) -> LayerTensors:

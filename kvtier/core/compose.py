@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from kvtier.core.policy import (
+    CodecPolicy,
     Need,
     Phase,
     PlacementPolicy,
@@ -23,7 +24,9 @@ from kvtier.types import Budgets, KVLayout
 
 __all__ = ["BoundPolicy", "Composition", "bind", "policy"]
 
-_PROVIDED = frozenset({Need.WINDOW_ATTENTION, Need.COLUMN_SUMS, Need.KEYS})
+_PROVIDED = frozenset(
+    {Need.WINDOW_ATTENTION, Need.COLUMN_SUMS, Need.QUERY_MOMENTS, Need.KEYS, Need.VALUE_NORMS},
+)
 _SERVED = frozenset({Role.SELECTION, Role.RETRIEVAL, Role.PLACEMENT})
 
 
@@ -109,8 +112,10 @@ def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
         With what cannot work together, and what to change.
     """
     parts = chosen.parts
+    _check_merging(parts)
     for part in parts:
         _check_part(part)
+        _check_rotation(part, layout)
         part.check_layout(layout)
     selection = next((part for part in parts if isinstance(part, SelectionPolicy)), None)
     retrieval = next((part for part in parts if isinstance(part, RetrievalPolicy)), None)
@@ -118,6 +123,9 @@ def bind(chosen: Policy, layout: KVLayout, budgets: Budgets) -> BoundPolicy:
         raise CompositionError(
             f"{selection.name} evicts by the attention of every step, and {retrieval.name} leaves pages unread; take a "
             "policy that evicts at the end of a prompt, such as snapkv"
+            if selection.needs
+            else f"{selection.name} evicts at every step, so there are no sealed pages for {retrieval.name} to choose "
+            "from; take a policy that evicts at the end of a prompt, such as snapkv"
         )
     if selection is not None and selection.shares_heads:
         _check_shared(selection, retrieval)
@@ -201,8 +209,43 @@ def _check_part(part: Policy) -> None:
         )
     if part.scope is Scope.MODEL and not isinstance(part, SelectionPolicy):
         raise CompositionError(f"{part.name} plans over all layers at once; only selection policies may")
-    if part.position_mode is PositionMode.COMPACT:
-        raise CompositionError(f"{part.name} renumbers positions; a session keeps the positions that RoPE saw")
+    compacts = part.position_mode is PositionMode.COMPACT
+    if compacts and not (isinstance(part, SelectionPolicy) and part.phase is Phase.DECODE):
+        raise CompositionError(
+            f"{part.name} renumbers positions; only what evicts at every step may, for pages keep the positions that "
+            "RoPE saw"
+        )
+
+
+def _check_rotation(part: Policy, layout: KVLayout) -> None:
+    """Refuse what undoes rotations where they are not known, or not the same for every length of the text."""
+    compacts = part.position_mode is PositionMode.COMPACT
+    if not compacts and not part.needs & {Need.QUERY_MOMENTS, Need.PRE_ROPE_KEYS}:
+        return
+    what = "renumbers positions" if compacts else "asks for vectors before rotation"
+    for index, layer in enumerate(layout.layers):
+        if layer.window is not None:
+            continue
+        if layer.rope is None:
+            raise CompositionError(
+                f"{part.name} {what}, and how layer {index} rotates (RoPE) is not known; take another policy, or give "
+                "LayerLayout.rope"
+            )
+        if layer.rope.changes:
+            raise CompositionError(
+                f"{part.name} {what}, which needs one rotation for each position: {layer.rope.changes}"
+            )
+
+
+def _check_merging(parts: tuple[Policy, ...]) -> None:
+    """Refuse blocks that are written once under slots that change at every step."""
+    codec = next((part for part in parts if isinstance(part, CodecPolicy)), None)
+    merging = next((part for part in parts if isinstance(part, SelectionPolicy) and part.merges_steps), None)
+    if codec is not None and merging is not None:
+        raise CompositionError(
+            f"{merging.name} merges tokens at every step, and {codec.name} writes a block once, when it is sealed, so "
+            "what is merged later would be missing from it; merge at the end of a prompt, or leave the codec out"
+        )
 
 
 def _check_shared(selection: SelectionPolicy, retrieval: RetrievalPolicy | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kvtier.core.namespace import Namespace
 
 __all__ = ["Hit"]
+
+_VIEWED_AT_ONCE = 16
 
 
 class Hit:
@@ -107,29 +110,48 @@ class Hit:
         codec = self._space.codec
         size = codec.bytes_of(layers)
         ranges = None if size == codec.payload_bytes else codec.ranges(layers)
-        done = 0
+        done, ahead = 0, len(keys)
         with ExitStack() as stack:
             rows: torch.Tensor | None = None
             while done < len(keys):
-                if ranges is None and self._decode_in_place(keys[done], layers, targets[done]):
-                    done += 1
+                if ranges is None and (viewed := self._decode_in_place(keys[done:], layers, targets[done:])):
+                    done, ahead = done + viewed, 1  # those that follow are likely to lie in memory, too
                     continue
                 if rows is None:
                     rows = stack.enter_context(self._space.store.staging.rows(size, len(keys) - done))
-                part = keys[done : done + len(rows)]
+                part = keys[done : done + min(ahead, len(rows))]
                 right = self._decode_by_way_of(rows, part, ranges, layers, targets[done:])
-                done += right
+                done, ahead = done + right, 2 * ahead
                 if right < len(part):
                     break
         return done
 
-    def _decode_in_place(self, key: bytes, layers: Sequence[int], target: KVChunk) -> bool:
-        """Decode a chunk from where it lies, if it lies in memory."""
-        with self._space.store.records.view(key) as payload:
-            if payload is None:
+    def _decode_in_place(self, keys: Sequence[bytes], layers: Sequence[int], targets: Sequence[KVChunk]) -> int:
+        """Decode chunks from where they lie, in threads if there are many; how many leading ones lie in memory."""
+        codec, workers, done = self._space.codec, self._space.store.workers, 0
+        if not self._decode_view(keys[0], layers, targets[0]):
+            return 0
+        for first in range(1, len(keys), _VIEWED_AT_ONCE):
+            some = slice(first, first + _VIEWED_AT_ONCE)
+            pairs = zip(keys[some], targets[some], strict=False)
+            jobs = [partial(self._decode_view, key, layers, target) for key, target in pairs]
+            right = workers.run(jobs, len(jobs) * codec.payload_bytes)
+            done += right.index(False) if False in right else len(right)
+            if False in right:
+                break
+        return 1 + done
+
+    def _decode_view(self, key: bytes, layers: Sequence[int], target: KVChunk) -> bool:
+        """Decode a chunk from where it lies, if it lies in memory and proves right."""
+        with self._space.store.records.view(key) as found:
+            if found is None:
                 return False
-            self._decode([payload], layers, [target])
-            return True
+            start = time.perf_counter()
+            right = all(found.verify(stop) for stop in self._space.codec.decoding(found.payload, layers, target))
+            if right:
+                seconds = time.perf_counter() - start - found.seconds
+                self._space.store.decoding.learn(found.payload.numel(), seconds)
+            return right
 
     def _decode_by_way_of(
         self,

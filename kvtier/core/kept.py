@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,14 +10,18 @@ import numpy as np
 import torch
 
 from kvtier.core.group import LayerGroup
-from kvtier.core.policy import IntArray
+from kvtier.core.merging import fold_slots
+from kvtier.core.policy import IntArray, MergePlan
+from kvtier.core.rotation import turned
 from kvtier.core.sequence import Segment
 from kvtier.errors import SessionStateError
+from kvtier.types import Rope
 
 __all__ = ["KeptSequence", "kept_bytes"]
 
 _PURPOSE = "slots"
 _SLACK = 16
+_MOST_STRETCHES = 4
 
 
 @dataclass(slots=True)
@@ -37,6 +42,13 @@ class KeptSequence:
         [Hq, capacity] fp32; the running column sums.
     seen : int
         Tokens ever appended and not cropped.
+    budget : int
+        Slots that each KV head keeps after a step.
+    memory : Tensor, optional
+        What the policy remembers of its last merge [1, Hk, S].
+    compact : Rope, optional
+        Where kept tokens are numbered without gaps: how the model rotates. Keys stay as they came; queries are turned
+        to meet them.
     """
 
     group: LayerGroup
@@ -49,6 +61,9 @@ class KeptSequence:
     evicted: bool = False
     draft_start: int | None = None
     version: object = field(default_factory=object)
+    budget: int = 0
+    memory: torch.Tensor | None = None
+    compact: Rope | None = None
 
     @classmethod
     def of(cls, group: LayerGroup, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> KeptSequence:
@@ -88,9 +103,24 @@ class KeptSequence:
         self.version = object()
 
     def segments(self) -> Iterator[Segment]:
-        """All slots, as one view."""
-        if self.length:
-            yield Segment(0, self.length, self.keys[None, :, : self.length], self.values[None, :, : self.length])
+        """All slots, as one view; where positions are compact, as one for every stretch that is rotated alike."""
+        if not self.length:
+            return
+        keys, values = self.keys[None, :, : self.length], self.values[None, :, : self.length]
+        if self.compact is None:
+            yield Segment(0, self.length, keys, values)
+            return
+        ahead = self.positions - _ranks(self.positions)
+        cuts = np.flatnonzero((np.diff(ahead, axis=1) != 0).any(axis=0)) + 1
+        if cuts.size >= _MOST_STRETCHES or (ahead != ahead[0]).any():
+            yield Segment(0, self.length, self._turned_back(self.compact, keys, ahead), values)
+            return
+        for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), self.length], strict=True):
+            yield Segment(start, stop, keys[:, :, start:stop], values[:, :, start:stop], int(ahead[0, start]))
+
+    def ahead(self, positions: IntArray) -> IntArray:
+        """How many positions queries at ``positions`` [n], whose tokens are held, lie before their compact ones."""
+        return positions - np.searchsorted(np.sort(self.positions[0]), positions)
 
     def in_order(self) -> torch.Tensor:
         """The slots of each KV head in the order of their positions [Hk, length]."""
@@ -122,6 +152,13 @@ class KeptSequence:
         if self.capacity > count + 4 * _SLACK:
             self._resize(count + _SLACK)
 
+    def merge(self, plan: MergePlan) -> None:
+        """Fold slots into others, as entries [1, Hk, M] of slots here say."""
+        head, entry = (plan.weight[0] > 0).nonzero(as_tuple=True)
+        source, target, weight = (part[0, head, entry] for part in (plan.src, plan.dst, plan.weight))
+        fold_slots(self.keys, head, source, target, weight)
+        fold_slots(self.values, head, source, target, weight)
+
     def fork(self) -> KeptSequence:
         """A second sequence with the same slots, copied."""
         keys, values = _buffers(self.group, self.capacity)
@@ -138,6 +175,9 @@ class KeptSequence:
             evicted=self.evicted,
             draft_start=self.draft_start,
             version=self.version,
+            budget=self.budget,
+            memory=self.memory,
+            compact=self.compact,
         )
 
     def check_crop(self, remove: int) -> None:
@@ -180,6 +220,13 @@ class KeptSequence:
         self.keys, self.values, self.votes = self.keys[:, :0], self.values[:, :0], self.votes[:, :0]
         self.positions = self.positions[:, :0]
 
+    def _turned_back(self, rope: Rope, keys: torch.Tensor, ahead: IntArray) -> torch.Tensor:
+        """Keys [1, Hk, n, Dk] at their compact positions, counted while they live."""
+        back = turned(rope, keys, torch.from_numpy(-ahead)[None])
+        self.group.ledger.take("staging", back.nbytes)
+        weakref.finalize(back, self.group.ledger.give, "staging", back.nbytes)
+        return back
+
     def _resize(self, capacity: int) -> None:
         held, old = self.length, self.capacity
         keys, values = _buffers(self.group, capacity)
@@ -188,6 +235,13 @@ class KeptSequence:
             new[:, :held] = now[:, :held]
         self.keys, self.values, self.votes = keys, values, votes
         self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * old)
+
+
+def _ranks(positions: IntArray) -> IntArray:
+    """Places [Hk, n] of distinct positions in their order, head by head."""
+    ranks = np.empty_like(positions)
+    np.put_along_axis(ranks, np.argsort(positions, axis=1), np.arange(positions.shape[1])[None], axis=1)
+    return ranks
 
 
 def kept_bytes(group: LayerGroup, tokens: int) -> int:

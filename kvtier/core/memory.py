@@ -15,13 +15,13 @@ from kvtier.core.kept import kept_bytes
 from kvtier.core.ledger import Ledger
 from kvtier.core.lower import TIER_NAMES
 from kvtier.core.pages import HOST, NVME
-from kvtier.core.policy import Policy
+from kvtier.core.policy import Policy, Scope
 from kvtier.core.report import TierReport
 from kvtier.core.ring import WindowSequence
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.session_tiers import ConfiguredTiers, SessionTiers, check_tenant
 from kvtier.core.transfer import TransferEngine
-from kvtier.errors import ConfigError, SessionStateError
+from kvtier.errors import CompositionError, ConfigError, SessionStateError
 from kvtier.types import Budgets, KVLayout, LayerLayout
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Memory:
             tiers = ConfiguredTiers(tiers if tiers is not None else load_config(None), self.tenant)
         self._tiers = tiers
         try:
+            self._check_parking()
             self._open_groups()
         except BaseException:
             self.close()
@@ -226,6 +227,17 @@ class Memory:
                 group.store.lower.close()
             self._tiers.close()
             self.transfer.close()
+
+    def _check_parking(self) -> None:
+        """Refuse a policy that waits for all layers where a prompt that comes in chunks could not be put aside."""
+        selection = self.policy.selection
+        waits = selection is not None and selection.scope is Scope.MODEL
+        if selection is not None and waits and self.budgets.device is not None and not self._tiers.capacities:
+            raise CompositionError(
+                f"{selection.name} evicts when the last layer has seen the prompt, and until then all of it must lie "
+                f"somewhere: with device={self.budgets.device} bytes and no tier below, a prompt in chunks has no "
+                "place; add a host or nvme tier, or leave device out"
+            )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -6,7 +6,7 @@ import torch
 
 from kvtier.core.policy import MergePlan
 
-__all__ = ["merge_into"]
+__all__ = ["fold_slots", "merge_into"]
 
 
 def merge_into(
@@ -36,6 +36,18 @@ def merge_into(
         torch.where(taken, _folded(keys, place, weight, source_keys), keys),
         torch.where(taken, _folded(values, place, weight, source_values), values),
     )
+
+
+def fold_slots(
+    slots: torch.Tensor, head: torch.Tensor, source: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Overwrite slots [Hk, C, D] with weighted sums: of ``source`` into ``target``, entry by entry [M]."""
+    wide = torch.float64 if slots.dtype == torch.float64 else torch.float32
+    flat, capacity = slots.view(-1, slots.shape[2]), slots.shape[1]
+    into, place = torch.unique(head * capacity + target, return_inverse=True)
+    parts = weight.to(wide).unsqueeze(-1) * flat[head * capacity + source].to(wide)
+    total = torch.zeros(into.shape[0], flat.shape[1], dtype=wide, device=flat.device).index_add_(0, place, parts)
+    flat[into] = total.to(flat.dtype)
 
 
 def _folded(like: torch.Tensor, place: torch.Tensor, weight: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,9 @@ class Need(Enum):
     ATTENTION_VARIANCE = "variance of the column sums, per layer"
     HIDDEN_STATES = "hidden states of the last tokens"
     NEXT_LAYER_QUERY_WEIGHTS = "query projection of the next layer"
+    QUERY_MOMENTS = "mean and covariance of the prompt's queries before rotation"
     KEYS = "keys of the slots, as attention sees them"
+    VALUE_NORMS = "lengths of the values of the slots"
     PRE_ROPE_KEYS = "keys before rotation"
     PROMPT_TOKENS = "token ids of the prompt"
     LAST_QUERY = "the prompt's last query against every key of one layer"
@@ -131,12 +133,14 @@ class MergePlan(NamedTuple):
     """Dropped slots folded into kept ones: ``src``, ``dst`` int64 and ``weight``, each [B, Hk, M].
 
     A ``dst`` that takes something states its own weight too, with ``src == dst``; the weights that go to one ``dst``
-    sum to 1. An entry of weight 0 fills a row and means nothing.
+    sum to 1. An entry of weight 0 fills a row and means nothing. ``memory`` [B, Hk, S] fp32 is what the next merge of
+    the same sequence finds in its ``SlotView``; it travels with forks and beams, and ends with the sequence.
     """
 
     src: torch.Tensor
     dst: torch.Tensor
     weight: torch.Tensor
+    memory: torch.Tensor | None = None
 
 
 class ZonePlan(NamedTuple):
@@ -153,7 +157,9 @@ class Encoded(NamedTuple):
 
 
 class Policy(ABC):
-    """What every policy declares; the class attributes are checked when policies are composed.
+    """What every policy declares; checked when policies are composed.
+
+    Class attributes, but for phase and positions, which may depend on a policy's parameters.
 
     Attributes
     ----------
@@ -176,11 +182,19 @@ class Policy(ABC):
     paper: ClassVar[str]
     roles: ClassVar[frozenset[Role]] = frozenset()
     needs: ClassVar[frozenset[Need]] = frozenset()
-    phase: ClassVar[Phase] = Phase.DECODE
     scope: ClassVar[Scope] = Scope.LAYER
-    position_mode: ClassVar[PositionMode] = PositionMode.ORIGINAL
     lossless: ClassVar[bool] = False
     query_aware: ClassVar[bool] = False
+
+    @property
+    def phase(self) -> Phase:
+        """When it acts."""
+        return Phase.DECODE
+
+    @property
+    def position_mode(self) -> PositionMode:
+        """What becomes of the positions of kept tokens."""
+        return PositionMode.ORIGINAL
 
     @property
     def parts(self) -> tuple[Policy, ...]:
@@ -205,7 +219,6 @@ class PromptFilterPolicy(Policy):
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.PROMPT_FILTER})
-    phase: ClassVar = Phase.PROMPT
     query_aware: ClassVar = True
     keep: int | None
 
@@ -219,6 +232,11 @@ class PromptFilterPolicy(Policy):
         """
         del layout
         raise PolicyError(f"{self.name} names no layer; LAST_QUERY needs one")
+
+    @property
+    def phase(self) -> Phase:
+        """Before anything is run."""
+        return Phase.PROMPT
 
     def protected(self, tokens: int) -> torch.Tensor:
         """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""
@@ -246,10 +264,24 @@ class SelectionPolicy(Policy):
 
     __slots__ = ()
     roles: ClassVar = frozenset({Role.SELECTION})
-    phase: ClassVar = Phase.PREFILL
     shares_heads: ClassVar[bool] = False
     group_reduce: GroupReduce
     keep: int | None
+
+    @property
+    def phase(self) -> Phase:
+        """At the end of a prompt."""
+        return Phase.PREFILL
+
+    @property
+    def merges_steps(self) -> bool:
+        """Whether it folds tokens into others after every step."""
+        return self.phase is Phase.DECODE and type(self).merge is not SelectionPolicy.merge
+
+    @property
+    def skipped_queries(self) -> int:
+        """Positions at the start of a text whose queries ``Stats.query_moments`` leaves out."""
+        return 0
 
     @property
     def window_queries(self) -> int:
@@ -295,7 +327,7 @@ class SelectionPolicy(Policy):
         return keep
 
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
-        """How dropped slots are folded into kept ones; None drops them."""
+        """How dropped slots are folded into kept ones; None drops them, and forgets what was remembered."""
         del view, plan
         return None
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from kvtier.core.attention import Queries
+from kvtier.core.moments import Moments
 from kvtier.core.selection import Observed, PromptWindow
 from kvtier.errors import InputError
 
@@ -31,6 +32,8 @@ class PromptTracker:
         Last queries of the running prompt, by layer and row.
     sums : dict
         Attention [Hq, T] that its tokens received from all its queries so far, by layer and row.
+    moments : dict
+        Mean and covariance of all its queries so far, by layer and row.
     ended : dict
         Queries of the last forward, by layer that has come to the end of the prompt and waits for the others.
     """
@@ -39,6 +42,7 @@ class PromptTracker:
     announced: bool = False
     windows: dict[tuple[int, int], PromptWindow] = field(default_factory=dict)
     sums: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    moments: dict[tuple[int, int], Moments] = field(default_factory=dict)
     ended: dict[int, Queries] = field(default_factory=dict)
 
     def announce(self, end: int) -> None:
@@ -80,27 +84,30 @@ class PromptTracker:
 
     def take(self, layer: int, rows: int) -> list[Observed | None]:
         """Hand out what was seen of the prompt in a layer, None where nothing was, and forget it."""
-        return [
-            None if window is None and sums is None else Observed(window, sums)
-            for window, sums in (
-                (self.windows.pop((layer, row), None), self.sums.pop((layer, row), None)) for row in range(rows)
-            )
+        places = [(layer, row) for row in range(rows)]
+        seen = [
+            Observed(self.windows.pop(place, None), self.sums.pop(place, None), self.moments.pop(place, None))
+            for place in places
         ]
+        return [one if any(part is not None for part in one) else None for one in seen]
 
     def crop(self, columns: int) -> None:
         """Only ``columns`` are left; queries that were remembered may be gone with the others."""
         self.windows.clear()
         self.sums.clear()
+        self.moments.clear()
         if self.end is not None:
             self.end = min(self.end, columns)
 
     def reordered(self, rows: Sequence[int]) -> PromptTracker:
         """The tracker after row i became what row ``rows[i]`` was."""
-        return replace(self, windows=_moved(self.windows, rows), sums=_moved(self.sums, rows))
+        windows, sums, moments = (_moved(self.windows, rows), _moved(self.sums, rows), _moved(self.moments, rows))
+        return replace(self, windows=windows, sums=sums, moments=moments)
 
     def fork(self) -> PromptTracker:
         """A copy that goes its own way."""
-        return replace(self, windows=dict(self.windows), sums=dict(self.sums), ended=dict(self.ended))
+        windows, sums, moments = dict(self.windows), dict(self.sums), dict(self.moments)
+        return replace(self, windows=windows, sums=sums, moments=moments, ended=dict(self.ended))
 
 
 def _moved(held: dict[tuple[int, int], _T], rows: Sequence[int]) -> dict[tuple[int, int], _T]:

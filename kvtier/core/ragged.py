@@ -124,8 +124,8 @@ class HeadPages:
             keys, values = group.store.read(self.pages[:, part][held[:, part]])
             stop = min((start + held[:, part].shape[1]) * page, self.tokens)
             inside = torch.from_numpy(held[:, part].copy()).to(keys.device)
-            wide = (_spread(pages, inside)[:, :, : stop - start * page] for pages in (keys, values))
-            yield Segment(start * page, stop, *wide)
+            k, v = (_spread(pages, inside)[:, :, : stop - start * page] for pages in (keys, values))
+            yield Segment(start * page, stop, k, v)
 
     def retain(self) -> None:
         """One more sequence holds these pages."""

@@ -13,11 +13,12 @@ import torch
 from kvtier.core.attention import Queries, key_votes, positions_of, segments_of
 from kvtier.core.kept import KeptSequence
 from kvtier.core.merging import merge_into
-from kvtier.core.policy import IntArray, KeepPlan, Need, Phase, SelectionPolicy
+from kvtier.core.moments import Moments
+from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, Phase, PositionMode, SelectionPolicy
 from kvtier.core.ragged import UNSEEN, RaggedSequence
 from kvtier.core.sequence import LayerSequence
 from kvtier.core.stats import SlotView, Stats
-from kvtier.types import GroupReduce
+from kvtier.types import GroupReduce, Rope
 
 __all__ = ["Observed", "PromptWindow", "evict_rows", "evict_slots", "evict_step", "group_reduce", "sums_of"]
 
@@ -55,10 +56,11 @@ class PromptWindow:
 
 
 class Observed(NamedTuple):
-    """What was seen of a prompt in one row and layer: its last queries, and the column sums [Hq, T] of all of them."""
+    """What was seen of a prompt in one row and layer: its last queries, the column sums [Hq, T] and moments of all."""
 
     window: PromptWindow | None
     sums: torch.Tensor | None
+    moments: Moments | None
 
 
 def evict_rows(
@@ -67,11 +69,13 @@ def evict_rows(
     like: Queries,
     policy: SelectionPolicy,
     keep: Sequence[int],
+    rope: Rope | None,
 ) -> list[Evictable]:
     """Apply a policy to every row of one layer, whose prompt has ended; row b keeps ``keep[b]`` tokens a KV head.
 
-    Rows that were forks of each other and keep the same stay forks. Under a policy that also evicts while it decodes
-    every row becomes a `KeptSequence`, under one whose heads share a budget a `RaggedSequence`.
+    ``rope`` is how the layer rotates, if known. Rows that were forks of each other and keep the same stay forks.
+    Under a policy that also evicts while it decodes every row becomes a `KeptSequence`, under one whose heads share a
+    budget a `RaggedSequence`.
     """
     done: dict[object, tuple[torch.Tensor, Evictable]] = {}
     result: list[Evictable] = []
@@ -84,10 +88,11 @@ def evict_rows(
             if seen is not None and seen.sums is not None:
                 sequence.vote(seen.sums)
             window = None if seen is None or seen.window is None else _window_votes(sequence, seen.window, like)[0]
-            evict_slots(sequence, window, policy, budget)
+            sequence.budget = budget
+            evict_slots(sequence, window, policy)
             result.append(sequence)
             continue
-        stats, view = _observe(sequence, seen, like, policy)
+        stats, view = _observe(sequence, seen, like, policy, rope)
         plan = policy.select(policy.score(view, stats), view, budget)
         version, stays = sequence.version, plan.stays(sequence.length)[0]
         twin = done.get(version)
@@ -99,33 +104,39 @@ def evict_rows(
             left: Evictable = _shared_out(sequence, stays)
         else:
             left = _evicted(sequence, plan, view, seen, policy)
+        if isinstance(left, KeptSequence):
+            left.budget = budget
+            left.compact = rope if policy.position_mode is PositionMode.COMPACT else None
         done[version] = (stays, left)
         result.append(left)
     return result
 
 
-def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy, keep: int) -> None:
-    """After a decode step: count the attention of its queries, and evict what is beyond the budget."""
+def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy) -> None:
+    """After a decode step: count the attention of its queries, and evict what is beyond the sequence's budget."""
     sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
     if sums is not None:
         sequence.vote(sums)
     if sequence.draft_start is None:
-        evict_slots(sequence, sums, policy, keep)
+        evict_slots(sequence, sums, policy)
 
 
-def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy, keep: int) -> None:
-    """Leave ``keep`` slots of each KV head, by all attention so far and that of the latest queries [Hq, n]."""
-    if sequence.length <= keep:
+def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
+    """Leave each KV head its budget, by all attention so far and that of the latest queries [Hq, n]; merge the rest."""
+    if sequence.length <= sequence.budget:
         return
     turn, stats = sequence.in_order(), Stats()
     if policy.needs:
         running = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
         window = None if latest is None else _ordered(latest, turn, policy.group_reduce)
         stats = Stats(window_attention=window, column_sums=running)
-    positions = torch.from_numpy(np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1))
-    positions = positions.to(turn.device)[None]
-    view = SlotView(positions=positions, protected=policy.protected(positions))
-    plan = policy.select(policy.score(view, stats), view, keep)
+    view = _view_of_slots(sequence, turn, policy)
+    plan = policy.select(policy.score(view, stats), view, sequence.budget)
+    merge = policy.merge(view, plan)
+    if merge is not None:
+        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
+        sequence.merge(MergePlan(src, dst, merge.weight))
+    sequence.memory = None if merge is None else merge.memory
     sequence.keep(turn.gather(1, plan.keep[0]))
 
 
@@ -153,18 +164,21 @@ def _within(sequence: Evictable, keep: int) -> bool:
     return sequence.length <= keep
 
 
-def _observe(sequence: Paged, seen: Observed | None, like: Queries, policy: SelectionPolicy) -> tuple[Stats, SlotView]:
+def _observe(
+    sequence: Paged, seen: Observed | None, like: Queries, policy: SelectionPolicy, rope: Rope | None
+) -> tuple[Stats, SlotView]:
     """The statistics and the view of slots that the policy declared a need for, in the order of their positions."""
     heads = sequence.group.heads
     turn = sequence.in_order() if isinstance(sequence, RaggedSequence) else None
-    window = sums = None
+    window = sums = moments = None
     if seen is not None and seen.window is not None:
         votes = group_reduce(_window_votes(sequence, seen.window, like), heads, policy.group_reduce)
         window = _turned(votes, turn)
     if seen is not None and seen.sums is not None:
         sums = _turned(group_reduce(seen.sums[None], heads, policy.group_reduce), turn)
-    keys = _turned(_all_keys(sequence), turn) if Need.KEYS in policy.needs else None
-    return Stats(window_attention=window, column_sums=sums), _view(sequence, policy, keys, turn)
+    if seen is not None and seen.moments is not None and rope is not None:
+        moments = seen.moments.stats(rope, like.scale)
+    return Stats(window_attention=window, column_sums=sums, query_moments=moments), _view(sequence, policy, turn)
 
 
 def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> torch.Tensor:
@@ -173,15 +187,36 @@ def _window_votes(sequence: Evictable, window: PromptWindow, like: Queries) -> t
     return key_votes(sequence, queries, window.lse)
 
 
-def _view(sequence: Paged, policy: SelectionPolicy, keys: torch.Tensor | None, turn: torch.Tensor | None) -> SlotView:
-    held = positions_of(sequence)
-    shape = (sequence.group.heads, sequence.length)
+def _view(sequence: Paged, policy: SelectionPolicy, turn: torch.Tensor | None) -> SlotView:
+    """Slots in the order ``turn`` [Hk, T] of their positions; None where they lie in it."""
+    held, shape = positions_of(sequence), (sequence.group.heads, sequence.length)
     positions = torch.from_numpy(np.broadcast_to(held, shape).copy()).to(sequence.group.device)[None]
-    if turn is None:
-        return SlotView(positions=positions, protected=policy.protected(positions), keys=keys)
     positions = _turned(positions, turn)
-    valid = positions != UNSEEN
-    return SlotView(positions=positions, protected=policy.protected(positions) & valid, keys=keys, valid=valid)
+    valid = None if turn is None else positions != UNSEEN
+    protected = policy.protected(positions)
+    return SlotView(
+        positions=positions,
+        protected=protected if valid is None else protected & valid,
+        keys=_turned(_all_keys(sequence), turn) if Need.KEYS in policy.needs else None,
+        value_norms=_turned(_value_norms(sequence), turn) if Need.VALUE_NORMS in policy.needs else None,
+        memory=None if isinstance(sequence, RaggedSequence) else sequence.memory,
+        valid=valid,
+    )
+
+
+def _view_of_slots(sequence: KeptSequence, turn: torch.Tensor, policy: SelectionPolicy) -> SlotView:
+    """Slots in the order ``turn`` [Hk, n] of their positions."""
+    ordered = np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1)
+    positions = torch.from_numpy(ordered).to(turn.device)[None]
+    heads = torch.arange(turn.shape[0], device=turn.device)[:, None]
+    norms = sequence.values[heads, turn][None].float().norm(dim=-1) if Need.VALUE_NORMS in policy.needs else None
+    return SlotView(
+        positions=positions,
+        protected=policy.protected(positions),
+        keys=sequence.keys[heads, turn][None] if Need.KEYS in policy.needs else None,
+        value_norms=norms,
+        memory=sequence.memory,
+    )
 
 
 def _turned(values: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
@@ -198,18 +233,20 @@ def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torc
 
 def _evicted(
     sequence: LayerSequence, plan: KeepPlan, view: SlotView, seen: Observed | None, policy: SelectionPolicy
-) -> Evictable:
+) -> LayerSequence | KeptSequence:
     """What a plan with one budget for every KV head leaves."""
-    total = sequence.length
-    left = _apply(sequence, plan, view, policy)
-    return _opened(left, plan.keep[0], seen, total) if policy.phase is Phase.DECODE else left
+    total, merge = sequence.length, policy.merge(view, plan)
+    left: LayerSequence | KeptSequence = _apply(sequence, plan, merge)
+    if policy.phase is Phase.DECODE:
+        left = _opened(sequence, plan.keep[0], seen, total)
+    left.memory = None if merge is None else merge.memory
+    return left
 
 
-def _apply(sequence: LayerSequence, plan: KeepPlan, view: SlotView, policy: SelectionPolicy) -> LayerSequence:
+def _apply(sequence: LayerSequence, plan: KeepPlan, merge: MergePlan | None) -> LayerSequence:
     """Leave only the slots of the plan, with others merged into them as the policy says."""
     group, keep = sequence.group, plan.keep[0]
     slots = keep.cpu().numpy()
-    merge = policy.merge(view, plan)
     entries = 0 if merge is None else merge.src.shape[2]
     with group.ledger.lent("staging", (slots.shape[1] + entries) * group.layer.token_bytes):
         keys, values, positions = _slots(sequence, slots)
@@ -243,10 +280,12 @@ def _shared_out(sequence: Paged, stays: torch.Tensor) -> RaggedSequence:
 
 def _opened(sequence: LayerSequence, kept: torch.Tensor, seen: Observed | None, total: int) -> KeptSequence:
     """The slots that are left of ``total``, where they can be overwritten one by one; the sequence is released."""
+    layer, shape = sequence.group.layer, (sequence.group.heads, sequence.length)
+    keys, values = (sequence.raw.keys.new_empty(*shape, dim) for dim in (layer.key_dim, layer.value_dim))
     with segments_of(sequence) as segments:
-        parts = list(segments)
-        keys = torch.cat([part.keys[0] for part in parts], dim=1)
-        values = torch.cat([part.values[0] for part in parts], dim=1)
+        for segment in segments:
+            place = slice(segment.start, segment.stop)
+            keys[:, place], values[:, place] = segment.keys[0], segment.values[0]
     positions = np.broadcast_to(sequence.positions.view, (sequence.group.heads, sequence.length))
     opened = KeptSequence.of(sequence.group, keys, values, positions)
     if seen is not None and seen.sums is not None:
@@ -263,8 +302,21 @@ def _taken(sums: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 def _all_keys(sequence: Paged) -> torch.Tensor:
     """Copies of all keys [1, Hk, T, Dk], as attention sees them."""
+    group = sequence.group
+    keys = torch.empty(1, group.heads, sequence.length, group.layer.key_dim, dtype=group.dtype, device=group.device)
     with segments_of(sequence) as segments:
-        return torch.cat([segment.keys.clone() for segment in segments], dim=2)
+        for segment in segments:
+            keys[:, :, segment.start : segment.stop] = segment.keys
+    return keys
+
+
+def _value_norms(sequence: Paged) -> torch.Tensor:
+    """Lengths of all values [1, Hk, T] fp32."""
+    norms = torch.empty(1, sequence.group.heads, sequence.length, device=sequence.group.device)
+    with segments_of(sequence) as segments:
+        for segment in segments:
+            norms[:, :, segment.start : segment.stop] = segment.values.float().norm(dim=-1)
+    return norms
 
 
 def _slots(sequence: LayerSequence, slots: IntArray) -> tuple[torch.Tensor, torch.Tensor, IntArray]:

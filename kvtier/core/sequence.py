@@ -20,12 +20,16 @@ __all__ = ["LayerSequence", "Segment", "SlabFrames"]
 
 
 class Segment(NamedTuple):
-    """Slots ``start`` to ``stop`` with their K [1, Hk, n, Dk] and V [1, Hk, n, Dv]."""
+    """Slots ``start`` to ``stop`` with their K [1, Hk, n, Dk] and V [1, Hk, n, Dv].
+
+    ``ahead`` tells how many positions its keys are rotated too far where positions are compact.
+    """
 
     start: int
     stop: int
     keys: torch.Tensor
     values: torch.Tensor
+    ahead: int = 0
 
 
 class SlabFrames(NamedTuple):
@@ -62,6 +66,8 @@ class LayerSequence:
         Changes with the contents; forks share it, so that equal versions mean equal contents.
     chosen : Tensor, optional
         Page columns [1, Hk, n] that the last decode step read.
+    memory : Tensor, optional
+        What the policy remembers of its last merge [1, Hk, S].
     """
 
     group: LayerGroup
@@ -74,6 +80,7 @@ class LayerSequence:
     version: object = field(default_factory=object)
     draft_start: int | None = None
     chosen: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
     _views: PageViews | None = None
 
     @classmethod
@@ -182,7 +189,7 @@ class LayerSequence:
         return Segment(sealed, sealed + self.raw.length, *self.raw.batched())
 
     def segments(self, columns_at_once: int) -> Iterator[Segment]:
-        """All slots in order of pages then tail: views where pages lie in runs, copies read ahead elsewhere."""
+        """All slots: first those in runs, as views, then copies of the other pages, read ahead, then the tail."""
         store, page = self.group.store, self.group.page_tokens
         views, pages = self._page_views(), self.pages.view
         groups = split_columns(views.loose, columns_at_once)
@@ -218,6 +225,7 @@ class LayerSequence:
             version=self.version,
             draft_start=self.draft_start,
             chosen=self.chosen,
+            memory=self.memory,
         )
 
     def check_crop(self, remove: int) -> None:

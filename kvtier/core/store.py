@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +27,7 @@ from kvtier.storage_backends.records import MAX_TENANT_BYTES, RecordStats, Recor
 from kvtier.storage_backends.segment import SegmentRecords
 from kvtier.storage_backends.slots import IntArray
 from kvtier.storage_backends.tiered_records import TieredRecords
+from kvtier.storage_backends.workers import Workers
 from kvtier.types import KVLayout
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ _FIRST_GUESS = {"host": (20e-6, 4e9), "nvme": (200e-6, 1e9)}
 """Latency in seconds and bytes per second, until reads say better."""
 
 _FIRST_DECODING = 4e9
+_MOST_WORKERS = 4
 
 
 def open_store(
@@ -77,6 +80,8 @@ class Store:
         How fast each tier was found to serve.
     decoding : TransferRate
         How fast payloads become tensors.
+    workers : Workers
+        Decode chunks from where they lie in memory; verifying and copying by pages is more work than memory is slow.
     staging : Staging
         Buffers that records pass through.
 
@@ -92,6 +97,7 @@ class Store:
         self.config = config
         self.counters = Counters()
         self.staging = Staging()
+        self.workers = Workers(min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
         self.decoding = TransferRate(latency=0.0, bandwidth=_FIRST_DECODING)
         quotas = {name: tenant.quota for name, tenant in config.tenants.items() if tenant.quota is not None}
         with ExitStack() as undo:
@@ -205,6 +211,7 @@ class Store:
         self.publisher.close()
         self.records.close()
         self.staging.close()
+        self.workers.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,8 @@ from kvtier.core.group import LayerGroup
 
 __all__ = ["Tail"]
 
+_VIEWS_AHEAD = 8
+
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -87,13 +89,21 @@ class Tail:
         self._views: dict[int, _Views] = {}
 
     def _views_at(self, length: int) -> _Views:
-        """Made once for every length: to make a view costs a decode step as much as to copy a token."""
+        """Made once for every length: to make a view costs a decode step as much as to copy a token.
+
+        Several lengths at a time: the first view of a step is the dear one, since kernels leave none of this in caches.
+        """
         found = self._views.get(length)
         if found is None:
-            keys, values = self._batched
-            newest = max(0, length - 1)
-            found = self._views[length] = _Views(
-                newest=(keys.narrow(2, newest, length - newest), values.narrow(2, newest, length - newest)),
-                held=(keys.narrow(2, 0, length), values.narrow(2, 0, length)),
-            )
+            for ahead in range(length, max(length + 1, min(length + _VIEWS_AHEAD, self.capacity + 1))):
+                self._views[ahead] = self._made(ahead)
+            found = self._views[length]
         return found
+
+    def _made(self, length: int) -> _Views:
+        keys, values = self._batched
+        newest = max(0, length - 1)
+        return _Views(
+            newest=(keys.narrow(2, newest, length - newest), values.narrow(2, newest, length - newest)),
+            held=(keys.narrow(2, 0, length), values.narrow(2, 0, length)),
+        )

@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 
 from kvtier.config import load_config
 from kvtier.core.memory import Memory
-from kvtier.core.policy import SelectionPolicy
+from kvtier.core.policy import PositionMode, SelectionPolicy
 from kvtier.errors import CompositionError
 from kvtier.testing.draws import DTYPES, table
 from kvtier.testing.law import PolicyLaws, law, require
+from kvtier.testing.plain_slots import rotate
 from kvtier.testing.selection_laws import least_budget
-from kvtier.types import Budgets, DTypeName, KVLayout
+from kvtier.types import Budgets, DTypeName, KVLayout, LayerLayout, Rope
 
 __all__ = ["Evicting", "EvictionLaws", "Prompt", "prompts"]
 
 _SCALE = 0.5
 _DIM = 2
+_ROPE = Rope(frequencies=(0.7,))
 
 
 class Evicting(Protocol):
@@ -60,16 +62,16 @@ class Prompt:
     def layout(self) -> KVLayout:
         """One layer of this shape, whose values name the token they belong to."""
         dtypes: dict[torch.dtype, DTypeName] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-        return KVLayout.uniform(
-            num_layers=1,
+        return KVLayout(layers=(self._layer(dtypes[self.keys.dtype]),), page_tokens=4, block_tokens=8, chunk_tokens=16)
+
+    def _layer(self, dtype: DTypeName) -> LayerLayout:
+        return LayerLayout(
             num_query_heads=self.query.shape[1],
             num_kv_heads=self.keys.shape[1],
             key_dim=_DIM,
             value_dim=self.keys.shape[2],
-            dtype=dtypes[self.keys.dtype],
-            page_tokens=4,
-            block_tokens=8,
-            chunk_tokens=16,
+            dtype=dtype,
+            rope=_ROPE,
         )
 
     def row(self, row: int) -> Prompt:
@@ -171,8 +173,14 @@ class EvictionLaws(PolicyLaws):
             bool(right_counts.all()),
             f"{must} tokens a KV head must be seen, the new one among them, and {least} by each; got {counts.tolist()}",
         )
-        keys = prompt.keys.float().repeat_interleave(group, 1)
-        logits = (prompt.query[:, :, -1:].float() * keys).sum(-1) * _SCALE
+        query, keys = prompt.query[:, :, -1:].float(), prompt.keys.float().repeat_interleave(group, 1)
+        if policy.position_mode is PositionMode.COMPACT:
+            # A kept token's place is the number of kept ones before it.
+            dropped = (weights == 0).cumsum(-1)
+            keys, query = (
+                rotate(_ROPE, part, -at).float() for part, at in ((keys, dropped), (query, dropped[..., -1:]))
+            )
+        logits = (query * keys).sum(-1) * _SCALE
         right = torch.softmax(logits.masked_fill(weights == 0, -torch.inf), dim=-1)
         slack = 1e-5 if prompt.keys.dtype == torch.float32 else 2**-8
         worst = float((weights - right).abs().max())

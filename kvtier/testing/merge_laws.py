@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -25,9 +25,10 @@ class MergeCase:
     positions: torch.Tensor
     keep: torch.Tensor
 
-    def plan(self, policy: SelectionPolicy) -> MergePlan:
-        """What the policy folds where; nothing when it merges nothing."""
-        view = SlotView(positions=self.positions, protected=policy.protected(self.positions), keys=self.keys)
+    def plan(self, policy: SelectionPolicy, memory: torch.Tensor | None = None) -> MergePlan:
+        """What the policy folds where, remembering [B, Hk, S] of merges before; nothing when it merges nothing."""
+        protected = policy.protected(self.positions)
+        view = SlotView(positions=self.positions, protected=protected, keys=self.keys, memory=memory)
         plan = policy.merge(view, KeepPlan(self.keep))
         if plan is not None:
             return plan
@@ -151,6 +152,23 @@ class MergeLaws(PolicyLaws):
         for (place, before), (_, after) in zip(first, _entries(case.plan(policy)), strict=True):
             require(_same(before, after), f"{place}: {_told(before)} first, {_told(after)} the second time")
 
+    @law("M14", "what a merge remembers belongs to its row and KV head", case=merge_cases(), then=st.integers(1, 3))
+    def test_memory_does_not_leak(self, policy: SelectionPolicy, case: MergeCase, then: int) -> None:
+        heads = case.positions.shape[1]
+        for index, (place, entries) in enumerate(_entries(_threaded(case, policy, then))):
+            alone = _entries(_threaded(case.only(index // heads, index % heads), policy, then))[0][1]
+            require(
+                _same(alone, entries), f"{place}: {_told(alone)} alone, {_told(entries)} in company, merge {then + 1}"
+            )
+
+
+def _threaded(case: MergeCase, policy: SelectionPolicy, then: int) -> MergePlan:
+    """The last of ``then`` + 1 merges in a row, of slots that turn from one to the next."""
+    plan = case.plan(policy)
+    for turn in range(1, then + 1):
+        plan = replace(case, keys=case.keys.roll(turn, dims=2)).plan(policy, plan.memory)
+    return plan
+
 
 _Entry = tuple[int, int, float]
 
@@ -162,7 +180,7 @@ def _entries(plan: MergePlan) -> list[tuple[str, list[_Entry]]]:
 
 def _flat(plan: MergePlan) -> list[tuple[int, int, list[_Entry]]]:
     found = []
-    for row, parts in enumerate(zip(*(part.tolist() for part in plan), strict=True)):
+    for row, parts in enumerate(zip(plan.src.tolist(), plan.dst.tolist(), plan.weight.tolist(), strict=True)):
         for head, entries in enumerate(zip(*parts, strict=True)):
             found.append((row, head, sorted(entry for entry in zip(*entries, strict=True) if entry[2] != 0)))
     return found

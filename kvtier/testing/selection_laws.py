@@ -9,22 +9,72 @@ from typing import Any, cast
 import torch
 from hypothesis import strategies as st
 
-from kvtier.core.policy import KeepPlan, SelectionPolicy
+from kvtier.core.policy import KeepPlan, Need, SelectionPolicy
 from kvtier.core.selection import group_reduce
-from kvtier.core.stats import SlotView, Stats
+from kvtier.core.stats import QueryMoments, SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.testing.draws import DTYPES, draw_levels, table
 from kvtier.testing.law import PolicyLaws, claimed, law, require
-from kvtier.types import KVLayout
+from kvtier.types import KVLayout, Rope
 
-__all__ = ["SelectionCase", "SelectionLaws", "least_budget", "selection_cases"]
+__all__ = ["Contents", "SelectionCase", "SelectionLaws", "least_budget", "selection_cases"]
 
 _MOST_BUDGET = 300
+_KEY_DIM = 4
+_ROPE = Rope(frequencies=(1.0, 0.125))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What slots hold and who will look at them, for policies that ask: all drawn from one seed.
+
+    ``keys`` [B, Hk, T, D], ``value_norms`` [B, Hk, T], and the queries' ``mean`` [B, Hq, D] and ``covariance``
+    [B, Hq, D, D].
+    """
+
+    keys: torch.Tensor
+    value_norms: torch.Tensor
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @classmethod
+    def drawn(cls, seed: int, rows: int, heads: int, group: int, slots: int, dtype: torch.dtype) -> Contents:
+        """Random ones, without ties."""
+        random = torch.Generator().manual_seed(seed)
+        queries = torch.randn(rows, heads * group, 6, _KEY_DIM, generator=random)
+        apart = queries - queries.mean(2, keepdim=True)
+        return cls(
+            torch.randn(rows, heads, slots, _KEY_DIM, generator=random).to(dtype),
+            torch.rand(rows, heads, slots, generator=random) + 0.5,
+            queries.mean(2),
+            apart.mT @ apart / 6,
+        )
+
+    def only(self, rows: Sequence[int], heads: Sequence[int]) -> Contents:
+        """These rows and KV heads, with their query heads, in this order."""
+        group = self.mean.shape[1] // self.keys.shape[1]
+        of_queries = (
+            part[list(rows)].unflatten(1, (-1, group))[:, list(heads)].flatten(1, 2)
+            for part in (self.mean, self.covariance)
+        )
+        return Contents(
+            self.keys[list(rows)][:, list(heads)], self.value_norms[list(rows)][:, list(heads)], *of_queries
+        )
+
+    def at(self, slots: torch.Tensor) -> Contents:
+        """Of these slots [B, Hk, K] alone."""
+        keys = self.keys.gather(2, slots.unsqueeze(-1).expand(*slots.shape, _KEY_DIM))
+        return replace(self, keys=keys, value_norms=self.value_norms.gather(2, slots))
+
+    def single(self) -> Contents:
+        """With the first query head of each KV head."""
+        group = self.mean.shape[1] // self.keys.shape[1]
+        return replace(self, mean=self.mean[:, ::group], covariance=self.covariance[:, ::group])
 
 
 @dataclass(frozen=True)
 class SelectionCase:
-    """Votes of query heads [B, Hq, T] over slots at positions [B, Hk, T], and a budget.
+    """Votes of query heads [B, Hq, T] over slots at positions [B, Hk, T], a budget, and what the slots hold.
 
     ``valid`` [B, Hk, T] bool says which slots hold a token, None that all do.
     """
@@ -32,6 +82,7 @@ class SelectionCase:
     query_votes: torch.Tensor
     positions: torch.Tensor
     keep: int
+    contents: Contents
     valid: torch.Tensor | None = None
 
     @property
@@ -45,14 +96,25 @@ class SelectionCase:
 
     def view(self, policy: SelectionPolicy) -> SlotView:
         """What the policy sees of the slots."""
-        protected = policy.protected(self.positions)
-        safe = protected if self.valid is None else protected & self.valid
-        return SlotView(positions=self.positions, protected=safe, valid=self.valid)
+        held, protected = self.contents, policy.protected(self.positions)
+        return SlotView(
+            positions=self.positions,
+            protected=protected if self.valid is None else protected & self.valid,
+            keys=held.keys if Need.KEYS in policy.needs else None,
+            value_norms=held.value_norms if Need.VALUE_NORMS in policy.needs else None,
+            valid=self.valid,
+        )
+
+    def stats(self, policy: SelectionPolicy) -> Stats:
+        """What the policy is told of attention."""
+        votes, moments = self.votes(policy), None
+        if Need.QUERY_MOMENTS in policy.needs:
+            moments = QueryMoments(self.contents.mean, self.contents.covariance, _ROPE, 0.5)
+        return Stats(window_attention=votes, column_sums=votes.clone(), query_moments=moments)
 
     def scores(self, policy: SelectionPolicy) -> torch.Tensor:
         """Scores [B, Hk, T]."""
-        votes = self.votes(policy)
-        return policy.score(self.view(policy), Stats(window_attention=votes, column_sums=votes.clone()))
+        return policy.score(self.view(policy), self.stats(policy))
 
     def keeps(self, policy: SelectionPolicy, keep: int | None = None) -> KeepPlan:
         """What the policy keeps."""
@@ -69,13 +131,14 @@ class SelectionCase:
         order = torch.argsort(stays.int(), dim=-1, stable=True)[..., self.slots - most :]
         votes = self.query_votes.gather(-1, order.repeat_interleave(group, 1))
         valid = stays.gather(-1, order) if policy.shares_heads else None
-        return SelectionCase(votes, self.positions.gather(-1, order), self.keep, valid)
+        return SelectionCase(votes, self.positions.gather(-1, order), self.keep, self.contents.at(order), valid)
 
     def only(self, rows: Sequence[int], heads: Sequence[int]) -> SelectionCase:
         """These rows and KV heads, with their query heads, in this order."""
         group = self.query_votes.shape[1] // self.positions.shape[1]
         votes = self.query_votes[list(rows)].unflatten(1, (-1, group))[:, list(heads)].flatten(1, 2)
-        return SelectionCase(votes, self.positions[list(rows)][:, list(heads)], self.keep)
+        positions = self.positions[list(rows)][:, list(heads)]
+        return SelectionCase(votes, positions, self.keep, self.contents.only(rows, heads))
 
     def describe(self) -> str:
         """The case in words."""
@@ -98,7 +161,9 @@ def selection_cases(draw: st.DrawFn, *, least_keep: int = 1, most_slots: int = 4
     votes = draw_levels(draw, (rows, heads * group, slots), levels) / levels * strength
     gaps = 1 + draw_levels(draw, (rows, heads, slots), draw(st.integers(1, 4)))
     votes = votes.to(draw(st.sampled_from(DTYPES)))
-    return SelectionCase(votes, gaps.cumsum(-1) - 1, draw(st.integers(least_keep, max(slots + 5, least_keep))))
+    keep = draw(st.integers(least_keep, max(slots + 5, least_keep)))
+    contents = Contents.drawn(draw(st.integers(0, 99)), rows, heads, group, slots, votes.dtype)
+    return SelectionCase(votes, gaps.cumsum(-1) - 1, keep, contents)
 
 
 def least_budget(policy: SelectionPolicy) -> int:
@@ -245,8 +310,7 @@ class SelectionLaws(PolicyLaws):
 
     @law("S12", "statistics belong to the runtime: scoring changes none", case=_cases)
     def test_scoring_changes_no_statistic(self, policy: SelectionPolicy, case: SelectionCase) -> None:
-        view, votes = case.view(policy), case.votes(policy)
-        stats = Stats(window_attention=votes.clone(), column_sums=votes.clone())
+        view, votes, stats = case.view(policy), case.votes(policy), case.stats(policy)
         positions, protected = view.positions.clone(), view.protected.clone()
         policy.select(policy.score(view, stats), view, case.keep)
         same = torch.equal(stats.require_window_attention(), votes) and torch.equal(stats.require_column_sums(), votes)
@@ -265,7 +329,7 @@ class SelectionLaws(PolicyLaws):
     def test_reductions_of_one_head_agree(self, policy: SelectionPolicy, case: SelectionCase) -> None:
         claimed(hasattr(policy, "group_reduce"), f"{policy.name} has no group_reduce")
         group = case.query_votes.shape[1] // case.positions.shape[1]
-        single = SelectionCase(case.query_votes[:, ::group], case.positions, case.keep)
+        single = SelectionCase(case.query_votes[:, ::group], case.positions, case.keep, case.contents.single())
         plans = {how: single.keeps(_reducing(policy, how)).rows() for how in ("mean", "max", "sum")}
         for how, plan in plans.items():
             require(plan == plans["mean"], f"mean and {how} of a single query head keep other slots")

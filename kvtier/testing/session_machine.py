@@ -22,18 +22,59 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvtier.config import load_config
 from kvtier.core.compose import policy
 from kvtier.core.memory import Memory
+from kvtier.core.policy import Policy
 from kvtier.core.session import Session
 from kvtier.testing.oracles import PlainSession
-from kvtier.types import Budgets, KVLayout, LayerLayout
+from kvtier.types import Budgets, KVLayout, LayerLayout, Rope
 
 __all__ = ["Oracle", "SessionMachine", "small_layout"]
 
 _SCALE = 0.3
-_TOLERANCE = 1e-10
 _FORKS = 3
 
 
-def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2) -> KVLayout:
+class Oracle(Protocol):
+    """What the machine asks of the slow and obvious session beside the one under test."""
+
+    @property
+    def length(self) -> int:
+        """Columns."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences."""
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, /) -> None:
+        """Add K and V of one layer."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, /, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """What attention must give."""
+
+    def expect(self, tokens: int, /) -> None:
+        """A prompt comes."""
+
+    def fork(self) -> Oracle:
+        """A second one."""
+
+    def reorder(self, rows: Sequence[int], /) -> None:
+        """Rows change places."""
+
+    def crop(self, remove: int, /) -> None:
+        """Columns are forgotten."""
+
+    def begin_draft(self) -> None:
+        """A draft begins."""
+
+    def accept(self, path: Sequence[int], /) -> None:
+        """It ends."""
+
+    def close(self) -> None:
+        """Drop everything."""
+
+
+def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2, rope: Rope | None = None) -> KVLayout:
     """Three small fp64 layers, pages of 4 and blocks of 8; the middle layer slides if ``window`` is given."""
 
     def layer(sliding: int | None) -> LayerLayout:
@@ -44,47 +85,10 @@ def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2) -
             value_dim=4,
             dtype="float64",
             window=sliding,
+            rope=rope,
         )
 
     return KVLayout(layers=(layer(None), layer(window), layer(None)), page_tokens=4, block_tokens=8, chunk_tokens=16)
-
-
-class Oracle(Protocol):
-    """What a session is compared with; `PlainSession` is one."""
-
-    @property
-    def length(self) -> int:
-        """Columns seen."""
-
-    @property
-    def rows(self) -> int:
-        """Sequences held."""
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, /) -> None:
-        """Add keys and values of one layer."""
-
-    def attend(
-        self, layer: int, q: torch.Tensor, positions: torch.Tensor, /, *, scale: float, window: int | None
-    ) -> torch.Tensor:
-        """Attend over one layer."""
-
-    def fork(self) -> Oracle:
-        """A second one."""
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Permute rows."""
-
-    def crop(self, remove: int) -> None:
-        """Forget columns."""
-
-    def begin_draft(self) -> None:
-        """Begin a draft."""
-
-    def accept(self, path: Sequence[int]) -> None:
-        """End a draft."""
-
-    def close(self) -> None:
-        """Drop everything."""
 
 
 class SessionMachine(RuleBasedStateMachine):
@@ -93,9 +97,11 @@ class SessionMachine(RuleBasedStateMachine):
     Attributes
     ----------
     layout, policy_text, keep, device_bytes, tiers
-        What the memory under test is made of; ``oracle`` must do what the policy does.
+        What the memory under test is made of; ``make_oracle`` must do what the policy does.
     rows : int
         Rows of the batch.
+    tolerance : float
+        Largest absolute error of attention.
     """
 
     layout: ClassVar[KVLayout] = small_layout()
@@ -104,20 +110,28 @@ class SessionMachine(RuleBasedStateMachine):
     device_bytes: ClassVar[int | None] = None
     tiers: ClassVar[Mapping[str, Any]] = {"tiers": [{"name": "host", "backend": "host", "capacity": "16MiB"}]}
     rows: ClassVar[int] = 2
+    tolerance: ClassVar[float] = 1e-10
 
     def __init__(self) -> None:
         super().__init__()
         config = load_config({**self.tiers, "page_tokens": 4, "block_tokens": 8})
-        budgets = Budgets(keep=self.keep, device=self.device_bytes)
-        self.memory = Memory(self.layout, policy(self.policy_text), budgets, config)
-        self.pairs: list[tuple[Session, Oracle]] = [(self.memory.session(), self.oracle())]
+        self.memory = Memory(self.layout, self.make_policy(), self.make_budgets(), config)
+        self.pairs: list[tuple[Session, Oracle]] = [(self.memory.session(), self.make_oracle())]
         self.current = 0
         self.next_position = [0]
         self.draft_from: int | None = None
         for session, _ in self.pairs:
             session.record_past(True)
 
-    def oracle(self) -> Oracle:
+    def make_policy(self) -> Policy:
+        """The policy under test; ``policy_text`` read by default."""
+        return policy(self.policy_text)
+
+    def make_budgets(self) -> Budgets:
+        """Its budgets."""
+        return Budgets(keep=self.keep, device=self.device_bytes)
+
+    def make_oracle(self) -> Oracle:
         """What the session must equal; one that keeps everything by default."""
         return PlainSession(len(self.layout.layers))
 
@@ -128,10 +142,15 @@ class SessionMachine(RuleBasedStateMachine):
         if self.draft_from is not None:
             tokens = min(tokens, 3)
         note(f"append {tokens} tokens to session {self.current}, equal rows: {equal}")
+        self.feed(tokens, seed, equal=equal)
+
+    def feed(self, tokens: int, seed: int, *, equal: bool) -> None:
+        """Append random tokens to every layer of both, attend, and compare."""
         session, plain = self.pairs[self.current]
         rows = session.rows or self.rows
-        random = torch.Generator().manual_seed(seed)
         start = self.next_position[self.current]
+        # Never the same tokens twice: equal votes would leave the choice to rounding.
+        random = torch.Generator().manual_seed(seed + start * 2**20)
         positions = torch.arange(start, start + tokens)[None].expand(rows, tokens)
         for index, layer in enumerate(self.layout.layers):
             count = 1 if equal else rows
@@ -146,7 +165,7 @@ class SessionMachine(RuleBasedStateMachine):
             plain.append(index, keys, values, positions)
             got = session.attend(index, query, positions, scale=_SCALE, window=layer.window)
             expected = plain.attend(index, query, positions, scale=_SCALE, window=layer.window)
-            torch.testing.assert_close(got, expected, rtol=0, atol=_TOLERANCE)
+            torch.testing.assert_close(got, expected, rtol=0, atol=self.tolerance)
         self.next_position[self.current] += tokens
 
     @precondition(lambda self: len(self.pairs) < _FORKS and self.draft_from is None)
@@ -223,8 +242,8 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def demote(self, share: float) -> None:
-        """Push pages off the device, as pressure would."""
-        for group in self.memory.groups:
+        """Push pages off the device, as pressure would where there is a budget."""
+        for group in [group for group in self.memory.groups if group.store.bounded]:
             held = group.arena.total_frames - group.arena.free_frames
             group.store.tick()
             group.store.demote(int(share * held), 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -24,15 +24,18 @@ _BLOCK = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class D2O(SelectionPolicy):
-    """At the end of a prompt: budgets by attention density, heavy hitters and recent tokens stay, the rest is merged.
+    """Budgets by attention density; heavy hitters and recent tokens stay, the rest is merged into them.
 
     A layer whose column sums vary much attends to few tokens and gets less. A dropped token is merged into the kept one
-    whose key is nearest by cosine, if it is nearer than the mean of the dropped ones of that KV head; else it is lost.
-    The merged key and value are convex combinations with weights ``exp(similarity)``, the kept token's own among them.
+    whose key is nearest by cosine, if it is near enough; else it is lost. The merged key and value are convex
+    combinations with weights ``exp(similarity)``, the kept token's own among them.
+
+    Near enough is a running mean of similarities: at the end of a prompt that of its dropped tokens; with
+    ``when="step"`` every step drops and merges too, and moves the threshold towards what it saw by ``1 - momentum``.
+    Each sequence, layer and KV head has its own threshold, which begins anew with the sequence.
 
     The published code scales the dropped vectors by their similarity and averages without weights, which shrinks them;
-    it lets one threshold live from sample to sample and decides for all heads at once. Here the threshold is that of
-    the prompt and the KV head. Merging at every decode step is not built.
+    it lets one threshold live from sample to sample and decides for all heads at once.
 
     Parameters
     ----------
@@ -40,6 +43,10 @@ class D2O(SelectionPolicy):
         Tokens kept per KV head on average over the layers; None takes the session's ``keep``.
     sinks, recent : int
         First and newest tokens, which are never dropped.
+    when : "prefill" | "step"
+        Whether it acts at the end of a prompt alone, or after every step too.
+    momentum : float
+        Share of the old threshold in the new one, from 0 to below 1 (0.5 in the published code).
     group_reduce : "mean" | "max" | "sum"
         How the G query heads of one KV head cast one vote.
     """
@@ -47,22 +54,32 @@ class D2O(SelectionPolicy):
     name: ClassVar[str] = "d2o"
     paper: ClassVar[str] = "D2O, Wan et al. 2024, arXiv 2406.13035, sections 3.2 and 3.3"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.COLUMN_SUMS, Need.KEYS})
-    phase: ClassVar[Phase] = Phase.PREFILL
     scope: ClassVar[Scope] = Scope.MODEL
     query_aware: ClassVar[bool] = True
 
     keep: int | None = None
     sinks: int = 4
     recent: int = 64
+    when: Literal["prefill", "step"] = "prefill"
+    momentum: float = 0.5
     group_reduce: GroupReduce = "mean"
 
     def __post_init__(self) -> None:
         whole(self.name, "sinks", self.sinks, 0)
         whole(self.name, "recent", self.recent, 1)
+        if self.when not in ("prefill", "step"):
+            raise PolicyError(f"d2o: when must be 'prefill' or 'step', got {self.when!r}")
+        if not isinstance(self.momentum, int | float) or not 0 <= self.momentum < 1:
+            raise PolicyError(f"d2o: momentum must be from 0 to below 1, got {self.momentum!r}")
         if self.group_reduce not in ("mean", "max", "sum"):
             raise PolicyError(f"d2o: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
         if self.keep is not None:
             whole(self.name, "keep", self.keep, self.sinks + self.recent + 1)
+
+    @property
+    def phase(self) -> Phase:
+        """As ``when`` says."""
+        return Phase.DECODE if self.when == "step" else Phase.PREFILL
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
         """The sinks and the newest slots [B, Hk, T] bool."""
@@ -88,7 +105,7 @@ class D2O(SelectionPolicy):
         return share_out(weights, sum(keep), self.sinks + self.recent + 1)
 
     def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
-        """Each dropped slot near enough goes into its nearest kept one, with the weight ``exp(cosine)``."""
+        """Each dropped slot near enough goes into its nearest kept one, with weights as the class says."""
         keys, keep = view.require_keys(), plan.keep
         slots = keys.shape[2]
         if keep.shape[-1] >= slots:
@@ -97,7 +114,10 @@ class D2O(SelectionPolicy):
         dropped = (~stays).nonzero()[:, 2].view(*keep.shape[:2], slots - keep.shape[-1])
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
         nearness, nearest = _nearest(_taken(unit, dropped), _taken(unit, keep))
-        near = nearness >= nearness.mean(dim=-1, keepdim=True)
+        threshold = nearness.mean(dim=-1, keepdim=True)
+        if view.memory is not None:
+            threshold = self.momentum * view.memory + (1 - self.momentum) * threshold
+        near = nearness >= threshold
         force = torch.where(near, nearness.exp(), torch.zeros_like(nearness))
         total = torch.zeros(keep.shape, dtype=force.dtype, device=keys.device).scatter_add_(2, nearest, force)
         takes = total > 0
@@ -109,6 +129,7 @@ class D2O(SelectionPolicy):
             weight=torch.cat(
                 [force / (torch.e + total.gather(2, nearest)), torch.where(takes, own, torch.zeros_like(own))], dim=2
             ),
+            memory=threshold,
         )
 
 

@@ -21,19 +21,6 @@ Hook: TypeAlias = Callable[[int], None]
 Move: TypeAlias = Callable[[Job], None]
 
 
-class _State:
-    """Of one transfer: bytes that are not through yet, and how it went."""
-
-    __slots__ = ("error", "left", "lock", "spoilt", "started")
-
-    def __init__(self, size: int) -> None:
-        self.left = size
-        self.started = False
-        self.spoilt = False
-        self.error: OSError | None = None
-        self.lock = threading.Lock()
-
-
 class Batch:
     """Runs the jobs of one batch and keeps its results.
 
@@ -43,15 +30,33 @@ class Batch:
         Checked here: uint8 vectors without gaps, offsets of at least 0.
     before, after : callable, optional
         Called with the index of a transfer: ahead of its first byte, and when every byte of it went through.
+
+    Attributes
+    ----------
+    total : int
+        Bytes of all transfers.
     """
 
     def __init__(self, transfers: Sequence[Transfer], *, before: Hook | None = None, after: Hook | None = None) -> None:
         self.transfers = transfers
-        self._states = [_State(_checked_size(transfer)) for transfer in transfers]
-        self.total = sum(state.left for state in self._states)
+        self._left = [_checked_size(transfer) for transfer in transfers]
+        self.total = sum(self._left)
         self._before = before
         self._after = after
+        self._errors: list[OSError | None] = [None] * len(transfers)
+        self._ready: dict[int, bool] = {}  # whether ``before`` went well, once it ran
+        self._turns: dict[int, threading.Lock] = {}  # to run it: parts of one transfer may begin at once
+        self._lock = threading.Lock()
         self._raised: list[BaseException] = []
+
+    def begin(self) -> None:
+        """See to what needs no job: streams that fill buffers, and transfers of no bytes."""
+        _wait_for_streams(self.transfers)
+        if self.total and all(self._left):
+            return
+        for index, left in enumerate(self._left):
+            if not left and self._start(index):
+                self._call(self._after, index)
 
     def run(self, jobs: Iterator[Job], move: Move, pool: Executor, threads: int) -> list[OSError | None]:
         """Carry out the jobs in up to ``threads`` threads, this one among them; one result a transfer.
@@ -63,16 +68,13 @@ class Batch:
         BaseException
             Whatever a hook raised first, after all jobs have ended.
         """
-        _wait_for_streams(self.transfers)
-        for index, state in enumerate(self._states):
-            if not state.left and self._start(index):
-                self._call(self._after, index)
+        self.begin()
         first = list(itertools.islice(jobs, threads))
         source = _Source(itertools.chain(first, jobs))
 
         def work() -> None:
             while (job := source.draw()) is not None:
-                self._execute(job, move)
+                self.execute(job, move)
 
         helpers = [pool.submit(work) for _ in first[1:]]
         try:
@@ -82,15 +84,12 @@ class Batch:
             for helper in helpers:
                 if not helper.cancel():  # if it can be, it did not have its turn yet, and nothing is left to do
                     helper.result()
-        if self._raised:
-            raise self._raised[0]
-        return [state.error for state in self._states]
+        return self.results()
 
-    def _execute(self, job: Job, move: Move) -> None:
+    def execute(self, job: Job, move: Move) -> None:
         """Transfer the parts together; one by one if that fails, so that each error names its own transfer."""
         parts = job.parts
-        ready = [self._start(part.transfer) for part in parts]
-        if all(ready):
+        if self.ready(job):
             try:
                 move(job)
             except OSError as error:
@@ -98,44 +97,49 @@ class Batch:
             except CapacityError as error:
                 problem = OSError(errno.ENOMEM, str(error))
             else:
-                for index, start, stop in parts:
-                    self._through(index, stop - start)
+                self.through(job)
                 return
             if len(parts) == 1:
                 self._fail(parts[0].transfer, problem)
                 return
         if len(parts) > 1:
-            for single, good in zip(job.single(), ready, strict=True):
-                if good:
-                    self._execute(single, move)
+            for single in job.single():
+                self.execute(single, move)
+
+    def ready(self, job: Job) -> bool:
+        """Run ``before`` of its parts, where nobody did; False when not all of them are to be transferred."""
+        return self._before is None or all(self._start(part.transfer) for part in job.parts)
+
+    def through(self, job: Job) -> None:
+        """Count bytes that were transferred; with its last one a transfer is complete."""
+        for index, start, stop in job.parts:
+            complete = True
+            if stop - start < self._left[index]:  # else these are its last bytes, which nobody else is at
+                with self._lock:
+                    self._left[index] -= stop - start
+                    complete = not self._left[index]
+            if complete:
+                self._call(self._after, index)
+
+    def results(self) -> list[OSError | None]:
+        """What became of each transfer, when all jobs have ended; what a hook raised first is raised here."""
+        if self._raised:
+            raise self._raised[0]
+        return self._errors
 
     def _start(self, index: int) -> bool:
         """Run ``before`` if nobody did; False when it raised, or another part failed: there is nothing to transfer."""
-        state = self._states[index]
-        if self._before is not None:
-            with state.lock:
-                if not state.started:
-                    state.started = True
-                    state.spoilt = not self._call(self._before, index)
-        return not state.spoilt
-
-    def _through(self, index: int, count: int) -> None:
-        """Count bytes that were transferred; with the last one the transfer is complete."""
-        state = self._states[index]
-        with state.lock:
-            state.left -= count
-            complete = not state.left
-        if complete:
-            self._call(self._after, index)
+        with self._turns.setdefault(index, threading.Lock()):
+            if index not in self._ready:
+                self._ready[index] = self._call(self._before, index)
+        return self._ready[index] and self._errors[index] is None
 
     def _fail(self, index: int, error: OSError) -> None:
-        state = self._states[index]
-        with state.lock:
-            state.spoilt = True
-            state.error = state.error or error
+        with self._lock:
+            self._errors[index] = self._errors[index] or error
 
     def _call(self, hook: Hook | None, index: int) -> bool:
-        """Run a hook; False when it raised, which `run` raises in the end."""
+        """Run a hook; False when it raised, which `results` raises in the end."""
         if hook is not None:
             try:
                 hook(index)
@@ -165,14 +169,14 @@ class _Source:
 
 def _checked_size(transfer: Transfer) -> int:
     """Bytes of a transfer that makes sense."""
-    buffer = transfer.buffer
-    if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous() or buffer.device.type == "meta":
+    _, offset, buffer = transfer
+    if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous() or buffer.is_meta:
         raise InputError(
             f"buffers must be contiguous uint8 vectors, got {buffer.dtype} {list(buffer.shape)} on {buffer.device}; "
             "view them as bytes"
         )
-    if transfer.offset < 0:
-        raise InputError(f"offsets must be at least 0, got {transfer.offset}")
+    if offset < 0:
+        raise InputError(f"offsets must be at least 0, got {offset}")
     return buffer.numel()
 
 

@@ -69,7 +69,7 @@ def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> Iterator[Job]:
     """
     job: Job | None = None
     room, end = 0, 0  # bytes that the job still takes, and where it ends
-    for index in sorted(range(len(transfers)), key=lambda i: (id(transfers[i].file), transfers[i].offset)):
+    for _, _, index in sorted([(id(file), offset, at) for at, (file, offset, _) in enumerate(transfers)]):
         file, offset, buffer = transfers[index]
         size = buffer.numel()
         straight = not buffer.is_cuda and (not file.direct or not (offset | size | buffer.data_ptr()) % BLOCK_BYTES)

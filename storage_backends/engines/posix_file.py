@@ -75,6 +75,11 @@ class PosixFile(EngineFile):
         return os.fstat(self._fd).st_size
 
     @property
+    def descriptor(self) -> int:
+        """The descriptor, -1 when closed."""
+        return self._fd
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes the file system holds for the file; 0 when closed."""
         return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0

@@ -150,9 +150,9 @@ class Reader:
     def _learn(self, opened: Sequence[_Opened]) -> None:
         """Read the headers that are not known."""
         unknown = []
-        for one in opened:
-            one.header = self._headers.get(one.place)
-            if one.header is None:
+        for one, known in zip(opened, self._headers.find([one.place for one in opened]), strict=True):
+            one.header = known
+            if known is None:
                 unknown.append(one)
         blocks = _memory(len(unknown) * BLOCK_BYTES)
         if blocks is None:
@@ -167,7 +167,7 @@ class Reader:
                 continue
             try:
                 one.header = self._parse(one, head)
-                self._headers.put(one.place, one.header)
+                self._headers.add([(one.place, one.header)])
             except RecordFormatError:
                 one.found = Found.DAMAGED
             except OSError as failure:

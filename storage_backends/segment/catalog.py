@@ -20,6 +20,7 @@ from kvtier.storage_backends.segment.table import NOWHERE, IndexArray, KeyArray,
 __all__ = ["Catalog"]
 
 _HEAT_ROWS = 512
+_FEW_KEYS = 100  # for more, numpy is faster
 
 
 class Catalog:
@@ -68,7 +69,7 @@ class Catalog:
     def contains(self, keys: Sequence[bytes]) -> BoolArray:
         """Which keys have a record."""
         with self.lock:
-            return self.table.find(join_keys(list(keys))) >= 0
+            return self.find(keys) >= 0
 
     def find(self, keys: Sequence[bytes]) -> IndexArray:
         """Row of each key, -1 where there is none; the caller holds the lock as long as it uses them."""
@@ -221,6 +222,10 @@ class Catalog:
         """Keep the bytes of segments and tenants."""
         sizes = record_bytes(at) * sign
         for totals, column in ((self.live_bytes, "segment"), (self.tenant_bytes, "tenant")):
+            if sizes.size <= _FEW_KEYS:
+                for name, size in zip(at[column].tolist(), sizes.tolist(), strict=True):
+                    totals[name] += size
+                continue
             names, where = np.unique(at[column], return_inverse=True)
             sums = np.bincount(where, weights=sizes, minlength=names.size).astype(np.int64)
             for name, total in zip(names.tolist(), sums.tolist(), strict=True):

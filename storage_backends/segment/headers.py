@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from kvtier.record import RecordHeader
@@ -31,21 +32,24 @@ class HeaderCache:
         self._headers: OrderedDict[Place, RecordHeader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, place: Place) -> RecordHeader | None:
-        """A header that is known."""
+    def find(self, places: Sequence[Place]) -> list[RecordHeader | None]:
+        """Headers that are known, None for others."""
+        found = []
         with self._lock:
-            header = self._headers.get(place)
-            if header is not None:
-                self._headers.move_to_end(place)
-            return header
+            for place in places:
+                header = self._headers.get(place)
+                if header is not None:
+                    self._headers.move_to_end(place)
+                found.append(header)
+        return found
 
-    def put(self, place: Place, header: RecordHeader) -> None:
-        """Remember a header that was verified."""
+    def add(self, headers: Iterable[tuple[Place, RecordHeader]]) -> None:
+        """Remember headers that were verified."""
         with self._lock:
-            if place in self._headers:
-                return
-            self._headers[place] = header
-            self._held += _size(header)
+            for place, header in headers:
+                if place not in self._headers:
+                    self._headers[place] = header
+                    self._held += _size(header)
             while self._held > self._capacity:
                 self._held -= _size(self._headers.popitem(last=False)[1])
 

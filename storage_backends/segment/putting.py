@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvtier.record import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from kvtier.storage_backends.records import PutOutcome, PutState, Record
 from kvtier.storage_backends.segment.catalog import Catalog
@@ -14,7 +12,7 @@ from kvtier.storage_backends.segment.flusher import Flusher
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.reclaim import Reclaimer
-from kvtier.storage_backends.segment.rows import ROW, row_of
+from kvtier.storage_backends.segment.rows import pack_row, rows_of
 from kvtier.storage_backends.segment.writer import Draft
 from kvtier.types import format_bytes
 
@@ -98,16 +96,18 @@ def _publish(catalog: Catalog, drafts: Sequence[Draft]) -> None:
             if draft.error is None and draft.header is not None and draft.segment is not None:
                 tenant = catalog.tenants.number(draft.tenant.encode())
                 namespace = catalog.namespaces.number(draft.namespace)
-                rows.append(row_of(draft.header, draft.segment.number, draft.offset, tenant, namespace))
+                rows.append(pack_row(draft.header, draft.segment.number, draft.offset, tenant, namespace))
         if rows:
-            catalog.publish(np.array(rows, dtype=ROW))
+            catalog.publish(rows_of(rows))
 
 
 def _remember(headers: HeaderCache, drafts: Sequence[Draft]) -> None:
     """Keep the digests at hand: what was put is often read soon, and then needs no header from the medium."""
-    for draft in drafts:
-        if draft.error is None and draft.header is not None and draft.segment is not None:
-            headers.put((draft.segment.number, draft.header.epoch, draft.offset), draft.header)
+    headers.add(
+        ((draft.segment.number, draft.header.epoch, draft.offset), draft.header)
+        for draft in drafts
+        if draft.error is None and draft.header is not None and draft.segment is not None
+    )
 
 
 def _count(journal: Journal, drafts: Sequence[Draft], asked: int) -> None:

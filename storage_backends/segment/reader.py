@@ -134,27 +134,25 @@ def _read_round(engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache
     """Read a part of the fetches, of a size that staging memory may have."""
     pieces: list[_Piece] = []
     unknown: list[Fetch] = []
-    for fetch in fetches:
-        fetch.header = headers.get(fetch.place)
-        if fetch.header is None:
+    for fetch, header in zip(fetches, headers.find([fetch.place for fetch in fetches]), strict=True):
+        fetch.header = header
+        if header is None:
             unknown.append(fetch)
-    memory = empty_aligned(sum(fetch.header_bytes for fetch in unknown))
-    at = 0
-    for fetch in unknown:
-        pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, ()))
-        at += fetch.header_bytes
-    for fetch in fetches:
-        pieces += _payload_pieces(fetch)
+        if fetch.ranges == whole(fetch.payload_bytes) and 0 < fetch.payload_bytes <= _PIECE_BYTES:
+            pieces.append(_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ()))
+        else:
+            pieces += _payload_pieces(fetch)
+    if unknown:
+        memory, at = empty_aligned(sum(fetch.header_bytes for fetch in unknown)), 0
+        for fetch in unknown:
+            pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, ()))
+            at += fetch.header_bytes
     _run(engine, pieces, store, gap_bytes)
-    for fetch in unknown:
-        if fetch.header is not None:
-            headers.put(fetch.place, fetch.header)
+    headers.add((fetch.place, fetch.header) for fetch in unknown if fetch.header is not None)
 
 
 def _payload_pieces(fetch: Fetch) -> list[_Piece]:
     """Cut the wanted extents into pieces: straight into ``into`` where whole extents are wanted, else by a buffer."""
-    if 0 < fetch.payload_bytes <= _PIECE_BYTES and fetch.ranges == ((0, fetch.payload_bytes),):
-        return [_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, [])]
     size = fetch.extent_bytes
     step = max(1, _PIECE_BYTES // size)
     return [
@@ -202,7 +200,7 @@ def _copies(ranges: Sequence[ByteRange], start: int, end: int) -> list[tuple[int
 
 def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -> None:
     """Read pieces in the order of the medium, small gaps between them too, so that neighbours share a system call."""
-    pieces = sorted(pieces, key=lambda piece: (piece.fetch.segment.number, piece.offset))
+    pieces.sort(key=_position)
     transfers: list[Transfer] = []
     owners: list[_Piece | None] = []
     between: torch.Tensor | None = None
@@ -229,15 +227,21 @@ def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -
             owner.fetch.error = error
 
 
+def _position(piece: _Piece) -> tuple[int, int]:
+    """Where on the medium a piece lies."""
+    return (piece.fetch.segment.number, piece.offset)
+
+
 def _arrived(piece: _Piece, store: bytes) -> None:
     """Take the digests of what was read, and copy what is wanted of it."""
-    view = host_bytes(piece.buffer).numpy().data
-    if piece.extent is None:
-        piece.fetch.take_header(view, store)
+    fetch, _, buffer, extent, copies = piece
+    view = host_bytes(buffer).numpy().data
+    if extent is None:
+        fetch.take_header(view, store)
         return
-    piece.fetch.digests[piece.extent] = digest_extents(view, piece.fetch.extent_bytes)
-    for source, target, length in piece.copies:
-        wanted, got = piece.fetch.into[target : target + length], piece.buffer[source : source + length]
+    fetch.digests[extent] = digest_extents(view, fetch.extent_bytes)
+    for source, target, length in copies:
+        wanted, got = fetch.into[target : target + length], buffer[source : source + length]
         if wanted.is_cuda:
             wanted.copy_(got)
         else:

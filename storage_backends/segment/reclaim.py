@@ -13,7 +13,7 @@ from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.pool import Segment
 from kvtier.storage_backends.segment.reader import Fetch, Found
-from kvtier.storage_backends.segment.rows import ROW, Rows, record_bytes, row_of
+from kvtier.storage_backends.segment.rows import Rows, pack_row, record_bytes, rows_of
 from kvtier.storage_backends.segment.writer import Draft
 
 __all__ = ["Reclaimer"]
@@ -142,7 +142,7 @@ class Reclaimer:
         for draft, row in moved:
             if draft.error is None and draft.segment is not None and draft.header is not None:
                 tenant, namespace = int(row["at"]["tenant"]), int(row["at"]["namespace"])
-                new = np.array([row_of(draft.header, draft.segment.number, draft.offset, tenant, namespace)], dtype=ROW)
+                new = rows_of([pack_row(draft.header, draft.segment.number, draft.offset, tenant, namespace)])
                 new["at"]["hits"] = row["at"]["hits"]
                 arrived.append(new)
         if arrived:

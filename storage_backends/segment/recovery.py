@@ -16,7 +16,7 @@ from kvtier.storage_backends.engines import IOEngine
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.index import IndexContents
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows, join_keys, row_of
+from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows, join_keys, pack_row, rows_of
 from kvtier.storage_backends.segment.scan import ScannedRecord, SegmentScan, scan_segment
 from kvtier.storage_backends.segment.table import KeyArray
 
@@ -150,7 +150,7 @@ def _scan_all(
 
 def _take_scans(catalog: Catalog, scans: Sequence[_Scanned]) -> Rows:
     """Rows of the records that were found; segments end where their last good record does."""
-    rows: list[tuple[object, ...]] = []
+    rows: list[bytes] = []
     for segment, records, scan in scans:
         segment.cursor = max(segment.cursor, scan.end)
         segment.min_sequence = min(segment.min_sequence, scan.min_sequence)
@@ -159,10 +159,10 @@ def _take_scans(catalog: Catalog, scans: Sequence[_Scanned]) -> Rows:
             header = record.header
             tenant = catalog.tenants.number(header.tenant.encode())
             namespace = catalog.namespaces.number(header.namespace)
-            rows.append(row_of(header, segment.number, record.offset, tenant, namespace))
+            rows.append(pack_row(header, segment.number, record.offset, tenant, namespace))
         for offset in scan.tombstones:
             catalog.remember_tombstone(segment.number, offset)
-    return np.array(rows, dtype=ROW) if rows else np.empty(0, dtype=ROW)
+    return rows_of(rows)
 
 
 def _enter(catalog: Catalog, indexed: Rows, scanned: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TypeAlias
 
 import numpy as np
@@ -21,7 +22,12 @@ _EMPTY = -1
 _GONE = -2
 _LEAST_ROWS = 64
 _MOST_CHUNKS = 256
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_MIX_NUMBER = 0x9E3779B97F4A7C15
+_MIX = np.uint64(_MIX_NUMBER)
+_LAST_WORD = (1 << 64) - 1
+_WORDS = struct.Struct("<4Q")
+_KEY_BYTES = 32
+_FEW_KEYS = 100
 
 
 class RecordTable:
@@ -49,6 +55,8 @@ class RecordTable:
 
     def find(self, keys: KeyArray) -> IndexArray:
         """Row of each key [n, 4], -1 where there is none."""
+        if len(keys) <= _FEW_KEYS:
+            return self._find_few(keys.tobytes())
         found = np.full(len(keys), -1, dtype=np.int64)
         todo = np.arange(len(keys))
         places = self._home(keys)
@@ -59,6 +67,21 @@ class RecordTable:
             on = ~same & (rows != _EMPTY)
             todo, places = todo[on], (places[on] + 1) & (self._slots.size - 1)
         return found
+
+    def _find_few(self, keys: bytes) -> IndexArray:
+        """The same one key after the other: for a few faster than numpy's operations on arrays."""
+        slots, known = self._slots.data, self._keys.data.cast("B")
+        shift, last = 64 - (self._slots.size - 1).bit_length(), self._slots.size - 1
+        found = []
+        for at, (a, b, c, d) in enumerate(_WORDS.iter_unpack(keys)):
+            key = keys[at * _KEY_BYTES : (at + 1) * _KEY_BYTES]
+            place = ((a ^ b ^ c ^ d) * _MIX_NUMBER & _LAST_WORD) >> shift
+            while (row := slots[place]) != _EMPTY:
+                if row >= 0 and known[row * _KEY_BYTES : (row + 1) * _KEY_BYTES] == key:
+                    break
+                place = (place + 1) & last
+            found.append(row)
+        return np.array(found, dtype=np.int64)
 
     def insert(self, keys: KeyArray, at: Rows) -> IndexArray:
         """Add rows [n] under keys [n, 4] that are distinct and not there; their numbers."""

@@ -6,7 +6,6 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import xxhash
 
@@ -115,8 +114,7 @@ def _write(engine: IOEngine, drafts: Sequence[Draft], store: bytes) -> None:
     def seal(index: int) -> None:
         if index in headers:
             draft, segment, head = headers[index]
-            packed = draft.seal(segment.epoch).pack(seeds[segment.number])
-            head.numpy()[:] = np.frombuffer(packed, dtype=np.uint8)
+            draft.seal(segment.epoch).pack_into(head.numpy().data, seeds[segment.number])
 
     for draft, error in zip(owners, engine.write(transfers, before=seal), strict=True):
         draft.error = draft.error or error

@@ -14,7 +14,7 @@ POLICIES = ["kvtier: full", "kvtier: quest", "kvtier: snapkv"]
 STOCK, SDPA, GROUPED = "transformers: update and sdpa", "transformers: sdpa alone", "grouped matmul"
 DID = ["published", "loaded"]
 STREAMS = ["read stream", "copy stream"]
-NAMES = ["bandwidth", "choices", "claims", "decode", "engines", "kernels", "prefix", "store"]
+NAMES = ["bandwidth", "choices", "claims", "decode", "engines", "kernels", "policies", "prefix", "store"]
 
 pytestmark = pytest.mark.skipif(not RUN.exists(), reason="a source distribution has no benchmarks, only a checkout has")
 

@@ -130,6 +130,31 @@ def test_tensors_may_have_any_strides() -> None:
     assert same(into, chunks[1])
 
 
+@pytest.mark.parametrize("step_bytes", [1, 400, 900, 1 << 20])
+@pytest.mark.parametrize("together", [True, False])
+def test_decoding_reads_no_further_than_it_says(
+    step_bytes: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of some heads, of a layer, of several: what is not announced may not be verified yet."""
+    monkeypatch.setattr("kvtier.core.chunks._STEP_BYTES", step_bytes)
+    layout = replace(MIXED, layers=MIXED.layers[:1] * 3)
+    codec, chunk = ChunkCodec(layout), random_chunk(layout)
+    payload = encoded(codec, chunk)
+    arrived = torch.full((len(payload),), 0xEE, dtype=torch.uint8)
+    joined = codec.empty(range(3))
+    into = joined if together else KVChunk(list(joined.k), list(joined.v))
+
+    stops = []
+    for stop in codec.decoding(arrived, range(3), into):
+        stops.append(stop)
+        arrived[:stop] = torch.frombuffer(bytearray(payload[:stop]), dtype=torch.uint8)
+
+    assert same(into, chunk)
+    assert stops == sorted(set(stops))
+    assert stops[-1] == len(payload)
+    assert (len(stops) == 1) == (together and step_bytes == 1 << 20)
+
+
 def test_gradients_do_not_matter() -> None:
     layout = replace(MIXED, layers=MIXED.layers[:1])
     k, v = torch.randn(1, 2, 8, 4, requires_grad=True), torch.randn(1, 2, 8, 6)

@@ -14,13 +14,18 @@ from kvtier.core.compose import Composition, bind, policy
 from kvtier.core.policy import CodecPolicy, Encoded, Need, Policy, PositionMode, Role, Scope, SelectionPolicy
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import CompositionError, ConfigError, KVTierError, PolicyError
+from kvtier.policies.eviction.d2o import D2O
+from kvtier.policies.eviction.expected_attention import ExpectedAttention
+from kvtier.policies.eviction.h2o import H2O
 from kvtier.policies.eviction.snapkv import SnapKV
+from kvtier.policies.eviction.streamingllm import StreamingLLM
 from kvtier.policies.full import Full
 from kvtier.policies.placement.lru import LRU
 from kvtier.policies.retrieval.quest import Quest
 from kvtier.registry import policies
 from kvtier.testing.session_machine import small_layout
-from kvtier.types import Budgets, KVLayout
+from kvtier.testing.steps import open_memory
+from kvtier.types import Budgets, KVLayout, Rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,9 +228,39 @@ class Picky(Newest):
     ("chosen", "message"),
     [
         (Rounding(), "rounding is a codec; a session runs selection, retrieval and placement policies"),
-        (Sums(keep=8), "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, WINDOW_ATTENTION"),
+        (
+            Sums(keep=8),
+            (
+                "sums needs HIDDEN_STATES; a session provides COLUMN_SUMS, KEYS, QUERY_MOMENTS, VALUE_NORMS, "
+                "WINDOW_ATTENTION"
+            ),
+        ),
         (Global(read=99), "global plans over all layers at once; only selection policies may"),
-        (Compact(keep=8), "compact renumbers positions; a session keeps the positions that RoPE saw"),
+        (Compact(keep=8), "compact renumbers positions; only what evicts at every step may"),
+        (
+            StreamingLLM(keep=8, positions="compact"),
+            "streamingllm renumbers positions, and how layer 0 rotates (RoPE) is not known; take another policy",
+        ),
+        (
+            ExpectedAttention(keep=8),
+            "expected_attention asks for vectors before rotation, and how layer 0 rotates (RoPE) is not known",
+        ),
+        (
+            D2O(keep=99, when="step") | Rounding(),
+            "d2o merges tokens at every step, and rounding writes a block once, when it is sealed",
+        ),
+        (
+            H2O(keep=99) | Quest(read=99),
+            "h2o evicts by the attention of every step, and quest leaves pages unread",
+        ),
+        (
+            D2O(keep=99, when="step") | Quest(read=99),
+            "d2o evicts by the attention of every step, and quest leaves pages unread",
+        ),
+        (
+            StreamingLLM(keep=9) | Quest(read=99),
+            "streamingllm evicts at every step, so there are no sealed pages for quest to choose from",
+        ),
         (Picky(keep=8), "picky serves 7 layers, got 3"),
         (Quest(read=99) | Compact(keep=8), "compact renumbers positions"),
     ],
@@ -236,6 +271,26 @@ def test_what_a_session_cannot_run_is_refused(chosen: Policy, message: str) -> N
         bind(chosen, small_layout(), Budgets())
 
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("chosen", [StreamingLLM(keep=8, positions="compact"), ExpectedAttention(keep=8)])
+def test_rotations_that_change_with_the_length_are_refused(chosen: Policy) -> None:
+    rope = Rope(frequencies=(1.0, 0.1), changes="the frequencies of dynamic RoPE depend on the length of the text")
+
+    with pytest.raises(
+        CompositionError, match=r"one rotation for each position: the frequencies of dynamic RoPE depend"
+    ):
+        bind(chosen, small_layout(rope=rope), Budgets())
+    assert bind(chosen, small_layout(rope=Rope(frequencies=(1.0, 0.1))), Budgets()).keep == (8, 8, 8)
+
+
+def test_a_policy_over_the_model_needs_a_place_for_the_prompt() -> None:
+    with pytest.raises(
+        CompositionError, match=r"d2o evicts when the last layer has seen the prompt.* add a host or nvme"
+    ):
+        open_memory(policy_text="d2o(sinks=1, recent=3)", keep=12, device=200_000, host=None)
+    open_memory(policy_text="d2o(sinks=1, recent=3)", keep=12, device=200_000).close()
+    open_memory(policy_text="d2o(sinks=1, recent=3)", keep=12, host=None).close()
 
 
 def test_a_policy_of_somebody_else_is_found_by_its_name(third_party: dict[str, registry.Entry]) -> None:

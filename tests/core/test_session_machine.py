@@ -56,7 +56,7 @@ class SharingHeads(SessionMachine):
     policy_text: ClassVar = "adakv(window=2, kernel=3)"
     keep: ClassVar = 11
 
-    def oracle(self) -> DenseHeadsSession:
+    def make_oracle(self) -> DenseHeadsSession:
         return DenseHeadsSession(self.layout, AdaKVRule(window=2, kernel=3, keep=11))
 
 

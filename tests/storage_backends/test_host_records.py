@@ -196,17 +196,22 @@ def test_a_record_that_is_deleted_while_it_is_read_keeps_its_memory() -> None:
 def test_a_view_is_verified_and_holds_its_memory() -> None:
     with HostRecords(MIB) as store:
         store.put([sample_record(1, 400_000), sample_record(2, 0)])
-        with store.view(sample_key(1)) as payload:
-            assert payload is not None
+        with store.view(sample_key(1)) as found:
+            assert found is not None
             store.delete([sample_key(1)])
             assert store.put([sample_record(3, 900_000)])[0].state is PutState.REFUSED
-            assert payload.numpy().tobytes() == sample_bytes(1, 0, 400_000)
+            assert found.payload.numpy().tobytes() == sample_bytes(1, 0, 400_000)
+            assert found.verify()
         assert store.put([sample_record(3, 900_000)])[0].state is PutState.STORED
-        with store.view(sample_key(1)) as payload:
-            assert payload is None
-        flip_bit(store, sample_key(3), 12345)
-        with store.view(sample_key(3)) as payload:
-            assert payload is None
+        with store.view(sample_key(1)) as found:
+            assert found is None
+        flip_bit(store, sample_key(3), 8 * 700_000)
+        with store.view(sample_key(3)) as found:
+            assert found is not None
+            assert [found.verify(stop) for stop in (1, 65_537, 655_360, 655_361, None, 1)] == [
+                *[True] * 3,
+                *[False] * 3,
+            ]
         assert (store.stats().damaged, store.stats().hits, there(store, [3])) == (1, 1, [])
 
 

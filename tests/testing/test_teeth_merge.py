@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +17,7 @@ from kvtier.core.policy import (
     SelectionPolicy,
 )
 from kvtier.core.stats import SlotView, Stats
+from kvtier.policies.eviction.d2o import D2O
 from kvtier.testing.check import check_policy
 from kvtier.types import GroupReduce
 
@@ -92,6 +93,34 @@ class MergesKept(Merging):
         return MergePlan(plan.keep, target, torch.full(plan.keep.shape, 1 / plan.keep.shape[-1]))
 
 
+class OneThreshold(D2O):
+    """D2O: a single running threshold decides for every head, and here for every row."""
+
+    __slots__ = ()
+    name: ClassVar[str] = "one threshold"
+
+    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
+        done = D2O.merge(self, view, plan)
+        if done is None or done.memory is None:
+            return done
+        return done._replace(memory=done.memory.mean().expand(done.memory.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdSurvives(D2O):
+    """D2O: the clean-up between samples forgets the threshold."""
+
+    name: ClassVar[str] = "threshold survives"
+    last: dict[torch.Size, torch.Tensor] = field(default_factory=dict)
+
+    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan | None:
+        shape = view.positions.shape[:2]
+        done = D2O.merge(self, replace(view, memory=self.last.get(shape)), plan)
+        if done is not None and done.memory is not None:
+            self.last[shape] = done.memory
+        return done
+
+
 def test_a_right_merge_breaks_no_law() -> None:
     verdicts = list(check_policy(Merging(), examples=15))
 
@@ -104,6 +133,8 @@ def test_a_right_merge_breaks_no_law() -> None:
     [
         (ScalesBySimilarity(), "M1", r"slot 0 becomes 0\.5 of slot 0.*: 0\.5 in all"),
         (Adds(), "M1", r"slot 0 becomes 1 of slot 0, 1 of slot 1: 2 in all"),
+        (OneThreshold(sinks=0, recent=1), "M14", "alone, .* in company"),
+        (ThresholdSurvives(sinks=0, recent=1), "M13", "first, .* the second time"),
         (MergesKept(), "M4", r"slot 1 is kept and goes into slot 0"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else "",

@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -222,6 +223,76 @@ WRITE_LIKE(pwritev, (int fd, const struct iovec *v, int n, off_t at), (fd, v, n,
 WRITE_LIKE(pwritev64, (int fd, const struct iovec *v, int n, off64_t at), (fd, v, n, at), v, n, at, 0)
 WRITE_LIKE(pwritev2, (int fd, const struct iovec *v, int n, off_t at, int f), (fd, v, n, at, f), v, n, at, f)
 WRITE_LIKE(pwritev64v2, (int fd, const struct iovec *v, int n, off64_t at, int f), (fd, v, n, at, f), v, n, at, f)
+
+/* Asynchronous writes: begun when they are submitted, ended when their completion is fetched. */
+
+#define MOST_UNDER_WAY 4096
+
+static struct under_way { uint64_t context, token, call; } under_way[MOST_UNDER_WAY];
+static pthread_mutex_t under_way_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void remember(uint64_t context, uint64_t token, uint64_t call) {
+    pthread_mutex_lock(&under_way_lock);
+    for (int i = 0; i < MOST_UNDER_WAY; i++) {
+        if (under_way[i].call) continue;
+        under_way[i] = (struct under_way){context, token, call};
+        pthread_mutex_unlock(&under_way_lock);
+        return;
+    }
+    abort(); /* more than anybody submits */
+}
+
+/* The call that was begun under a token, which is forgotten with it; 0 when it was none that is recorded. */
+static uint64_t recall(uint64_t context, uint64_t token) {
+    uint64_t call = 0;
+    pthread_mutex_lock(&under_way_lock);
+    for (int i = 0; i < MOST_UNDER_WAY && !call; i++) {
+        if (!under_way[i].call || under_way[i].context != context || under_way[i].token != token) continue;
+        call = under_way[i].call;
+        under_way[i].call = 0;
+    }
+    pthread_mutex_unlock(&under_way_lock);
+    return call;
+}
+
+static void submitting(uint64_t context, const struct iocb *request) {
+    char path[PATH_MAX];
+    struct iovec one = {(void *)(uintptr_t)request->aio_buf, request->aio_nbytes};
+    int several = request->aio_lio_opcode == IOCB_CMD_PWRITEV;
+    if (!several && request->aio_lio_opcode != IOCB_CMD_PWRITE) return;
+    if (!tracked((int)request->aio_fildes, path)) return;
+    const struct iovec *data = several ? (const struct iovec *)(uintptr_t)request->aio_buf : &one;
+    int pieces = several ? (int)request->aio_nbytes : 1;
+    remember(context, request->aio_data, writing((int)request->aio_fildes, data, pieces, request->aio_offset, 0));
+}
+
+static void fetched(uint64_t context, uint64_t token, int64_t result) {
+    uint64_t call = recall(context, token);
+    if (call) ended(WRITE, call, 0, result);
+}
+
+long syscall(long number, ...) {
+    REAL(syscall);
+    va_list rest;
+    va_start(rest, number);
+    long a = va_arg(rest, long), b = va_arg(rest, long), c = va_arg(rest, long);
+    long d = va_arg(rest, long), e = va_arg(rest, long), f = va_arg(rest, long);
+    va_end(rest);
+    if (log_fd >= 0 && number == SYS_io_submit) {
+        struct iocb **requests = (struct iocb **)c;
+        for (long i = 0; i < b; i++) submitting((uint64_t)a, requests[i]);
+        long done = real(number, a, b, c);
+        for (long i = done < 0 ? 0 : done; i < b; i++) fetched((uint64_t)a, requests[i]->aio_data, -1);
+        return done;
+    }
+    long done = real(number, a, b, c, d, e, f);
+    if (log_fd >= 0 && number == SYS_io_getevents)
+        for (long i = 0; i < done; i++) {
+            struct io_event *event = (struct io_event *)d + i;
+            fetched((uint64_t)a, event->data, event->res);
+        }
+    return done;
+}
 
 /* size, space, sync */
 

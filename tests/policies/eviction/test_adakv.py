@@ -14,7 +14,7 @@ from kvtier.policies.eviction.adakv import AdaKV, AdaPyramidKV
 from kvtier.policies.eviction.snapkv import SnapKV
 from kvtier.testing.dense_heads import AdaKVRule, adakv_slots
 from kvtier.testing.eviction_laws import EvictionLaws
-from kvtier.testing.selection_laws import SelectionCase, SelectionLaws, selection_cases
+from kvtier.testing.selection_laws import Contents, SelectionCase, SelectionLaws, selection_cases
 from kvtier.testing.session_machine import small_layout
 from kvtier.testing.steps import open_memory
 
@@ -53,7 +53,7 @@ def test_a_safeguard_of_all_is_snapkv(case: SelectionCase) -> None:
 def test_a_head_whose_attention_is_spread_keeps_more_than_a_sharp_one() -> None:
     votes = torch.full((1, 2, 100), 0.001)
     votes[0, 0, 7], votes[0, 1] = 1.0, 0.5
-    case = SelectionCase(votes, torch.arange(100).expand(1, 2, 100), 20)
+    case = SelectionCase(votes, torch.arange(100).expand(1, 2, 100), 20, Contents.drawn(0, 1, 2, 1, 100, torch.float32))
 
     counts = case.keeps(AdaKV(window=2, kernel=1, alpha=0.5)).counts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +18,10 @@ from kvtier.core.stats import SlotView
 from kvtier.errors import CapacityError, CompositionError, SessionStateError
 from kvtier.policies.eviction.d2o import D2O
 from kvtier.testing.dense import DenseRow, reduce_heads
+from kvtier.testing.plain_policies import PlainPolicySession
 from kvtier.testing.session_machine import small_layout
 from kvtier.testing.steps import SCALE, Step, StepSource, open_memory
+from kvtier.types import Rope
 
 EXACT = 1e-10
 SINKS, RECENT = 2, 3
@@ -204,6 +207,91 @@ def test_slots_are_counted_and_bounded() -> None:
         assert held.peak <= 40_000
         with pytest.raises(CapacityError):
             StepSource(memory.layout, rows=64).take(64).run(memory.session())
+
+
+ORDERLESS = ["streamingllm(sinks=2)", "streamingllm(positions='compact')", "h2o(recent=2)", "tova"]
+ORDERLESS += ["d2o(sinks=1, recent=2, when='step')"]
+
+
+@pytest.mark.parametrize("text", ORDERLESS)
+def test_the_order_of_slots_in_memory_does_not_matter(text: str) -> None:
+    layout = small_layout(rope=Rope(frequencies=(1.0, 0.1)))
+    with closing(open_memory(layout, text, keep=9)) as memory:
+        source, sessions = StepSource(layout, rows=2), [memory.session(), memory.session()]
+        prompt = source.take(20)
+        for session in sessions:
+            session.expect(20)
+            prompt.run(session)
+        for seed in range(8):
+            for index, sequence in enumerate(sessions[1]._batch.sequences):
+                assert isinstance(sequence, KeptSequence)
+                shuffle(sequence, seed * 100 + index)
+            step = source.take(1)
+            for one, other in zip(*(step.run(session) for session in sessions), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        for one, other in zip(*(session._batch.sequences for session in sessions), strict=True):
+            assert isinstance(one, KeptSequence) and isinstance(other, KeptSequence)  # noqa: PT018 - for the type
+            assert np.array_equal(np.sort(one.positions, axis=1), np.sort(other.positions, axis=1))
+
+
+def shuffle(sequence: KeptSequence, seed: int) -> None:
+    """Put the slots of each head in another order, with all that belongs to them."""
+    random = np.random.default_rng(seed)
+    group = sequence.votes.shape[0] // sequence.keys.shape[0]
+    for head in range(sequence.keys.shape[0]):
+        order = random.permutation(sequence.length)
+        held = slice(0, sequence.length)
+        for part in (sequence.keys, sequence.values):
+            part[head, held] = part[head, order].clone()
+        queries = slice(head * group, (head + 1) * group)
+        sequence.votes[queries, held] = sequence.votes[queries][:, order].clone()
+        sequence.positions[head] = sequence.positions[head, order].copy()
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_compact_positions_stay_within_the_window_however_far_the_text_goes(sinks: int) -> None:
+    rope = Rope(frequencies=(1.0, 0.1))
+    layout = small_layout(rope=rope)
+    with closing(open_memory(layout, f"streamingllm(sinks={sinks}, positions='compact')", keep=8)) as memory:
+        session, plain = memory.session(), PlainPolicySession(layout, memory.policy)
+        source = StepSource(layout, rows=2)
+        plain.expect(15)
+        session.expect(15)
+        for position, steps in ((0, [15]), (15, [1, 1]), (40_000, [1] * 10), (3_000_000, [1] * 10)):
+            source.position = position
+            for tokens in steps:
+                step = source.take(tokens)
+                for one, other in zip(step.run(session), step.run(plain), strict=True):
+                    torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+        kept = session._batch.rows[0][0]
+        assert isinstance(kept, KeptSequence)
+        assert int(kept.positions.max()) == 3_000_009
+        assert [segment.ahead for segment in kept.segments()] == ([0, 3_000_002] if sinks else [3_000_002])
+
+
+def test_a_merge_threshold_begins_anew_with_every_sequence() -> None:
+    with closing(open_memory(small_layout(), "d2o(sinks=1, recent=2, when='step')", keep=8)) as memory:
+        outputs = []
+        for _ in range(2):
+            source, session = StepSource(memory.layout, seed=5), memory.session()
+            session.expect(20)
+            source.take(20).run(session)
+            outputs.append([source.take(1).run(session) for _ in range(6)])
+            session.close()
+        for one, other in zip(*outputs, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_layers_keep_their_share_of_the_budget_at_every_step() -> None:
+    with closing(open_memory(small_layout(), "d2o(sinks=1, recent=2, when='step')", keep=10)) as memory:
+        source, session = StepSource(memory.layout, rows=2), memory.session()
+        session.expect(40)
+        source.take(40).run(session)
+        before = [[one.length for one in row] for row in session._batch.rows]
+        assert all(sum(row) == 30 for row in before)
+        for _ in range(3):
+            source.take(1).run(session)
+        assert [[one.length for one in row] for row in session._batch.rows] == before
 
 
 def test_reading_a_part_and_voting_by_all_exclude_each_other() -> None:

@@ -21,6 +21,13 @@ class TestStreamingLLM(SelectionLaws, EvictionLaws):
         return StreamingLLM(sinks=sinks)
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+class TestCompactStreamingLLM(EvictionLaws):
+    @pytest.fixture
+    def policy(self, sinks: int) -> SelectionPolicy:
+        return StreamingLLM(sinks=sinks, positions="compact")
+
+
 def plan(policy: StreamingLLM, positions: torch.Tensor, keep: int) -> list[int]:
     view = SlotView(positions=positions[None, None], protected=policy.protected(positions[None, None]))
     kept: list[int] = policy.select(policy.score(view, Stats()), view, keep).keep[0, 0].tolist()
@@ -42,6 +49,7 @@ def test_a_later_prompt_spares_the_sinks_by_their_position() -> None:
     [
         ({"sinks": -1}, "sinks must be an integer of at least 0, got -1"),
         ({"sinks": 1.0}, r"sinks must be an integer of at least 0, got 1\.0"),
+        ({"positions": "dense"}, "positions must be 'original' or 'compact', got 'dense'"),
         ({"keep": 4}, r"keep must be more than sinks \(4\) tokens, got 4"),
     ],
 )

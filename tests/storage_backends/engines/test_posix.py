@@ -13,6 +13,7 @@ import torch
 from kvtier.errors import CapacityError, ConfigError, InputError
 from kvtier.storage_backends.engines import PosixEngine, Transfer
 from kvtier.storage_backends.engines.bounce import BouncePool
+from kvtier.storage_backends.engines.kernel_queue import KernelQueue, Verb
 from kvtier.storage_backends.engines.posix_file import PosixFile
 from kvtier.storage_backends.memory import empty_aligned
 from kvtier.testing.engine_laws import EngineFactory, EngineLaws, random_bytes
@@ -30,6 +31,13 @@ class TestPosixEngineWithoutDirectIO(EngineLaws):
     @pytest.fixture
     def engine(self, monkeypatch: pytest.MonkeyPatch) -> EngineFactory:
         refuse_direct_io(monkeypatch)
+        return PosixEngine
+
+
+class TestPosixEngineWithoutQueues(EngineLaws):
+    @pytest.fixture
+    def engine(self, monkeypatch: pytest.MonkeyPatch) -> EngineFactory:
+        refuse_queues(monkeypatch)
         return PosixEngine
 
 
@@ -51,10 +59,24 @@ def refuse_direct_io(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "fcntl", without_direct)
 
 
+def refuse_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel have no queues, as where a filter of system calls forbids them: everything runs in threads."""
+
+    def refuse(_: KernelQueue, depth: int) -> None:
+        raise OSError(errno.EPERM, f"no queue of {depth}")
+
+    monkeypatch.setattr(KernelQueue, "__init__", refuse)
+
+
 @pytest.fixture
 def engine() -> Iterator[PosixEngine]:
     with PosixEngine() as engine:
         yield engine
+
+
+@pytest.fixture
+def no_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_queues(monkeypatch)
 
 
 @pytest.fixture
@@ -83,6 +105,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, 
     return calls
 
 
+@pytest.mark.usefixtures("no_queues")
 @pytest.mark.parametrize("alignment", ["aligned", "any"])
 def test_adjacent_small_transfers_share_a_system_call(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch, alignment: str
@@ -95,6 +118,7 @@ def test_adjacent_small_transfers_share_a_system_call(
     assert calls == [(0, 64 * 4096)]
 
 
+@pytest.mark.usefixtures("no_queues")
 def test_a_large_transfer_is_shared_by_threads(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +129,7 @@ def test_a_large_transfer_is_shared_by_threads(
     assert sorted(calls) == [(i * MIB, MIB) for i in range(16)]
 
 
+@pytest.mark.usefixtures("no_queues")
 def test_blocks_in_the_middle_of_a_direct_file_are_never_buffered(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +140,7 @@ def test_blocks_in_the_middle_of_a_direct_file_are_never_buffered(
     assert sorted(calls) == [(4095, 1), (4096, 8192), (12_288, 1)]
 
 
+@pytest.mark.usefixtures("no_queues")
 @pytest.mark.parametrize("stop", [4096, 5000])
 @pytest.mark.parametrize("size", [64 * 4096, 64 * 4096 - 100])
 def test_transfers_that_stop_short_go_on(
@@ -137,6 +163,7 @@ def test_transfers_that_stop_short_go_on(
     assert torch.equal(sent, back)
 
 
+@pytest.mark.usefixtures("no_queues")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_failing_block_fails_the_transfers_that_touch_it(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch, code: int
@@ -185,6 +212,7 @@ def test_want_of_memory_for_a_bounce_buffer_is_an_error_of_the_transfer(
     assert good is None
 
 
+@pytest.mark.usefixtures("no_queues")
 def test_hooks_run_in_threads_of_the_engine_too(engine: PosixEngine, file: PosixFile) -> None:
     sent = aligned(8, 16 * MIB)
     both = threading.Barrier(2, timeout=30)
@@ -194,6 +222,93 @@ def test_hooks_run_in_threads_of_the_engine_too(engine: PosixEngine, file: Posix
 
     pieces = [Transfer(file, i * 8 * MIB, sent[i * 8 * MIB : (i + 1) * 8 * MIB]) for i in range(2)]
     assert engine.write(pieces, meet) == [None, None]
+
+
+def queue_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Offsets and sizes of all that goes into queues from now on."""
+    real, calls = KernelQueue.submit, list[tuple[int, int]]()
+
+    def recorded(
+        queue: KernelQueue, verb: Verb, token: int, descriptor: int, offset: int, parts: list[tuple[int, int]]
+    ) -> None:
+        real(queue, verb, token, descriptor, offset, parts)
+        calls.append((offset, sum(size for _, size in parts)))
+
+    monkeypatch.setattr(KernelQueue, "submit", recorded)
+    return calls
+
+
+def needs_queues() -> None:
+    try:
+        KernelQueue(1).close()
+    except OSError as error:
+        pytest.skip(f"needs native asynchronous I/O: {error}")
+
+
+def test_direct_transfers_go_through_a_queue_and_hooks_stay_in_the_calling_thread(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_queues()
+    calls = queue_calls(monkeypatch)
+    sent, back = aligned(11, 64 * 4096), empty_aligned(64 * 4096)
+    threads: set[int] = set()
+
+    pieces = [Transfer(file, i * 4096, sent[i * 4096 : (i + 1) * 4096]) for i in range(64)]
+    assert not any(engine.write(pieces, lambda _: threads.add(threading.get_ident())))
+    assert not any(engine.read([Transfer(file, 0, back)], lambda _: threads.add(threading.get_ident())))
+
+    assert torch.equal(sent, back)
+    assert calls == [(0, 64 * 4096)] * 2
+    assert threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("result", [0, 4096, -errno.EIO])
+def test_what_a_queue_does_not_finish_is_finished_by_system_calls(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch, result: int
+) -> None:
+    needs_queues()
+    real, sent, back = KernelQueue.wait, aligned(12, 64 * 4096), empty_aligned(64 * 4096)
+    monkeypatch.setattr(KernelQueue, "wait", lambda queue: [(token, result) for token, _ in real(queue)])
+
+    assert engine.write([Transfer(file, 0, sent)]) == [None]
+    assert engine.read([Transfer(file, 0, back)]) == [None]
+    assert torch.equal(sent, back)
+
+
+def test_what_a_queue_does_not_take_goes_by_system_calls(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_queues()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(KernelQueue, "submit", full)
+    sent, back = aligned(13, 4096), empty_aligned(4096)
+
+    assert engine.write([Transfer(file, 0, sent)]) == [None]
+    assert engine.read([Transfer(file, 0, back)]) == [None]
+    assert torch.equal(sent, back)
+
+
+def test_an_interruption_waits_for_what_the_kernel_is_at(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_queues()
+    real, waits = KernelQueue.wait, list[int]()
+
+    def interrupted(queue: KernelQueue) -> list[tuple[int, int]]:
+        waits.append(queue.under_way)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(queue)
+
+    monkeypatch.setattr(KernelQueue, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.write([Transfer(file, 0, aligned(14, 16 * 4096))])
+
+    assert waits[-1] > 0
+    assert engine.write([Transfer(file, 0, aligned(14, 4096))]) == [None]
 
 
 def test_a_new_file_keeps_nothing_of_the_trial_and_the_trial_runs_once(

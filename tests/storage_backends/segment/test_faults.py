@@ -14,7 +14,7 @@ from kvtier.storage_backends.segment.flusher import Flusher
 from kvtier.storage_backends.segment.sync import GroupSync
 from kvtier.testing.faults import FaultyEngine, ReadFault, WriteFault
 from kvtier.testing.record_samples import fetch, sample_key, sample_record
-from kvtier.testing.small_segments import CAPACITY, open_store, put, served
+from kvtier.testing.segment_stores import CAPACITY, open_store, put, served
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from kvtier.storage_backends.records import PutState
 from kvtier.storage_backends.segment import DirectoryLock, SegmentOptions, SegmentRecords, options_of
 from kvtier.storage_backends.segment.index import SegmentIndex
 from kvtier.testing.record_samples import fetch, physical_bytes, sample_key, sample_record
-from kvtier.testing.small_segments import CAPACITY, MIB, SIZE, open_store, put, served
+from kvtier.testing.segment_stores import CAPACITY, MIB, SIZE, open_store, put, served
 
 
 def filled(directory: Path) -> None:

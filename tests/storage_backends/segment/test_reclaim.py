@@ -7,7 +7,7 @@ import pytest
 from kvtier.storage_backends.records import PutState
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 from kvtier.testing.record_samples import physical_bytes, sample_key, sample_record
-from kvtier.testing.small_segments import CAPACITY, MIB, open_store, put, served
+from kvtier.testing.segment_stores import CAPACITY, MIB, open_store, put, served
 
 
 def test_the_oldest_go_first(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ class TableMachine(RuleBasedStateMachine):
         keys = [key_of(number, alike=alike) for number in range(400) for alike in (False, True)]
         found = self.table.find(join_keys(keys))
         assert [key in self.model for key in keys] == (found >= 0).tolist()
+        a_few_at_a_time = [self.table.find(join_keys(keys[at : at + 32])) for at in range(0, len(keys), 32)]
+        assert np.concatenate(a_few_at_a_time).tolist() == found.tolist()
         there = found[found >= 0]
         expected = [self.model[key] for key in keys if key in self.model]
         assert self.table.at["sequence"][there].tolist() == expected

@@ -209,6 +209,16 @@ base.execute("create table t (x)")
 for number in range(50):
     with base:
         base.execute("insert into t values (randomblob(3000))")
+from kvtier.storage_backends.engines import PosixEngine, Transfer
+from kvtier.storage_backends.memory import empty_aligned
+engine = PosixEngine()
+file = engine.open(root / "queued", writable=True, create=True)
+file.allocate(1 << 20)
+memory = empty_aligned(1 << 20).fill_(7)
+pieces = [Transfer(file, at << 16, memory[at << 16 : (at + 1) << 16]) for at in (0, 1, 2, 5, 9)]
+assert not any(engine.write([*pieces, Transfer(file, 700_001, memory[1:100])]))
+file.sync()
+assert not any(engine.write([Transfer(file, 15 << 16, memory[: 1 << 16])]))
 os._exit(0)
 """
 
