@@ -40,9 +40,7 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample, by the model's settings.")] = False,
     chat_template: Annotated[bool, typer.Option(help="Use the tokenizer's chat template if it has one.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
-    explain: Annotated[
-        Path | None, typer.Option(help="Write a page that shows the document and what was kept and read of it.")
-    ] = None,
+    explain: Annotated[Path | None, typer.Option(help="Page to write: the document, what was kept and read.")] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
     debug: DebugFlag = False,
@@ -77,7 +75,5 @@ def generate(
         summary = answer(request, loaded, screen, stream=stream)
         if screen.as_json:
             screen.emit(summary)
-        elif stream:
-            screen.show("", summary_table(summary))
         else:
-            screen.show(summary["answer"], "", summary_table(summary))
+            screen.show(*([] if stream else [summary["answer"]]), "", summary_table(summary))
