@@ -18,7 +18,7 @@ PROBES = {
     "SIGKILL after durable puts",
     "SIGKILL after relaxed puts",
 }
-READS = {("64 KiB", "read"), ("64 KiB", "randread"), ("64 x 64 KiB", "read")}
+READS = {(name, way) for name in ("64 KiB", "64 x 64 KiB") for way in ("read", "randread")}
 WRITES = {(f"{name}, {way}", "write") for name in ("64 KiB", "64 x 64 KiB") for way in ("durable", "relaxed")}
 
 pytestmark = pytest.mark.skipif(not RUN.exists(), reason="a source distribution has no benchmarks, only a checkout has")

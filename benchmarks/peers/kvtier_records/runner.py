@@ -25,7 +25,9 @@ class Store:
         options = SegmentOptions(capacity=capacity, durability="durable" if durable else "relaxed")
         self._records = SegmentRecords(directory, options)
         # Room for data is taken before the timing, as fio, NIXL and raw_block take it: here, the first segment.
-        self.put(self.batch(["first"], [np.zeros(4096, np.uint8)]))
+        first = self.batch(["first"], [np.zeros(4096, np.uint8)])
+        if not self.get(first)[0]:
+            self.put(first)
         found = self._records.capabilities()
         self.note = "verified" + ("" if found.direct_io == direct else f"; direct I/O {found.direct_io}")
 
