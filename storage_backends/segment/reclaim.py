@@ -137,7 +137,8 @@ class Reclaimer:
                 moved.append((_copy(fetch.header, fetch.into), row))
         drafts = [draft for draft, _ in moved]
         self._journal.allocator.place_in_open(drafts)
-        self._journal.write(drafts, sync=self._journal.options.durability == "durable")
+        # Synced also where puts are not: the place that they leave may be the only one on the medium.
+        self._journal.write(drafts, sync=True)
         arrived = []
         for draft, row in moved:
             if draft.error is None and draft.segment is not None and draft.header is not None:

@@ -1,11 +1,16 @@
 """Room in a full store: oldest first, what was read stays, leases hold, the capacity is never exceeded."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvtier.storage_backends.records import PutState
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
+from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.sync import GroupSync
 from kvtier.testing.record_samples import physical_bytes, sample_key, sample_record
 from kvtier.testing.segment_stores import CAPACITY, MIB, open_store, put, served
 
@@ -28,6 +33,30 @@ def test_what_is_read_gets_a_second_chance(tmp_path: Path) -> None:
         assert store.info(sample_key(7)).hits > 500  # type: ignore[union-attr]
     with open_store(tmp_path) as store:
         assert served(store, 7)
+
+
+def test_what_is_carried_on_is_synced_also_in_a_relaxed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place that it leaves may be the only one on the medium, and the index is told of the new one."""
+    steps: list[str] = []
+
+    def noting(step: str, real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            real(*arguments)
+            if threading.current_thread() is threading.main_thread():  # the flusher syncs, too
+                steps.append(step)
+
+        return call
+
+    with open_store(tmp_path, durability="relaxed") as store:
+        put(store, *range(20))
+        monkeypatch.setattr(GroupSync, "wait", noting("synced", GroupSync.wait))
+        monkeypatch.setattr(Catalog, "move", noting("shown", Catalog.move))
+        for number in range(100, 400):
+            put(store, number)
+            assert served(store, 7)
+    moves = [place for place, step in enumerate(steps) if step == "shown"]
+    assert moves
+    assert all(place and steps[place - 1] == "synced" for place in moves)
 
 
 def test_reading_everything_does_not_stop_the_progress(tmp_path: Path) -> None:
