@@ -36,6 +36,8 @@ def over_drafts(
     plain = extras._replace(tree=None)
     if tree is None or tree.first == source.length:
         return attend(q, source, visible, plain)
+    if not tree.first:
+        return _drafted(q, source, visible, bias, tree, scale, softcap)
     before = None if visible is None else visible._replace(k_pos=visible.k_pos[..., : tree.first])
     past_bias = None if bias is None else bias[..., : tree.first]
     past = attend(q, source.before(tree.first), before, plain._replace(bias=past_bias))

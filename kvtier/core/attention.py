@@ -95,7 +95,7 @@ def attend_all(sequence: AnySequence, queries: Queries) -> Partial:
 def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPolicy, read: int) -> tuple[Partial, int]:
     """Attention over the tail and the pages that the policy chooses within ``read`` tokens, and how many pages."""
     raw, sketch = sequence.raw, sequence.sketch
-    count = (read - raw.length) // sequence.group.page_tokens
+    count = max(0, read - raw.length) // sequence.group.page_tokens
     if sketch is None or count >= sequence.pages.length:
         return attend_all(sequence, queries), sequence.pages.length
     chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sketch.views()), count).pages

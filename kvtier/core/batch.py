@@ -103,7 +103,7 @@ class Batch:
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
         """Attention of one row in one layer, with the logits of a sink [Hq] if there is one."""
-        partial = self._over_keys(layer, row, queries, decoding=decoding)
+        partial = self.over_keys(layer, row, queries, decoding=decoding)
         if sink is not None:
             partial = merge_partials([partial, sink_partial(sink, partial)])
         if not decoding:
@@ -112,7 +112,8 @@ class Batch:
             self._evict_step(sequence, queries, partial)
         return partial
 
-    def _over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool) -> Partial:
+    def over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool, beside: int = 0) -> Partial:
+        """Attention of one row to what a layer holds, by the policy's rules; ``beside`` tokens are read besides."""
         sequence, policy = self.rows[row][layer], self.memory.policy
         if not isinstance(sequence, (LayerSequence, RaggedSequence)):
             return attend_all(sequence, queries)
@@ -127,7 +128,7 @@ class Batch:
                 store.touch(sequence.pages.view)
             partial, pages = attend_all(sequence, queries), sequence.pages.length
         else:
-            partial, pages = attend_chosen(sequence, queries, retrieval, policy.read)
+            partial, pages = attend_chosen(sequence, queries, retrieval, policy.read - beside)
         if decoding:
             self.pages_held += sequence.pages.length
             self.pages_read += pages

@@ -59,7 +59,6 @@ class KeptSequence:
     last_position: int | None = None
     seen: int = 0
     evicted: bool = False
-    draft_start: int | None = None
     version: object = field(default_factory=object)
     budget: int = 0
     memory: torch.Tensor | None = None
@@ -173,7 +172,6 @@ class KeptSequence:
             last_position=self.last_position,
             seen=self.seen,
             evicted=self.evicted,
-            draft_start=self.draft_start,
             version=self.version,
             budget=self.budget,
             memory=self.memory,
@@ -185,7 +183,7 @@ class KeptSequence:
         if remove > self.croppable:
             raise SessionStateError(
                 f"cannot remove {remove} tokens: this policy evicts while it decodes, and what it evicted since cannot "
-                "come back; draft with begin_draft() and accept(), or start a new session"
+                "come back; draft them with append(..., tree=) and accept(), or start a new session"
             )
 
     def crop(self, remove: int) -> None:
@@ -195,24 +193,6 @@ class KeptSequence:
             self.seen -= remove
             self.last_position = int(self.positions.max()) if self.length else None
             self.version = object()
-
-    def begin_draft(self) -> None:
-        """What is appended from now on may be dropped by ``accept``; nothing is evicted before."""
-        self.draft_start = self.length
-
-    def accept(self, path: IntArray) -> None:
-        """Keep the drafted tokens at ``path``, counted from the draft's start, forget the others."""
-        if self.draft_start is None:
-            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
-        start = self.draft_start
-        index = torch.from_numpy(start + path).to(self.keys.device)
-        span = slice(start, start + path.size)
-        self.keys[:, span], self.values[:, span] = self.keys[:, index], self.values[:, index]
-        self.votes[:, span] = self.votes[:, index]
-        self.seen -= self.length - start - path.size
-        self.positions = np.concatenate([self.positions[:, :start], self.positions[:, start + path]], axis=1)
-        self.last_position = int(self.positions.max()) if self.length else None
-        self.version, self.draft_start = object(), None
 
     def release(self) -> None:
         """Give the buffers back; the sequence must not be used again."""

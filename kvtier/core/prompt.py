@@ -70,6 +70,10 @@ class PromptTracker:
         """Whether a layer with ``columns`` is past its prompt."""
         return self.end is None or columns > self.end
 
+    def running(self, columns: int) -> bool:
+        """Whether more of an announced prompt is to come after ``columns``."""
+        return self.announced and self.end is not None and columns < self.end
+
     def note(self, layer: int, row: int, window: PromptWindow, width: int) -> None:
         """Remember the last ``width`` queries of a running prompt."""
         held = self.windows.get((layer, row))

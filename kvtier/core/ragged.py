@@ -257,14 +257,6 @@ class RaggedSequence:
         """Forget the newest ``remove`` slots."""
         self.recent.crop(remove)
 
-    def begin_draft(self) -> None:
-        """What is appended from now on stays in the tail until ``accept``."""
-        self.recent.begin_draft()
-
-    def accept(self, path: IntArray) -> None:
-        """Keep the drafted slots at ``path``, forget the others."""
-        self.recent.accept(path)
-
     def release(self) -> None:
         """Let go of pages and tail; the sequence must not be used again."""
         self.kept.release()

@@ -54,7 +54,6 @@ class WindowSequence:
     seen: int = 0
     recording: bool = False
     version: object = field(default_factory=object)
-    draft_start: int | None = None
     chunk: int = 0
     behind: int = 0
 
@@ -89,7 +88,7 @@ class WindowSequence:
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Add tokens K [Hk, n, Dk], V [Hk, n, Dv], or the same as a batch of one, at ascending ``positions`` [1, n]."""
         fresh = positions[0]
-        if not (self.recording or self.draft_start is not None):
+        if not self.recording:
             self._keep_last(self.window - 1)
         end = self.start + self.length
         if end + fresh.size > self.keys.shape[1]:
@@ -126,7 +125,7 @@ class WindowSequence:
 
     def settle(self) -> None:
         """Shrink an outgrown buffer back; called when the step that needed it is over."""
-        if not self.recording and self.draft_start is None:
+        if not self.recording:
             self._shrink()
 
     def fork(self) -> WindowSequence:
@@ -146,7 +145,6 @@ class WindowSequence:
             seen=self.seen,
             recording=self.recording,
             version=self.version,
-            draft_start=self.draft_start,
             chunk=self.chunk,
             behind=self.behind,
         )
@@ -166,24 +164,6 @@ class WindowSequence:
             self.seen -= remove
             self.version = object()
         self._shrink()
-
-    def begin_draft(self) -> None:
-        """What is appended from now on may be dropped by ``accept``."""
-        self.draft_start = self.length
-
-    def accept(self, path: IntArray) -> None:
-        """Keep the drafted tokens at ``path``, counted from the draft's start, forget the others."""
-        if self.draft_start is None:
-            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
-        kept = np.concatenate([np.arange(self.draft_start), self.draft_start + path])
-        index = torch.from_numpy(self.start + kept).to(self.device)
-        keys, values = self.keys[:, index], self.values[:, index]
-        span = slice(self.start, self.start + kept.size)
-        self.keys[:, span], self.values[:, span] = keys, values
-        self.seen -= self.length - kept.size
-        self.positions = self.positions[kept]
-        self.version, self.draft_start = object(), None
-        self.settle()
 
     def release(self) -> None:
         """Give the buffer back; the sequence must not be used again."""

@@ -117,8 +117,7 @@ def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, poli
     sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
     if sums is not None:
         sequence.vote(sums)
-    if sequence.draft_start is None:
-        evict_slots(sequence, sums, policy)
+    evict_slots(sequence, sums, policy)
 
 
 def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:

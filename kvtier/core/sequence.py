@@ -62,7 +62,6 @@ class LayerSequence:
     last_position: int | None = None
     evicted_length: int = 0
     version: object = field(default_factory=object)
-    draft_start: int | None = None
     chosen: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     _views: PageViews | None = None
@@ -111,9 +110,7 @@ class LayerSequence:
         added, done, store = keys.shape[-2], 0, self.group.store
         if not added:
             return
-        if self.draft_start is not None:
-            self._make_room(self.raw.length + added)
-        if self.draft_start is not None or not store.bounded:
+        if not store.bounded:
             store.tick()
             self._append_piece(keys, values, positions)
             return
@@ -207,7 +204,6 @@ class LayerSequence:
             last_position=self.last_position,
             evicted_length=self.evicted_length,
             version=self.version,
-            draft_start=self.draft_start,
             chosen=self.chosen,
             memory=self.memory,
         )
@@ -231,25 +227,6 @@ class LayerSequence:
             self.raw.length = length - self.sealed
         self._truncate_positions(length)
         self.chosen = None
-
-    def begin_draft(self) -> None:
-        """What is appended from now on stays in the tail until ``accept``."""
-        self.draft_start = self.length
-
-    def accept(self, path: IntArray) -> None:
-        """Keep the drafted slots at ``path``, counted from the draft's start; forget the others."""
-        if self.draft_start is None:
-            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
-        offset = self.draft_start - self.sealed
-        index = torch.from_numpy(path + offset).to(self.raw.keys.device)
-        kept_keys, kept_values = self.raw.keys[:, index], self.raw.values[:, index]
-        kept_positions = self.positions.view[:, self.draft_start + path].copy()
-        self.raw.length = offset
-        self._truncate_positions(self.draft_start)
-        self.draft_start = None
-        if path.size:
-            self.append(kept_keys, kept_values, kept_positions)
-        self.raw.resize(self.group.block_tokens)
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         """Hold only these slots from now on: K [Hk, n, Dk], V [Hk, n, Dv], positions [Hk, n]."""
@@ -283,7 +260,7 @@ class LayerSequence:
     def _append_piece(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> None:
         block = self.group.block_tokens
         total = self.raw.length + keys.shape[-2]
-        sealing = 0 if self.draft_start is not None else total // block * block
+        sealing = total // block * block
         if sealing:
             keys, values = keys.view(keys.shape[-3:]), values.view(values.shape[-3:])
             self._seal(keys, values, sealing)
@@ -365,11 +342,6 @@ class LayerSequence:
         if self.sketch is not None:
             self.sketch.truncate(kept_pages)
         self.raw.length = rest
-
-    def _make_room(self, tokens: int) -> None:
-        """A tail that holds ``tokens``, for drafts longer than a block."""
-        if tokens > self.raw.capacity:
-            self.raw.resize(max(tokens, 2 * self.raw.capacity))
 
 
 def _newest(positions: IntArray) -> int:

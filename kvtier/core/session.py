@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
-from torch import is_grad_enabled, is_inference_mode_enabled
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
+from kvtier.core.draft_tree import DraftTree, Path
+from kvtier.core.drafts import Drafts, Softmax
 from kvtier.core.explain import LayerExplanation, explain_layers
+from kvtier.core.guarded import guarded
 from kvtier.core.prompt import PromptTracker
+from kvtier.core.raw import RawTokens
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
 from kvtier.core.step import Step, joined
-from kvtier.errors import InputError, SessionStateError
+from kvtier.errors import CapacityError, InputError, SessionStateError
 
 if TYPE_CHECKING:
     from kvtier.core.memory import Memory
 
 __all__ = ["Session"]
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _names = itertools.count()
-
-
-def _guarded(
-    method: Callable[Concatenate[Session, _P], _R],
-) -> Callable[Concatenate[Session, _P], _R]:
-    """Hold the memory's lock, record no gradients, and refuse a session that is closed or was left half-appended."""
-
-    @functools.wraps(method)
-    def call(self: Session, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self.memory.lock:
-            if self._unusable is not None:
-                raise SessionStateError(self._unusable)
-            if is_grad_enabled() or is_inference_mode_enabled():
-                with torch.inference_mode(False), torch.no_grad():
-                    return method(self, *args, **kwargs)
-            return method(self, *args, **kwargs)
-
-    return call
 
 
 class Session:
@@ -71,8 +52,8 @@ class Session:
         self._batch = Batch(memory, [], PromptTracker())
         self._columns = [0] * len(memory.layout.layers)
         self._history = ColumnHistory()
-        self._draft_columns: int | None = None
-        self._raw: dict[int, int] = {}
+        self._drafts = Drafts(memory)
+        self._raw = RawTokens(memory.ledger_of)
         self._recording = False
         self._unusable: str | None = None
         self._step: Step | None = None
@@ -93,7 +74,7 @@ class Session:
         """Sequences held; 0 before the first append."""
         return len(self._batch.rows)
 
-    @_guarded
+    @guarded
     def expect(self, tokens: int) -> None:
         """Announce a prompt: the next ``tokens`` columns; prefill policies act when all have been attended.
 
@@ -101,9 +82,10 @@ class Session:
         """
         if tokens < 1:
             raise InputError(f"a prompt has at least 1 token, got {tokens}")
+        self._drafts.refuse("a prompt")
         self._batch.prompt.announce(self.length + tokens)
 
-    @_guarded
+    @guarded
     def append(
         self,
         layer: int,
@@ -112,6 +94,7 @@ class Session:
         positions: torch.Tensor,
         *,
         spans: Sequence[slice] | None = None,
+        tree: DraftTree | None = None,
     ) -> None:
         """Add the keys and values of one layer.
 
@@ -123,6 +106,9 @@ class Session:
             Logical positions [B or 1, Tq] int64, ascending within a row's span.
         spans : sequence of slice, optional
             The real tokens of each row; the rest is padding.
+        tree : DraftTree, optional
+            The tokens are drafts: the first columns of a row are its part of the tree. They stay beside what is held,
+            where only ``attend`` sees them, until ``accept``; more may follow them.
 
         Raises
         ------
@@ -133,6 +119,13 @@ class Session:
         """
         started, held = time.perf_counter(), self.rows
         check_keys(layer_of(self.memory.layout, layer), layer, held, keys, values)
+        if tree is not None:
+            self._check_finished()
+            self._drafts.check(self._batch, self.length, spans)
+            self._draft(layer, keys, values, positions, tree)
+            self._seconds["append"] += time.perf_counter() - started
+            return
+        self._drafts.refuse("other tokens are appended")
         rows, _, tokens, _ = keys.shape
         leading = self._columns[layer] == max(self._columns)
         if leading:
@@ -147,7 +140,7 @@ class Session:
         try:
             if not held:
                 self._open(rows)
-            self._hold_raw(layer, keys, values)
+            self._raw.hold(layer, keys, values)
             if leading:
                 self._begin_step(keys, values, spans)
             self._batch.append(layer, keys, values, step)
@@ -155,11 +148,11 @@ class Session:
             self._fail("an append", error)
             raise
         self._columns[layer] += tokens
-        if tokens > 1 and self._draft_columns is None:
+        if tokens > 1:
             self._batch.prompt.appended(self._columns[layer], tokens)
         self._seconds["append"] += time.perf_counter() - started
 
-    @_guarded
+    @guarded
     def attend(
         self,
         layer: int,
@@ -173,6 +166,9 @@ class Session:
         spans: Sequence[slice] | None = None,
     ) -> torch.Tensor:
         """Attention of the queries of one layer over everything appended to it; causal by position.
+
+        While drafts are pending, the queries are those of the tokens drafted last: each sees what is held, its
+        ancestors and itself.
 
         Parameters
         ----------
@@ -192,6 +188,13 @@ class Session:
         """
         started, batch, rows = time.perf_counter(), self._batch, self.rows
         check_queries(layer_of(self.memory.layout, layer), layer, rows, query)
+        if self._drafts.columns:
+            how = Softmax(scale, window, softcap, sink)
+            out = self._drafts.attend(batch, layer, query, positions, how)
+            self._raw.drop(layer)
+            batch.work_ahead(layer, decoding=True)
+            self._seconds["attend"] += time.perf_counter() - started
+            return out
         step = self._step_of(positions, spans, rows, query.shape[2])
         columns = self._columns[layer]
         if not columns:
@@ -201,7 +204,7 @@ class Session:
         for row in step.rows:
             last = Queries(row.of(query), row.positions, row.first, scale, window, softcap)
             outs.append(batch.attend(layer, row.number, last, sink, decoding=decoding).out)
-        self._drop_raw(layer)
+        self._raw.drop(layer)
         if last is not None and columns == batch.prompt.end:
             with self._or_unusable("an eviction"):
                 batch.evict(layer, last)
@@ -210,25 +213,27 @@ class Session:
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
-    @_guarded
+    @guarded
     def fork(self) -> Session:
         """A second session with the same contents: pages shared, tails copied; the two grow apart."""
+        self._drafts.refuse("a fork")
         twin = Session(self.memory)
         twin._batch = self._batch.fork()
         twin._columns, twin._history = list(self._columns), self._history.fork()
-        twin._draft_columns, twin._recording = self._draft_columns, self._recording
+        twin._recording = self._recording
         return twin
 
-    @_guarded
+    @guarded
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; rows may repeat (they fork) or disappear (they are freed)."""
+        self._drafts.refuse("a reorder")
         if not rows or not all(0 <= row < self.rows for row in rows):
             raise InputError(f"rows must be numbers from 0 to {self.rows - 1}, got {list(rows)}")
         with self._or_unusable("a reorder"):
             self._batch.reorder(rows)
         self._history = self._history.reordered(rows)
 
-    @_guarded
+    @guarded
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` columns of every row.
 
@@ -239,8 +244,7 @@ class Session:
         SessionStateError
             When the tokens before them were evicted, or slid out of a window without ``record_past``; nothing changed.
         """
-        if self._draft_columns is not None:
-            raise SessionStateError("a draft is open; accept() it before a crop")
+        self._drafts.refuse("a crop")
         if not 0 <= remove <= self.length:
             raise InputError(f"crop takes 0 to {self.length} columns, got {remove}")
         history, counts = self._history.without(remove, self.rows)
@@ -249,44 +253,47 @@ class Session:
         self._columns = [columns - remove for columns in self._columns]
         self._batch.prompt.crop(self.length)
 
-    @_guarded
-    def begin_draft(self) -> None:
-        """Tokens appended from now on are speculation: they stay on the device, unsealed, until ``accept``."""
-        if self._draft_columns is not None:
-            raise SessionStateError("a draft is already open; accept() it first")
-        self._draft_columns = self.length
-        for sequence in self._batch.sequences:
-            sequence.begin_draft()
+    @guarded
+    def accept(self, path: Path) -> list[list[int]]:
+        """Append the drafted tokens on a path and forget the others, as if only those had ever been appended.
 
-    @_guarded
-    def accept(self, path: Sequence[int]) -> None:
-        """Commit the drafted tokens at ``path``, ascending and counted from the draft's start; forget the others."""
-        if self._draft_columns is None:
-            raise SessionStateError("accept() needs begin_draft() before the appends it judges")
-        drafted = self.length - self._draft_columns
-        kept = np.asarray(list(path), dtype=np.int64)
-        if kept.size and (kept[0] < 0 or kept[-1] >= drafted or (np.diff(kept) <= 0).any()):
-            raise InputError(f"path must be ascending numbers from 0 to {drafted - 1}, got {list(path)}")
+        Parameters
+        ----------
+        path : sequence of int, or one for each row
+            Numbers of drafted tokens from one without a parent downwards; ``[]`` drops them all. Where rows accept
+            paths of different lengths, the shorter ones are padded on the right.
+
+        Returns
+        -------
+        list of list of int
+            For each row, the drafted columns that were accepted, counted over all appends of drafts.
+
+        Raises
+        ------
+        InputError, SessionStateError
+            For what is no path of the tree, or when nothing is drafted; nothing changed.
+        """
+        accepted = self._drafts.choose(path)
+        columns = self._drafts.columns_of(accepted)
         with self._or_unusable("accept()"):
-            for sequence in self._batch.sequences:
-                sequence.accept(kept)
-        self._history, _ = self._history.without(drafted, self.rows)
-        self._history.note(kept.size)
-        self._columns = [self._draft_columns + kept.size] * len(self._columns)
-        self._draft_columns = None
+            self._drafts.commit(self._batch, accepted)
+        if accepted.width:
+            self._history.note(accepted.width, accepted.padding)
+            self._columns = [columns + accepted.width for columns in self._columns]
+        return columns
 
-    @_guarded
+    @guarded
     def record_past(self, recording: bool) -> None:
         """Whether sliding-window layers keep all tokens until the next ``crop``, which may go back past the window."""
         self._recording = recording
         self._batch.record(recording)
 
-    @_guarded
+    @guarded
     def read(self, layer: int, row: int, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Copy ``tokens`` of a row, whole pages, into ``keys`` [Hk, n, Dk] and ``values``; whether all are here."""
         return read_tokens(self._batch.rows[row][layer], tokens.start, tokens.stop, keys, values)
 
-    @_guarded
+    @guarded
     def restoring(self, rows: int, *, coming: int) -> Restoration:
         """Begin to put tokens of another session into this empty one, of ``coming`` a row; ``restored`` must follow."""
         if self.rows:
@@ -296,7 +303,7 @@ class Session:
             self.memory.plan(self._name, rows, held=0, coming=coming, chunk=self.memory.layout.chunk_tokens)
         return Restoration(self._batch)
 
-    @_guarded
+    @guarded
     def restored(self, columns: int, spans: Sequence[slice]) -> None:
         """The restoration is complete: ``columns`` are seen, with the tokens of each row where ``spans`` says."""
         with self._or_unusable("a restoration"):
@@ -305,12 +312,12 @@ class Session:
         self._history.note(columns, tuple((span.start, span.stop) for span in real))
         self._columns = [columns] * len(self._columns)
 
-    @_guarded
+    @guarded
     def report(self) -> SessionReport:
         """What this session and the memory under it hold, read and spent."""
         return session_report(self._batch, tokens=self.length, seconds=self._seconds)
 
-    @_guarded
+    @guarded
     def explain(self, row: int) -> tuple[LayerExplanation, ...]:
         """What each layer holds of a row, and how often decode steps read it where the memory has that logged."""
         return explain_layers(self._batch, row)
@@ -321,8 +328,8 @@ class Session:
             if self._unusable == _CLOSED:
                 return
             self._batch.release()
-            for layer in list(self._raw):
-                self._drop_raw(layer)
+            self._drafts.drop()
+            self._raw.drop_all()
             self._unusable = _CLOSED
             self.memory.finish(self._name)
 
@@ -333,6 +340,17 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _draft(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, tree: DraftTree
+    ) -> None:
+        """Stage drafted tokens; when there is no room, all of them are dropped, and the session is as it was."""
+        try:
+            self._drafts.stage(self._batch, layer, keys, values, positions, tree)
+            self._raw.hold(layer, keys, values)
+        except CapacityError:
+            self._drafts.drop()
+            raise
 
     def _step_of(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> Step:
         """Positions and spans, checked and on the host; read once for all layers of a step."""
@@ -355,9 +373,6 @@ class Session:
         """Start the rows, in the state that was asked for before there were any."""
         self._batch.open(rows)
         self._batch.record(self._recording)
-        if self._draft_columns is not None:
-            for sequence in self._batch.sequences:
-                sequence.begin_draft()
 
     @contextmanager
     def _or_unusable(self, what: str) -> Iterator[None]:
@@ -380,18 +395,6 @@ class Session:
             coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
             rows, probing = distinct_rows(keys, values), self._batch.probing
             self.memory.plan(self._name, rows, held=self.length, coming=coming, chunk=tokens, probing=probing)
-
-    def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Count the model's own K and V of this layer, which live until it has attended."""
-        self._drop_raw(layer)
-        nbytes = keys.nbytes + values.nbytes
-        self.memory.ledger_of[layer].take("raw", nbytes)
-        self._raw[layer] = nbytes
-
-    def _drop_raw(self, layer: int) -> None:
-        nbytes = self._raw.pop(layer, 0)
-        if nbytes:
-            self.memory.ledger_of[layer].give("raw", nbytes)
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"

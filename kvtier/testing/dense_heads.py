@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
 from kvtier.testing.dense import reduce_heads
+from kvtier.testing.plain_drafts import PlainColumns, PlainDrafts, PlainLine
 from kvtier.types import GroupReduce, KVLayout
 
 __all__ = ["AdaKVRule", "DenseHeads", "DenseHeadsSession", "adakv_slots"]
@@ -104,11 +106,10 @@ class DenseHeads:
         for head, slots in enumerate(adakv_slots(votes, rule)):
             self._leave(head, torch.tensor(slots))
 
-    def cut(self, start: int, kept: Sequence[int]) -> None:
-        """Of the newest ``start`` tokens of every head leave those at ``kept``, counted from the oldest of them."""
+    def cut(self, newest: int) -> None:
+        """Forget the ``newest`` tokens of every head."""
         for head, count in enumerate(self.counts):
-            older = torch.arange(count - start)
-            self._leave(head, torch.cat([older, count - start + torch.tensor(list(kept), dtype=torch.int64)]))
+            self._leave(head, torch.arange(count - newest))
 
     def _leave(self, head: int, slots: torch.Tensor) -> None:
         for held in (self.keys, self.values, self.positions):
@@ -122,15 +123,26 @@ class DenseHeadsSession:
         self.layout, self.rule = layout, rule
         self.layers: list[list[DenseHeads]] = []
         self.length = 0
-        self._draft: int | None = None
+        self._drafts, self._real = PlainDrafts(), PlainColumns()
 
     @property
     def rows(self) -> int:
         """Sequences held; 0 before the first append."""
         return len(self.layers[0]) if self.layers else 0
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+    def append(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        tree: DraftTree | None = None,
+    ) -> None:
         """Add K [B, Hk, Tq, Dk], V [B, Hk, Tq, Dv] at positions [B, Tq]."""
+        if tree is not None:
+            self._drafts.add(layer, keys, values, positions, tree)
+            return
         if not self.layers:
             self.layers = [
                 [
@@ -141,6 +153,7 @@ class DenseHeadsSession:
             ]
         if layer == 0:
             self.length += keys.shape[2]
+            self._real.note([keys.shape[2]] * keys.shape[0])
         for row, held in enumerate(self.layers[layer]):
             held.append(keys[row], values[row], positions[row])
 
@@ -149,7 +162,16 @@ class DenseHeadsSession:
     ) -> torch.Tensor:
         """Attention [B, Hq, Tq, Dv]; a prompt is evicted behind it."""
         del window
-        votes = query.shape[2] > 1 and self._draft is None
+        if self._drafts.pending:
+
+            def behind(row: int, line: PlainLine, own: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+                del level
+                held = copy.deepcopy(self.layers[layer][row])
+                held.append(line.keys, line.values, line.positions)
+                return held.attend(own, line.positions[-1:], scale=scale, votes=False)
+
+            return self._drafts.attend(layer, query, self.layout.layers[layer].value_dim, behind)
+        votes = query.shape[2] > 1
         outputs = []
         for row, held in enumerate(self.layers[layer]):
             outputs.append(held.attend(query[row], positions[row], scale=scale, votes=votes))
@@ -164,19 +186,24 @@ class DenseHeadsSession:
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         self.layers = [[copy.deepcopy(held[row]) for row in rows] for held in self.layers]
+        self._real.reorder(rows)
 
     def crop(self, remove: int) -> None:
         """Forget the newest ``remove`` tokens."""
-        self._cut(remove, ())
+        counts = self._real.crop(remove)
+        for rows in self.layers:
+            for held, count in zip(rows, counts, strict=True):
+                held.cut(count)
+        self.length -= remove
 
-    def begin_draft(self) -> None:
-        """From here on nothing is evicted until ``accept``."""
-        self._draft = self.length
-
-    def accept(self, path: Sequence[int]) -> None:
-        """Keep of the draft only the tokens in ``path``."""
-        drafted, self._draft = self.length - (self._draft or 0), None
-        self._cut(drafted, list(path))
+    def accept(self, path: Path) -> None:
+        """Append the drafted tokens of a path, and forget the others."""
+        paths = rows_of_path(path, self.rows)
+        for (layer, row), line in self._drafts.take(paths, len(self.layers)).items():
+            self.layers[layer][row].append(line.keys, line.values, line.positions)
+        lengths = [len(one) for one in paths]
+        self._real.note(lengths)
+        self.length += max(lengths)
 
     def record_past(self, record: bool) -> None:
         """No window slides here."""
@@ -184,13 +211,3 @@ class DenseHeadsSession:
     def close(self) -> None:
         """Drop everything."""
         self.layers = []
-
-    def _cut(self, newest: int, kept: Sequence[int]) -> None:
-        self.length -= newest - len(kept)
-        for held in [held for rows in self.layers for held in rows]:
-            held.cut(newest, kept)
-
-
-def _summed(weights: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """The sum of vectors that are filled up to ``count`` by zeros."""
-    return torch.stack([torch.nn.functional.pad(one, (0, count - len(one))) for one in weights]).sum(0)

@@ -9,7 +9,9 @@ from typing import Any, Self
 
 import torch
 
+from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
 from kvtier.errors import SessionStateError
+from kvtier.testing.plain_drafts import PlainDrafts, PlainLine
 from kvtier.types import KVLayout
 
 __all__ = ["PlainMemory", "PlainReport", "PlainSession"]
@@ -53,7 +55,7 @@ class PlainSession:
     def __init__(self, layers: int) -> None:
         self._layers: list[list[_Row]] = [[] for _ in range(layers)]
         self._lengths = [0] * layers
-        self._draft: int | None = None
+        self._drafts = PlainDrafts()
         self._closed = False
 
     @property
@@ -80,9 +82,13 @@ class PlainSession:
         positions: torch.Tensor,
         *,
         spans: Sequence[slice] | None = None,
+        tree: DraftTree | None = None,
     ) -> None:
         """Add k [B, Hk, Tq, Dk], v [B, Hk, Tq, Dv] at positions [B, Tq]; ``spans[b]`` are the real tokens of row b."""
         self._check_open()
+        if tree is not None:
+            self._drafts.add(layer, k, v, positions, tree)
+            return
         rows = self._layers[layer] or [_empty(k[b], v[b]) for b in range(k.shape[0])]
         if len(rows) != k.shape[0]:
             raise SessionStateError(f"this session holds {len(rows)} rows, got {k.shape[0]}")
@@ -113,6 +119,16 @@ class PlainSession:
         """Causal softmax attention of q [B, Hq, Tq, Dk] over its own row -> [B, Hq, Tq, Dv], zeros on padding."""
         self._check_open()
         rows = self._layers[layer]
+        if self._drafts.pending:
+
+            def behind(b: int, line: PlainLine, own: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+                del level
+                k_pos = torch.cat([rows[b].positions, line.positions])
+                visible = torch.ones_like(k_pos, dtype=torch.bool) if window is None else k_pos > k_pos[-1] - window
+                k, v = torch.cat([rows[b].k, line.keys], dim=1), torch.cat([rows[b].v, line.values], dim=1)
+                return _softmax_attention(own, k, v, visible[None].to(q.device), scale, softcap, sink)
+
+            return self._drafts.attend(layer, q, rows[0].v.shape[-1], behind)
         out = q.new_zeros(*q.shape[:3], rows[0].v.shape[-1])
         for b, row in enumerate(rows):
             real = slice(None) if spans is None else spans[b]
@@ -144,19 +160,22 @@ class PlainSession:
             raise SessionStateError(f"crop takes 0 to {self.length} columns, got {remove}")
         self._keep_columns(torch.arange(self.length - remove))
 
-    def begin_draft(self) -> None:
-        """From here on appended columns are a draft, until ``accept``."""
+    def accept(self, path: Path) -> list[list[int]]:
+        """Append the drafted tokens of a path, or of one for each row, and forget the others."""
         self._check_open()
-        self._draft = self.length
-
-    def accept(self, path: Sequence[int]) -> None:
-        """Keep of the draft only the columns in ``path`` (counted from its start, ascending)."""
-        self._check_open()
-        if self._draft is None:
-            raise SessionStateError("accept ends a draft, and none was begun; call begin_draft() first")
-        kept = torch.tensor([*range(self._draft), *(self._draft + step for step in path)], dtype=torch.long)
-        self._draft = None
-        self._keep_columns(kept)
+        if not self._drafts.pending:
+            raise SessionStateError("there is nothing to accept: append(..., tree=) drafted tokens first")
+        paths = rows_of_path(path, self.rows)
+        for (layer, b), line in self._drafts.take(paths, len(self._layers)).items():
+            row, columns = self._layers[layer][b], self._lengths[layer] + torch.arange(line.positions.numel())
+            self._layers[layer][b] = _Row(
+                torch.cat([row.k, line.keys], dim=1),
+                torch.cat([row.v, line.values], dim=1),
+                torch.cat([row.positions, line.positions]),
+                torch.cat([row.columns, columns]),
+            )
+        self._lengths = [length + max(map(len, paths)) for length in self._lengths]
+        return paths
 
     def record_past(self, record: bool) -> None:
         """Take note of nothing: a plain session never drops what slides out of a window."""

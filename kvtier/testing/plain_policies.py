@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from kvtier.core.compose import BoundPolicy
+from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
 from kvtier.core.policy import Need, Phase, PositionMode, Scope, SelectionPolicy
 from kvtier.core.stats import QueryMoments, SlotView, Stats
 from kvtier.testing.dense import reduce_heads
+from kvtier.testing.plain_drafts import PlainColumns, PlainDrafts, PlainLine
 from kvtier.testing.plain_slots import PlainSlots, Seen, rotate
 from kvtier.types import GroupReduce, KVLayout, Rope
 
@@ -34,6 +36,8 @@ class PlainPolicySession:
         self.slots: list[list[PlainSlots]] = []
         self.columns = [0] * len(layout.layers)
         self.end: int | None = None
+        self.drafts, self.real = PlainDrafts(), PlainColumns()
+        self._scale = 1.0
 
     @property
     def length(self) -> int:
@@ -57,16 +61,21 @@ class PlainPolicySession:
         positions: torch.Tensor,
         *,
         spans: Sequence[slice] | None = None,
+        tree: DraftTree | None = None,
     ) -> None:
         """Add keys [B, Hk, Tq, Dk] and values of one layer at positions [B, Tq]; without padding."""
+        if tree is not None:
+            self.drafts.add(layer, keys, values, positions, tree)
+            return
+        if layer == 0:
+            self.real.note([keys.shape[2]] * keys.shape[0])
         if not self.slots:
             self.slots = [[_empty(self.layout, index) for index in range(len(self.columns))] for _ in keys]
         block = self.layout.block_tokens
         for row, held in enumerate(self.slots):
             one = held[layer]
             one.append(keys[row], values[row], positions[row])
-            if one.draft is None:
-                one.sealed = one.length // block * block
+            one.sealed = one.length // block * block
         self.columns[layer] += keys.shape[2]
 
     def attend(
@@ -75,10 +84,13 @@ class PlainPolicySession:
         """Attention of queries [B, Hq, Tq, Dk] over what is kept or read -> [B, Hq, Tq, Dv]; then what follows it."""
         decoding = self.end is None or self.columns[layer] > self.end
         window = self.layout.layers[layer].window
+        if self.drafts.pending:
+            return self._attend_drafts(layer, query, scale, window)
         outs = []
         for row in range(self.rows):
             one = self.slots[row][layer]
-            weights = self._weights(layer, one, query[row].double(), positions[row], scale, window, decoding)
+            reads = self._read(layer, one, query[row].double()) if decoding and window is None else None
+            weights = self._weights(layer, one, query[row].double(), positions[row], scale, reads)
             group = query.shape[1] // one.keys.shape[0]
             outs.append(weights @ one.values.repeat_interleave(group, 0))
             if window is None:
@@ -94,36 +106,54 @@ class PlainPolicySession:
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         self.slots = [copy.deepcopy(self.slots[row]) for row in rows]
+        self.real.reorder(rows)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` columns, none of which was evicted or merged."""
-        for one in [one for row in self.slots for one in row]:
-            left = torch.arange(one.length - remove).expand(one.keys.shape[0], -1)
-            one.take(left)
-            one.sealed = one.length // self.layout.block_tokens * self.layout.block_tokens
-            one.seen = None
+        for row, count in zip(self.slots, self.real.crop(remove), strict=True):
+            for one in row:
+                one.take(torch.arange(one.length - count).expand(one.keys.shape[0], -1))
+                one.sealed = one.length // self.layout.block_tokens * self.layout.block_tokens
+                one.seen = None
         self.columns = [columns - remove for columns in self.columns]
         self.end = None if self.end is None else min(self.end, self.length)
 
-    def begin_draft(self) -> None:
-        """From here on nothing is sealed or evicted, until ``accept``."""
-        for one in [one for row in self.slots for one in row]:
-            one.draft = one.length
-
-    def accept(self, path: Sequence[int]) -> None:
-        """Keep of the draft only the columns in ``path``."""
-        drafted = 0
-        for one in [one for row in self.slots for one in row]:
-            start = one.draft or 0
-            drafted = one.length - start
-            left = torch.tensor([*range(start), *(start + step for step in path)], dtype=torch.long)
-            one.take(left.expand(one.keys.shape[0], -1))
-            one.draft, one.sealed = None, one.length // self.layout.block_tokens * self.layout.block_tokens
-        self.columns = [columns - drafted + len(path) for columns in self.columns]
+    def accept(self, path: Path) -> None:
+        """Append the drafted tokens of a path one by one, each followed by its step's eviction."""
+        paths = rows_of_path(path, self.rows)
+        for (layer, row), line in self.drafts.take(paths, len(self.columns)).items():
+            one = self.slots[row][layer]
+            for token in range(line.positions.numel()):
+                at = slice(token, token + 1)
+                one.append(line.keys[:, at], line.values[:, at], line.positions[at])
+                one.sealed = one.length // self.layout.block_tokens * self.layout.block_tokens
+                if one.opened and line.queries is not None:
+                    query, scale = line.queries[:, at], self._scale
+                    weights = self._weights(layer, one, query.double(), line.positions[at], scale, None)
+                    self._after(one, weights, query, line.positions[at], scale, decoding=True)
+        lengths = [len(one) for one in paths]
+        self.real.note(lengths)
+        self.columns = [columns + max(lengths) for columns in self.columns]
 
     def close(self) -> None:
         """Drop everything."""
         self.slots = []
+
+    def _attend_drafts(self, layer: int, query: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+        """Each drafted token's query over what is kept or read of the past, and over the line that it ends."""
+        self._scale = scale
+
+        def behind(row: int, line: PlainLine, own: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            held = self.slots[row][layer]
+            one, beside = copy.deepcopy(held), self.drafts.all(layer, row).positions.numel()
+            one.append(line.keys, line.values, line.positions)
+            reads = None if window is not None else self._read(layer, held, level.double(), beside=beside)
+            if reads is not None:
+                reads = torch.nn.functional.pad(reads, (0, line.positions.numel()), value=True)
+            weights = self._weights(layer, one, own.double(), line.positions[-1:], scale, reads)
+            return (weights @ one.values.repeat_interleave(own.shape[0] // one.keys.shape[0], 0)).to(query.dtype)
+
+        return self.drafts.attend(layer, query, self.layout.layers[layer].value_dim, behind)
 
     def _weights(
         self,
@@ -132,16 +162,16 @@ class PlainPolicySession:
         query: torch.Tensor,
         positions: torch.Tensor,
         scale: float,
-        window: int | None,
-        decoding: bool,
+        reads: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Softmax weights [Hq, Tq, T] of queries [Hq, Tq, Dk]."""
+        """Softmax weights [Hq, Tq, T] of queries [Hq, Tq, Dk], on the slots [Hk, T] that are read."""
+        window = self.layout.layers[layer].window
         group = query.shape[0] // one.keys.shape[0]
         visible = one.positions[:, None, :] <= positions[None, :, None]
         if window is not None:
             visible = visible & (one.positions[:, None, :] > positions[None, :, None] - window)
-        if decoding and window is None and self.policy.retrieval is not None:
-            visible = visible & self._read(layer, one, query)[:, None, :]
+        if reads is not None:
+            visible = visible & reads[:, None, :]
         keys, selection = one.keys, self.policy.selection
         compact = selection is not None and selection.position_mode is PositionMode.COMPACT
         rope = self.layout.layers[layer].rope
@@ -153,13 +183,13 @@ class PlainPolicySession:
         logits = query @ keys.repeat_interleave(group, 0).mT * scale
         return torch.softmax(logits.masked_fill(~visible.repeat_interleave(group, 0), -torch.inf), dim=2)
 
-    def _read(self, layer: int, one: PlainSlots, query: torch.Tensor) -> torch.Tensor:
+    def _read(self, layer: int, one: PlainSlots, query: torch.Tensor, *, beside: int = 0) -> torch.Tensor:
         """Slots [Hk, T] that a decode step reads: the tail, and the pages that the policy chooses."""
         readable = torch.ones(one.keys.shape[:2], dtype=torch.bool)
         retrieval, read, page = self.policy.retrieval, self.policy.read, self.layout.page_tokens
         if retrieval is None or read is None or layer < retrieval.dense_layers:
             return readable
-        count = (read - (one.length - one.sealed)) // page
+        count = max(0, read - beside - (one.length - one.sealed)) // page
         if count * page >= one.sealed:
             return readable
         made = retrieval.sketch(one.keys[:, : one.sealed].unflatten(1, (-1, page)))
@@ -193,8 +223,7 @@ class PlainPolicySession:
         elif one.opened:
             if selection.needs:
                 one.votes = one.votes + weights.sum(1)
-            if one.draft is None:
-                self._evict_slots(one, selection, weights.sum(1))
+            self._evict_slots(one, selection, weights.sum(1))
 
     def _end_prompt(self, layer: int) -> None:
         """Evict this layer, or all of them once the last has seen the prompt."""

@@ -52,7 +52,6 @@ class PlainSlots:
     budget: int = 0
     memory: torch.Tensor | None = None
     seen: Seen | None = None
-    draft: int | None = None
 
     @property
     def length(self) -> int:

@@ -55,7 +55,6 @@ class PolicyMachine(SessionMachine):
         """Plans carried out as written."""
         return PlainPolicySession(self.layout, self.memory.policy)
 
-    @precondition(lambda self: self.draft_from is None)
     @rule(
         chunks=st.lists(st.integers(1, 24), min_size=1, max_size=3),
         seed=st.integers(0, 2**16),
@@ -77,16 +76,19 @@ class PolicyMachine(SessionMachine):
         self.check_kept()
 
     @precondition(lambda self: self.pairs[self.current][0].length > 0)
-    @precondition(lambda self: self.draft_from is None or self.pairs[self.current][0].length < self.draft_from + 12)
     @rule(tokens=st.integers(1, 12), seed=st.integers(0, 2**16), equal=st.booleans())
     def append(self, tokens: int, seed: int, equal: bool) -> None:
-        """Decode: one token after the other, or a few at once in a draft."""
-        note(f"{tokens} steps in session {self.current}, equal rows: {equal}, draft: {self.draft_from is not None}")
-        if self.draft_from is not None:
-            self.feed(min(tokens, 3), seed, equal=equal)
-            return
+        """Decode: one token after the other."""
+        note(f"{tokens} steps in session {self.current}, equal rows: {equal}")
         for step in range(tokens):
             self.feed(1, seed + step, equal=equal)
+        self.check_kept()
+
+    @precondition(lambda self: self.pairs[self.current][0].length > 0)
+    @rule(data=st.data(), seed=st.integers(0, 2**16), equal=st.booleans(), levels=st.integers(1, 2))
+    def draft(self, data: st.DataObject, seed: int, equal: bool, levels: int) -> None:
+        """Draft and accept, as ever; what is accepted is evicted and merged token by token."""
+        self.speculate(data, seed, equal=equal, levels=levels)
         self.check_kept()
 
     def check_kept(self) -> None:

@@ -21,9 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtier.config import load_config
 from kvtier.core.compose import policy
+from kvtier.core.draft_tree import DraftTree, Path, RowTree
 from kvtier.core.memory import Memory
 from kvtier.core.policy import Policy
 from kvtier.core.session import Session
+from kvtier.testing.draft_draws import draw_path, draw_tree
 from kvtier.testing.oracles import PlainSession
 from kvtier.types import Budgets, KVLayout, LayerLayout, Rope
 
@@ -44,8 +46,17 @@ class Oracle(Protocol):
     def rows(self) -> int:
         """Sequences."""
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, /) -> None:
-        """Add K and V of one layer."""
+    def append(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        /,
+        *,
+        tree: DraftTree | None = None,
+    ) -> None:
+        """Add K and V of one layer, or draft them."""
 
     def attend(
         self, layer: int, query: torch.Tensor, positions: torch.Tensor, /, *, scale: float, window: int | None
@@ -64,11 +75,8 @@ class Oracle(Protocol):
     def crop(self, remove: int, /) -> None:
         """Columns are forgotten."""
 
-    def begin_draft(self) -> None:
-        """A draft begins."""
-
-    def accept(self, path: Sequence[int], /) -> None:
-        """It ends."""
+    def accept(self, path: Path, /) -> object:
+        """What is drafted is committed, or not."""
 
     def close(self) -> None:
         """Drop everything."""
@@ -119,7 +127,6 @@ class SessionMachine(RuleBasedStateMachine):
         self.pairs: list[tuple[Session, Oracle]] = [(self.memory.session(), self.make_oracle())]
         self.current = 0
         self.next_position = [0]
-        self.draft_from: int | None = None
         for session, _ in self.pairs:
             session.record_past(True)
 
@@ -135,23 +142,26 @@ class SessionMachine(RuleBasedStateMachine):
         """What the session must equal; one that keeps everything by default."""
         return PlainSession(len(self.layout.layers))
 
-    @precondition(lambda self: self.draft_from is None or self.pairs[self.current][0].length < self.draft_from + 12)
     @rule(tokens=st.integers(1, 40), seed=st.integers(0, 2**16), equal=st.booleans())
     def append(self, tokens: int, seed: int, equal: bool) -> None:
         """Append to every layer and attend; rows may be equal, so that they share pages."""
-        if self.draft_from is not None:
-            tokens = min(tokens, 3)
         note(f"append {tokens} tokens to session {self.current}, equal rows: {equal}")
         self.feed(tokens, seed, equal=equal)
 
     def feed(self, tokens: int, seed: int, *, equal: bool) -> None:
         """Append random tokens to every layer of both, attend, and compare."""
-        session, plain = self.pairs[self.current]
-        rows = session.rows or self.rows
+        session = self.pairs[self.current][0]
         start = self.next_position[self.current]
+        positions = torch.arange(start, start + tokens)[None].expand(session.rows or self.rows, tokens)
+        self.run(positions, seed, equal=equal)
+        self.next_position[self.current] += tokens
+
+    def run(self, positions: torch.Tensor, seed: int, *, equal: bool, tree: DraftTree | None = None) -> None:
+        """Append random tokens at ``positions`` [B, Tq], attend, and compare where there are tokens."""
+        session, plain = self.pairs[self.current]
+        rows, tokens = positions.shape
         # Never the same tokens twice: equal votes would leave the choice to rounding.
-        random = torch.Generator().manual_seed(seed + start * 2**20)
-        positions = torch.arange(start, start + tokens)[None].expand(rows, tokens)
+        random = torch.Generator().manual_seed(seed + int(positions[0, 0]) * 2**20)
         for index, layer in enumerate(self.layout.layers):
             count = 1 if equal else rows
 
@@ -161,14 +171,13 @@ class SessionMachine(RuleBasedStateMachine):
 
             keys, values = draw(layer.num_kv_heads, layer.key_dim), draw(layer.num_kv_heads, layer.value_dim)
             query = draw(layer.num_query_heads, layer.key_dim)
-            session.append(index, keys, values, positions)
-            plain.append(index, keys, values, positions)
+            session.append(index, keys, values, positions, tree=tree)
+            plain.append(index, keys, values, positions, tree=tree)
             got = session.attend(index, query, positions, scale=_SCALE, window=layer.window)
             expected = plain.attend(index, query, positions, scale=_SCALE, window=layer.window)
             torch.testing.assert_close(got, expected, rtol=0, atol=self.tolerance)
-        self.next_position[self.current] += tokens
 
-    @precondition(lambda self: len(self.pairs) < _FORKS and self.draft_from is None)
+    @precondition(lambda self: len(self.pairs) < _FORKS)
     @rule()
     def fork(self) -> None:
         """Go on in a fork; the original stays and must not change."""
@@ -178,14 +187,14 @@ class SessionMachine(RuleBasedStateMachine):
         self.current = len(self.pairs) - 1
         note(f"fork into session {self.current}")
 
-    @precondition(lambda self: len(self.pairs) > 1 and self.draft_from is None)
+    @precondition(lambda self: len(self.pairs) > 1)
     @rule(index=st.integers(0, _FORKS - 1))
     def switch(self, index: int) -> None:
         """Go on in another fork."""
         self.current = index % len(self.pairs)
         note(f"switch to session {self.current}")
 
-    @precondition(lambda self: len(self.pairs) > 1 and self.draft_from is None)
+    @precondition(lambda self: len(self.pairs) > 1)
     @rule()
     def close(self) -> None:
         """Close the current fork; the others keep their pages."""
@@ -196,7 +205,6 @@ class SessionMachine(RuleBasedStateMachine):
         plain.close()
         self.current = 0
 
-    @precondition(lambda self: self.draft_from is None)
     @rule(share=st.floats(0, 1))
     def crop(self, share: float) -> None:
         """Forget some of the newest columns."""
@@ -207,7 +215,7 @@ class SessionMachine(RuleBasedStateMachine):
         plain.crop(remove)
         self.next_position[self.current] -= remove
 
-    @precondition(lambda self: self.pairs[self.current][0].rows > 0 and self.draft_from is None)
+    @precondition(lambda self: self.pairs[self.current][0].rows > 0)
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
         """Permute, repeat or drop rows, as a beam search does."""
@@ -217,28 +225,30 @@ class SessionMachine(RuleBasedStateMachine):
         session.reorder(order)
         plain.reorder(order)
 
-    @precondition(lambda self: self.draft_from is None and self.pairs[self.current][0].length > 0)
-    @rule()
-    def begin_draft(self) -> None:
-        """Speculate from here."""
-        session, plain = self.pairs[self.current]
-        note("begin a draft")
-        self.draft_from = session.length
-        session.begin_draft()
-        plain.begin_draft()
+    @precondition(lambda self: self.pairs[self.current][0].length > 0)
+    @rule(data=st.data(), seed=st.integers(0, 2**16), equal=st.booleans(), levels=st.integers(1, 2))
+    def draft(self, data: st.DataObject, seed: int, equal: bool, levels: int) -> None:
+        """Draft trees of tokens, each row its own, in one append or two, and accept a path of each."""
+        self.speculate(data, seed, equal=equal, levels=levels)
 
-    @precondition(lambda self: self.draft_from is not None)
-    @rule(share=st.floats(0, 1))
-    def accept(self, share: float) -> None:
-        """Commit a prefix of the draft."""
+    def speculate(self, data: st.DataObject, seed: int, *, equal: bool, levels: int) -> None:
+        """Draft in both, compare, and accept."""
         session, plain = self.pairs[self.current]
-        drafted = session.length - (self.draft_from or 0)
-        kept = int(share * drafted)
-        note(f"accept {kept} of {drafted}")
-        session.accept(range(kept))
-        plain.accept(range(kept))
-        self.next_position[self.current] -= drafted - kept
-        self.draft_from = None
+        start, pending = self.next_position[self.current], [RowTree()] * session.rows
+        for level in range(levels):
+            tree = draw_tree(data, session.rows, most=5, behind=[len(row.parents) for row in pending])
+            note(f"draft {tree.rows} in session {self.current}, equal rows: {equal}")
+            positions = torch.full((session.rows, tree.tokens), start)
+            for row, parents in enumerate(tree.of_rows(session.rows)):
+                places = pending[row].places(parents, start)
+                positions[row, : len(parents)] = torch.tensor(places, dtype=torch.int64)
+                pending[row] = pending[row].grown(parents, places, last=None, column=0)
+            self.run(positions, seed + level, equal=equal, tree=tree)
+        paths = [draw_path(data, row.parents) for row in pending]
+        note(f"accept {paths}")
+        session.accept(paths)
+        plain.accept(paths)
+        self.next_position[self.current] += max(map(len, paths))
 
     @rule(share=st.floats(0, 1))
     def demote(self, share: float) -> None:
