@@ -147,10 +147,14 @@ def _attend_session(
     """Append the staged pair and attend to all that its session holds -> [B, Hq, Tq, Dv]."""
     state, layer = staged.state, staged.layer
     state.check_shapes(layer, staged.key, staged.value)
+    key, value = staged.key.detach(), staged.value.detach()
+    drafted = state.attend_drafts(layer, key, value, query, softmax._asdict())
+    if drafted is not None:
+        return drafted
     batch, width = query.shape[0], query.shape[2]
     columns = state.begin(layer, attention_mask, position_ids, batch, width)
     positions = columns.positions_on(query.device)
-    state.session.append(layer, staged.key.detach(), staged.value.detach(), positions, spans=columns.spans)
+    state.session.append(layer, key, value, positions, spans=columns.spans)
     state.appended(layer, query)
     out = state.session.attend(layer, query, positions, spans=columns.spans, **softmax._asdict())
     state.finish(layer)

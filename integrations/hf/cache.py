@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvtier.core.draft_tree import DraftTree, Parents, Path
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.stage import Staged, stage
 from kvtier.integrations.hf.state import CacheState
@@ -101,6 +104,55 @@ class KVTierCache(Cache):
     def input_ids(self) -> torch.Tensor | None:
         """Token ids [B, T] int64 fed so far, on the CPU; None when some came as embeddings."""
         return self.state.input_ids
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """The attention mask [B, T] int64 of what was fed, on the CPU: 1 for tokens, 0 for padding."""
+        return self.state.history.real.long()
+
+    @contextmanager
+    def drafts(self, parents: DraftTree | Parents | Sequence[Parents]) -> Iterator[None]:
+        """The forward in here brings drafted tokens, a tree of them; ``accept`` says which are kept.
+
+        ``input_ids`` [B, N] are the drafted tokens alone. Each sees all that is cached, those above it in the tree and
+        itself; its position is one behind that of the token it follows, and need not be given. Another ``drafts``
+        before ``accept`` goes on with the same tree.
+
+        Parameters
+        ----------
+        parents : sequence
+            Of each drafted token the number of the one it follows, None for one that follows the last cached token:
+            ``[None, 0, 0, 1]``; or such a list for each row. Rows with fewer tokens are padded on the right.
+
+        Raises
+        ------
+        InputError, SessionStateError
+            For what is no tree; for a cache without tokens, or closed. After an error in here nothing is drafted.
+        """
+        self.state.begin_drafts(DraftTree.of(parents))
+        try:
+            yield
+        except BaseException:
+            self.state.drop_drafts()
+            raise
+        if self.state.drafting is not None:
+            self.state.drafting.end()
+
+    def accept(self, path: Path) -> None:
+        """Keep the drafted tokens of a path, as if only those had been fed, and forget the others.
+
+        Parameters
+        ----------
+        path : sequence of int, or one for each row
+            Numbers of drafted tokens, from one without a parent downwards; ``[]`` keeps none. Rows whose paths are
+            shorter are padded on the right, and later forwards need an attention mask that says so: ``padding``.
+
+        Raises
+        ------
+        InputError, SessionStateError
+            For what is no path of the tree, or when nothing is drafted; nothing changed.
+        """
+        self.state.accept(path)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, in all layers at once."""

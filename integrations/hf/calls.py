@@ -120,7 +120,8 @@ class PatchedCalls:
             call = split_forward(self.model, call, cache.state.length, split)
             cache.state.split = split
         cache.state.fed = call.get("input_ids")
-        return call
+        drafting = cache.state.drafting
+        return call if drafting is None or drafting.tree is None else drafting.prepare(call)
 
     def rebuild(self, cache: KVTierCache) -> None:
         """Run the model over what a cache was fed, into a new session; if that fails, it can be tried again."""

@@ -48,6 +48,11 @@ class History:
         return self._positions[:, : self.length]
 
     @property
+    def last_positions(self) -> torch.Tensor:
+        """The highest position [B] of the tokens of each row, -1 where there is none."""
+        return self._last
+
+    @property
     def real(self) -> torch.Tensor:
         """Tokens, not padding [B, T] bool."""
         return self._real[:, : self.length]

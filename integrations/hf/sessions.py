@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvtier.core.draft_tree import DraftTree, Path
 from kvtier.types import KVLayout
 
 __all__ = ["Memory", "Report", "Session"]
@@ -26,6 +27,10 @@ class Session(Protocol):
     def rows(self) -> int:
         """Sequences held."""
 
+    @property
+    def drafted(self) -> int:
+        """Columns that are drafted and wait to be accepted."""
+
     def expect(self, tokens: int, /) -> None:
         """Announce that the next ``tokens`` columns are one prompt."""
 
@@ -38,8 +43,12 @@ class Session(Protocol):
         /,
         *,
         spans: Sequence[slice] | None = None,
+        tree: DraftTree | None = None,
     ) -> None:
-        """Take k [B, Hk, Tq, Dk], v [B, Hk, Tq, Dv] at positions [B, Tq]; ``spans[b]`` are the tokens of row b."""
+        """Take k [B, Hk, Tq, Dk], v [B, Hk, Tq, Dv] at positions [B, Tq]; ``spans[b]`` are the tokens of row b.
+
+        With a ``tree`` they are drafts.
+        """
 
     def attend(
         self,
@@ -64,6 +73,9 @@ class Session(Protocol):
 
     def crop(self, remove: int, /) -> None:
         """Forget the last ``remove`` columns of every row."""
+
+    def accept(self, path: Path, /) -> None:
+        """Append the drafted tokens of a path, forget the others."""
 
     def record_past(self, recording: bool, /) -> None:
         """Keep, in sliding-window layers, what a crop may need."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
 from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf.columns import Columns, read_columns
+from kvtier.integrations.hf.drafting import Drafting
 from kvtier.integrations.hf.filtered import Filtered
 from kvtier.integrations.hf.history import History
 from kvtier.integrations.hf.prefix_use import PrefixUse
@@ -54,6 +57,8 @@ class CacheState:
         What stored prefixes did for it, and what it publishes; None without a store.
     filtered : Filtered, optional
         The prompt as it was given, and what a filter left of it; None without a filter.
+    drafting : Drafting, optional
+        Drafted tokens that wait to be accepted, or are about to run.
     """
 
     def __init__(self, memory: Memory, session: Session | None = None, history: History | None = None) -> None:
@@ -68,6 +73,7 @@ class CacheState:
         self.records_past = False
         self.prefix: PrefixUse | None = None
         self.filtered: Filtered | None = None
+        self.drafting: Drafting | None = None
         self.depth = len(memory.layout.layers)
         self._running: tuple[Columns, torch.Tensor | None] | None = None
         self._next_layer = 0
@@ -123,9 +129,13 @@ class CacheState:
         Raises
         ------
         SessionStateError
-            After ``close``, and after a forward that did not come through.
+            After ``close``, while drafted tokens are pending, and after a forward that did not come through.
         """
         self.check_alive()
+        if self.drafting is not None and self.drafting.pending and self.drafting.tree is None:
+            raise SessionStateError(
+                "drafted tokens are pending; accept a path of them with cache.accept(path), or none: cache.accept([])"
+            )
         if self.unfinished:
             raise SessionStateError(
                 "the last forward on this cache failed half-way; call handle.recover(cache), or cache.reset() to start "
@@ -194,6 +204,49 @@ class CacheState:
             if self.trail is not None:
                 self.trail.close()
 
+    def begin_drafts(self, tree: DraftTree) -> None:
+        """The next forward brings drafted tokens."""
+        self.check_alive()
+        if self.drafting is None:
+            self.check_ready()
+            if not self.history.rows:
+                raise SessionStateError("drafted tokens follow a prompt, and this cache is empty; run a forward first")
+            self.drafting = Drafting(self.history)
+        self.drafting.begin(tree)
+
+    def attend_drafts(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor, softmax: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Attention [B, Hq, Tq, Dv] of the drafted tokens that the running forward brings; None when it brings none."""
+        drafting = self.drafting
+        if drafting is None or drafting.tree is None:
+            return None
+        positions = drafting.positions_on(query.device)
+        self.session.append(layer, key, value, positions, tree=drafting.tree)
+        out = self.session.attend(layer, query, positions, **softmax)
+        if layer == self.depth - 1:
+            drafting.fed(self.fed)
+        return out
+
+    def drop_drafts(self) -> None:
+        """Forget what is drafted; a session that failed for good has forgotten it already."""
+        pending, self.drafting = self.session.drafted, None
+        if pending:
+            with contextlib.suppress(SessionStateError):
+                self.session.accept([])
+
+    def accept(self, path: Path) -> None:
+        """Append the drafted tokens of a path, or of one for each row, and forget the others."""
+        if self.drafting is None or not self.drafting.pending:
+            raise SessionStateError("nothing is drafted; run a forward in cache.drafts(parents) first")
+        self.session.accept(path)
+        drafting, self.drafting = self.drafting, None
+        paths = rows_of_path(path, self.history.rows)
+        if any(paths):
+            self.history.extend(*drafting.accepted(paths))
+            if self.trail is not None:
+                self.trail.stop("the cache was fed outside of generate()")
+
     def reorder(self, rows: list[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         if rows != list(range(self.history.rows)) and self.history.rows:
@@ -234,6 +287,7 @@ class CacheState:
         if self.records_past:
             self.session.record_past(True)
         self.history, self.waiting, self.broken, self.prefix = History(), None, False, None
+        self.drafting = None
         self._forget_forward()
         return fed, failed
 

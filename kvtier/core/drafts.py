@@ -184,10 +184,6 @@ class Drafts:
             )
         return Accepted(paths, width, tuple(slice(0, len(one)) for one in paths))
 
-    def columns_of(self, accepted: Accepted) -> list[list[int]]:
-        """Of each row the drafted columns that were accepted, counted over all that are pending."""
-        return [[tree.columns[token] for token in one] for tree, one in zip(self._trees, accepted.paths, strict=True)]
-
     def commit(self, batch: Batch, accepted: Accepted) -> None:
         """Append what was accepted, and forget the rest.
 

@@ -70,6 +70,11 @@ class Session:
         return min([self.length, *(sequence.croppable for sequence in self._batch.sequences)])
 
     @property
+    def drafted(self) -> int:
+        """Columns that are drafted and wait for ``accept``; ``length`` does not count them."""
+        return self._drafts.columns
+
+    @property
     def rows(self) -> int:
         """Sequences held; 0 before the first append."""
         return len(self._batch.rows)
@@ -188,7 +193,7 @@ class Session:
         """
         started, batch, rows = time.perf_counter(), self._batch, self.rows
         check_queries(layer_of(self.memory.layout, layer), layer, rows, query)
-        if self._drafts.columns:
+        if self.drafted:
             how = Softmax(scale, window, softcap, sink)
             out = self._drafts.attend(batch, layer, query, positions, how)
             self._raw.drop(layer)
@@ -254,7 +259,7 @@ class Session:
         self._batch.prompt.crop(self.length)
 
     @guarded
-    def accept(self, path: Path) -> list[list[int]]:
+    def accept(self, path: Path) -> None:
         """Append the drafted tokens on a path and forget the others, as if only those had ever been appended.
 
         Parameters
@@ -263,24 +268,17 @@ class Session:
             Numbers of drafted tokens from one without a parent downwards; ``[]`` drops them all. Where rows accept
             paths of different lengths, the shorter ones are padded on the right.
 
-        Returns
-        -------
-        list of list of int
-            For each row, the drafted columns that were accepted, counted over all appends of drafts.
-
         Raises
         ------
         InputError, SessionStateError
             For what is no path of the tree, or when nothing is drafted; nothing changed.
         """
         accepted = self._drafts.choose(path)
-        columns = self._drafts.columns_of(accepted)
         with self._or_unusable("accept()"):
             self._drafts.commit(self._batch, accepted)
         if accepted.width:
             self._history.note(accepted.width, accepted.padding)
             self._columns = [columns + accepted.width for columns in self._columns]
-        return columns
 
     @guarded
     def record_past(self, recording: bool) -> None:

@@ -68,6 +68,11 @@ class PlainSession:
         """Sequences held; 0 before the first append."""
         return len(self._layers[0])
 
+    @property
+    def drafted(self) -> int:
+        """Columns that are drafted and wait for ``accept``."""
+        return self._drafts.columns
+
     def expect(self, tokens: int) -> None:
         """Take note of nothing: a plain session treats a prompt as any other tokens."""
         self._check_open()
@@ -160,7 +165,7 @@ class PlainSession:
             raise SessionStateError(f"crop takes 0 to {self.length} columns, got {remove}")
         self._keep_columns(torch.arange(self.length - remove))
 
-    def accept(self, path: Path) -> list[list[int]]:
+    def accept(self, path: Path) -> None:
         """Append the drafted tokens of a path, or of one for each row, and forget the others."""
         self._check_open()
         if not self._drafts.pending:
@@ -175,7 +180,6 @@ class PlainSession:
                 torch.cat([row.columns, columns]),
             )
         self._lengths = [length + max(map(len, paths)) for length in self._lengths]
-        return paths
 
     def record_past(self, record: bool) -> None:
         """Take note of nothing: a plain session never drops what slides out of a window."""

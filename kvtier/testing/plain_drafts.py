@@ -39,9 +39,16 @@ Attend: TypeAlias = Callable[[int, PlainLine, torch.Tensor, torch.Tensor], torch
 
 
 class PlainDrafts:
-    """Drafted tokens of every layer and row, which no one has accepted yet."""
+    """Drafted tokens of every layer and row, which no one has accepted yet.
+
+    Attributes
+    ----------
+    columns : int
+        Columns drafted.
+    """
 
     def __init__(self) -> None:
+        self.columns = 0
         self._nodes: dict[tuple[int, int], list[_Node]] = {}
         self._new: dict[tuple[int, int], int] = {}
 
@@ -58,6 +65,7 @@ class PlainDrafts:
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, tree: DraftTree
     ) -> None:
         """Tokens K [B, Hk, Tq, Dk], V [B, Hk, Tq, Dv] of one layer at positions [B, Tq]."""
+        self.columns += keys.shape[2] if layer == 0 else 0
         for row, parents in enumerate(tree.of_rows(keys.shape[0])):
             nodes = self._nodes.setdefault((layer, row), [])
             self._new[layer, row] = len(parents)
@@ -85,7 +93,7 @@ class PlainDrafts:
             for row, path in enumerate(paths)
             if path
         }
-        self._nodes, self._new = {}, {}
+        self.columns, self._nodes, self._new = 0, {}, {}
         return lines
 
     def _descent(self, nodes: Sequence[_Node], token: int) -> list[int]:
