@@ -202,6 +202,7 @@ class Drafts:
                 batch.append(layer, *self._gathered(layer, paths, part), step)
                 if one_by_one:
                     self._evict(batch, layer, step, paths, part.start)
+                batch.work_ahead(layer, decoding=True)
         self.drop()
 
     def drop(self) -> None:

@@ -137,7 +137,7 @@ def test_a_sequence_shorter_than_its_window_may_be_cropped_whole() -> None:
 
 
 class WindowMachine(RuleBasedStateMachine):
-    """Appends, crops, drafts, forks and recordings against the list of all tokens ever appended."""
+    """Appends, crops, forks and recordings against the list of all tokens ever appended."""
 
     window = 6
     chunk = 0
@@ -146,7 +146,6 @@ class WindowMachine(RuleBasedStateMachine):
         super().__init__()
         self.ledger = Ledger("cpu", None)
         self.pairs: list[tuple[WindowSequence, list[int]]] = [(opened(self.window, self.ledger, chunk=self.chunk), [])]
-        self.draft: int | None = None
         self.next = 0
 
     @property
@@ -169,7 +168,6 @@ class WindowMachine(RuleBasedStateMachine):
     def record(self, recording: bool) -> None:
         self.current[0].recording = recording
 
-    @precondition(lambda self: self.draft is None)
     @rule(share=st.floats(0, 1))
     def crop(self, share: float) -> None:
         sequence, tokens = self.current
@@ -178,42 +176,24 @@ class WindowMachine(RuleBasedStateMachine):
         sequence.crop(count)
         del tokens[len(tokens) - count :]
 
-    @precondition(lambda self: self.draft is None)
     @rule()
     def crop_too_far(self) -> None:
         with pytest.raises(SessionStateError):
             self.current[0].check_crop(self.current[0].croppable + 1)
 
-    @precondition(lambda self: self.draft is None)
-    @rule()
-    def begin_draft(self) -> None:
-        sequence, tokens = self.current
-        sequence.begin_draft()
-        self.draft = len(tokens)
-
-    @precondition(lambda self: self.draft is not None)
-    @rule(data=st.data())
-    def accept(self, data: st.DataObject) -> None:
-        sequence, tokens = self.current
-        start = self.draft or 0
-        path = sorted(data.draw(st.sets(st.integers(0, len(tokens) - start - 1)))) if len(tokens) > start else []
-        sequence.accept(np.array(path, dtype=np.int64))
-        tokens[start:] = [tokens[start + step] for step in path]
-        self.draft = None
-
-    @precondition(lambda self: len(self.pairs) < 3 and self.draft is None)
+    @precondition(lambda self: len(self.pairs) < 3)
     @rule()
     def fork(self) -> None:
         sequence, tokens = self.current
         self.pairs.append((sequence.fork(), list(tokens)))
 
-    @precondition(lambda self: len(self.pairs) > 1 and self.draft is None)
+    @precondition(lambda self: len(self.pairs) > 1)
     @rule()
     def swap(self) -> None:
         """Go on in the oldest fork."""
         self.pairs.append(self.pairs.pop(0))
 
-    @precondition(lambda self: len(self.pairs) > 1 and self.draft is None)
+    @precondition(lambda self: len(self.pairs) > 1)
     @rule()
     def release(self) -> None:
         self.pairs.pop()[0].release()

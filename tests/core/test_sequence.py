@@ -159,25 +159,6 @@ def test_versions_are_equal_exactly_when_contents_are_shared() -> None:
         assert one.version is not two.version
 
 
-@given(kept=st.sets(st.integers(0, 14)), before=st.integers(0, 20))
-def test_a_draft_stays_unsealed_and_keeps_the_accepted_path(kept: set[int], before: int) -> None:
-    with closing(open_memory(policy_text="quest(dense_layers=0, read=64)", device=BUDGET)) as memory:
-        sequence = opened(memory, before)
-        sealed = sequence.sealed
-        sequence.begin_draft()
-        for start in range(before, before + 15, 5):
-            sequence.append(*tokens(start, start + 5))
-        assert sequence.sealed == sealed
-        check(sequence, list(range(before + 15)))
-
-        sequence.accept(np.array(sorted(kept), dtype=np.int64))
-
-        expected = [*range(before), *(before + step for step in sorted(kept))]
-        assert sequence.sealed == len(expected) // 8 * 8
-        check(sequence, expected)
-        assert memory.groups[0].ledger.by_purpose["tails"] == memory.groups[0].tail_bytes(8)
-
-
 def test_replacing_slots_gives_heads_different_tokens_and_ends_the_croppable_past(memory: Memory) -> None:
     sequence = opened(memory)
     keys, values, positions = tokens(0, TOKENS)

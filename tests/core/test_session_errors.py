@@ -56,7 +56,7 @@ BAD_CALLS: dict[str, tuple[str, BadCall]] = {
     "reorder to no row": ("numbers from 0 to 1, got \\[\\]", lambda s, _: s.reorder([])),
     "reorder beyond the rows": ("numbers from 0 to 1, got \\[0, 2\\]", lambda s, _: s.reorder([0, 2])),
     "expect nothing": ("at least 1 token, got 0", lambda s, _: s.expect(0)),
-    "accept without a draft": ("needs begin_draft", lambda s, _: s.accept([0])),
+    "accept without a draft": ("nothing to accept", lambda s, _: s.accept([0])),
 }
 ALL_BAD = BAD_APPENDS | {f"attend: {name}": call for name, call in BAD_ATTENDS.items()} | BAD_CALLS
 
@@ -143,7 +143,6 @@ CALLS: dict[str, Callable[[Session, Step], object]] = {
     "fork": lambda s, _: s.fork(),
     "crop": lambda s, _: s.crop(0),
     "reorder": lambda s, _: s.reorder([0]),
-    "begin_draft": lambda s, _: s.begin_draft(),
     "accept": lambda s, _: s.accept([]),
     "record_past": lambda s, _: s.record_past(True),
     "report": lambda s, _: s.report(),

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtier.core.draft_tree import DraftTree
 from kvtier.errors import SessionStateError
+from kvtier.testing.draft_draws import draw_path
 from kvtier.testing.oracles import PlainMemory, PlainSession
 from kvtier.types import KVLayout
 
@@ -94,18 +96,24 @@ def test_crop_forgets_the_newest(tokens: int, remove: int) -> None:
         torch.testing.assert_close(ask(session, 9), ask(left, 9))
 
 
-@given(drafted=st.integers(1, 5), path=st.sets(st.integers(0, 4)))
-def test_accept_keeps_the_path(drafted: int, path: set[int]) -> None:
-    kept = sorted(step for step in path if step < drafted)
-    k, v = draw(4, HK, drafted), draw(5, HK, drafted)
+@given(parents=st.lists(st.integers(0, 4), min_size=1, max_size=5), data=st.data())
+def test_accept_appends_the_path(parents: list[int], data: st.DataObject) -> None:
+    each = [None if not above or above > token else above - 1 for token, above in enumerate(parents)]
+    path = draw_path(data, each)
+    count = len(each)
+    k, v = draw(4, HK, count), draw(5, HK, count)
+    depths = [0] * count
+    for token, above in enumerate(each):
+        depths[token] = 0 if above is None else depths[above] + 1
     session, expected = filled(3), filled(3)
-    session.begin_draft()
-    session.append(0, k, v, positions(3, 3 + drafted))
-    session.accept(kept)
-    expected.append(0, k[:, :, kept], v[:, :, kept], positions(3, 3 + drafted)[:, kept])
-    assert session.length == 3 + len(kept)
+    session.append(0, k, v, 3 + torch.tensor([depths, depths]), tree=DraftTree.of(each))
+    assert (session.length, session.drafted) == (3, count)
+    session.accept(path)
+    if path:
+        expected.append(0, k[:, :, path], v[:, :, path], positions(3, 3 + len(path)))
+    assert (session.length, session.drafted) == (3 + len(path), 0)
     torch.testing.assert_close(ask(session, 20), ask(expected, 20))
-    session.crop(len(kept))
+    session.crop(len(path))
     torch.testing.assert_close(ask(session, 20), ask(filled(3), 20))
 
 
@@ -123,7 +131,7 @@ def test_reorder_and_fork() -> None:
 
 def test_states_that_do_not_fit() -> None:
     session = filled(2)
-    with pytest.raises(SessionStateError, match=r"call begin_draft\(\) first"):
+    with pytest.raises(SessionStateError, match="nothing to accept"):
         session.accept([0])
     with pytest.raises(SessionStateError, match="holds 2 rows, got 1"):
         session.append(0, draw(1, HK, 1)[:1], draw(2, HK, 1)[:1], positions(2, 3)[:1])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention import attend_pages, attend_run, blocked, native, reference
+from kvtier.kernels.gather_attention.extras import Extras
 from kvtier.testing.attention_problems import Problem
 from kvtier.types import Partial, Tree, Visibility
 
@@ -117,6 +118,17 @@ def test_a_chain_of_drafts_is_causal_attention() -> None:
     )
     torch.testing.assert_close(chain.out, causal.out)
     torch.testing.assert_close(chain.lse, causal.lse)
+
+
+def test_a_chain_of_drafts_alone_is_causal_attention_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 7, 8, generator=generator) for heads in (4, 2, 2))
+    tree = Tree(torch.tensor([[(1 << (i + 1)) - 1 for i in range(7)]]), 0)
+    visible = Visibility(torch.arange(7)[None], torch.arange(7)[None, None])
+    chain = reference.attend_run(q, k, v, scale=0.3, softcap=None, visible=None, extras=Extras(tree=tree))
+    causal = reference.attend_run(q, k, v, scale=0.3, softcap=None, visible=visible)
+    assert torch.equal(chain.out, causal.out)
+    assert torch.equal(chain.lse, causal.lse)
 
 
 Q, K, FRAMES = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 80, 8), torch.zeros(1, 2, 5, dtype=torch.int64)

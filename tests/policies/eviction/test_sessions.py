@@ -161,22 +161,6 @@ def test_forks_and_reorders_take_their_votes_along(text: str) -> None:
         twin.close()
 
 
-def test_a_draft_is_evicted_only_when_it_is_accepted() -> None:
-    with closing(open_memory(small_layout(), "h2o(recent=2)", keep=6)) as memory, closing(memory.session()) as session:
-        source = StepSource(memory.layout)
-        session.expect(12)
-        source.take(12).run(session)
-        session.begin_draft()
-        source.take(4).run(session)
-        assert session._batch.rows[0][0].length == 6 + 4
-        session.accept([0, 1])
-        assert session.length == 14
-        source.take(1)
-        step = source.take(1)
-        step.run(session)
-        assert session._batch.rows[0][0].length == 6
-
-
 def test_what_a_step_evicted_cannot_be_cropped_back() -> None:
     with closing(open_memory(small_layout(), "tova", keep=6)) as memory, closing(memory.session()) as session:
         source = StepSource(memory.layout)
