@@ -120,7 +120,8 @@ class Session:
         InputError
             For shapes or positions that do not fit; nothing changed.
         CapacityError
-            When no tier has room. The session must be closed then: its layers no longer agree.
+            When no tier has room. The session must be closed then: its layers no longer agree. Drafts that find no
+            room are dropped, all of them, and the session goes on.
         """
         started, held = time.perf_counter(), self.rows
         check_keys(layer_of(self.memory.layout, layer), layer, held, keys, values)

@@ -180,6 +180,22 @@ def test_a_line_of_64_drafts_is_causal_attention() -> None:
         assert session.length == 69
 
 
+@pytest.mark.parametrize("text", ["full", "quest(dense_layers=0, read=1000)"])
+def test_a_row_without_a_past_may_draft(text: str) -> None:
+    with closing(open_memory(policy_text=text)) as memory:
+        source, session, plain = StepSource(rows=2), memory.session(), PlainSession(3)
+        step = source.take(9).padded([slice(0, 9), slice(0, 0)], [0, 0])
+        step.run(session)
+        step.run(plain)
+        drafted = Drafted(source, DraftTree.of([[None, 0, 0], [None, None]]))
+        close(drafted.run(session), drafted.run(plain))
+        session.accept([[0, 2], [1]])
+        plain.accept([[0, 2], [1]])
+        source.position += 2
+        step = source.take(3)
+        close(step.run(session), step.run(plain))
+
+
 COMPOSITIONS = [
     "full",
     "snapkv(window=2, keep=12)",
