@@ -12,8 +12,9 @@ from kvtier.core.attention import AnySequence, Queries
 from kvtier.core.batch import Batch
 from kvtier.core.draft_tree import DraftTree, Path, RowTree, rows_of_path
 from kvtier.core.kept import KeptSequence
+from kvtier.core.raw import RawTokens
 from kvtier.core.step import Row, Step, joined
-from kvtier.errors import InputError, SessionStateError
+from kvtier.errors import CapacityError, InputError, SessionStateError
 from kvtier.kernels.gather_attention import attend_run
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial, Tree, Visibility
@@ -88,8 +89,8 @@ class Drafts:
     Called under the lock of the memory. Keys and values are copies, counted as device memory.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    def __init__(self, memory: Memory, raw: RawTokens) -> None:
+        self._memory, self._raw = memory, raw
         self._levels: list[_Level] = []
         self._trees: list[RowTree] = []
         self._held: dict[tuple[int, int], _Held] = {}
@@ -130,15 +131,29 @@ class Drafts:
         positions: torch.Tensor,
         tree: DraftTree,
     ) -> None:
-        """Take drafted tokens of one layer; the first layer opens a level, the others follow it."""
+        """Take drafted tokens of one layer; the first layer opens a level, the others follow it.
+
+        Raises
+        ------
+        InputError, SessionStateError
+            For tokens that do not fit in; nothing changed.
+        CapacityError
+            When there is no room; nothing is drafted then.
+        """
         index, tokens = self._staged[layer], keys.shape[2]
         if index == len(self._levels):
             self._open(batch, layer, positions, tree, tokens)
         level = self._levels[index]
         if tree != level.tree or tokens != level.tree.tokens:
             raise InputError(f"all layers must be given the same tree, got another one for layer {layer}")
-        for row in level.step_of(positions, tokens).rows:
-            self._hold(layer, row.number, row.of(keys), row.of(values))
+        step = level.step_of(positions, tokens)
+        try:
+            for row in step.rows:
+                self._hold(layer, row.number, row.of(keys), row.of(values))
+            self._raw.hold(layer, keys, values)
+        except CapacityError:
+            self.drop()
+            raise
         self._staged[layer] = index + 1
 
     def attend(

@@ -25,7 +25,7 @@ from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
 from kvtier.core.step import Step, joined
-from kvtier.errors import CapacityError, InputError, SessionStateError
+from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
     from kvtier.core.memory import Memory
@@ -52,8 +52,8 @@ class Session:
         self._batch = Batch(memory, [], PromptTracker())
         self._columns = [0] * len(memory.layout.layers)
         self._history = ColumnHistory()
-        self._drafts = Drafts(memory)
         self._raw = RawTokens(memory.ledger_of)
+        self._drafts = Drafts(memory, self._raw)
         self._recording = False
         self._unusable: str | None = None
         self._step: Step | None = None
@@ -123,39 +123,15 @@ class Session:
             When no tier has room. The session must be closed then: its layers no longer agree. Drafts that find no
             room are dropped, all of them, and the session goes on.
         """
-        started, held = time.perf_counter(), self.rows
-        check_keys(layer_of(self.memory.layout, layer), layer, held, keys, values)
-        if tree is not None:
+        started = time.perf_counter()
+        check_keys(layer_of(self.memory.layout, layer), layer, self.rows, keys, values)
+        if tree is None:
+            self._drafts.refuse("other tokens are appended")
+            self._extend(layer, keys, values, positions, spans)
+        else:
             self._check_finished()
             self._drafts.check(self._batch, self.length, spans)
-            self._draft(layer, keys, values, positions, tree)
-            self._seconds["append"] += time.perf_counter() - started
-            return
-        self._drafts.refuse("other tokens are appended")
-        rows, _, tokens, _ = keys.shape
-        leading = self._columns[layer] == max(self._columns)
-        if leading:
-            # Whoever counts positions up in place gives the same tensor again.
-            self._step = None
-        step = self._step_of(positions, spans, rows, tokens)
-        self._batch.check_order(layer, step)
-        if tokens > 1:
-            self._batch.prompt.check(self._columns[layer], tokens)
-        if leading:
-            self._check_finished()
-        try:
-            if not held:
-                self._open(rows)
-            self._raw.hold(layer, keys, values)
-            if leading:
-                self._begin_step(keys, values, spans)
-            self._batch.append(layer, keys, values, step)
-        except BaseException as error:
-            self._fail("an append", error)
-            raise
-        self._columns[layer] += tokens
-        if tokens > 1:
-            self._batch.prompt.appended(self._columns[layer], tokens)
+            self._drafts.stage(self._batch, layer, keys, values, positions, tree)
         self._seconds["append"] += time.perf_counter() - started
 
     @guarded
@@ -340,16 +316,39 @@ class Session:
     ) -> None:
         self.close()
 
-    def _draft(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, tree: DraftTree
+    def _extend(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        spans: Sequence[slice] | None,
     ) -> None:
-        """Stage drafted tokens; when there is no room, all of them are dropped, and the session is as it was."""
+        """Append for good."""
+        held, (rows, _, tokens, _) = self.rows, keys.shape
+        leading = self._columns[layer] == max(self._columns)
+        if leading:
+            # Whoever counts positions up in place gives the same tensor again.
+            self._step = None
+        step = self._step_of(positions, spans, rows, tokens)
+        self._batch.check_order(layer, step)
+        if tokens > 1:
+            self._batch.prompt.check(self._columns[layer], tokens)
+        if leading:
+            self._check_finished()
         try:
-            self._drafts.stage(self._batch, layer, keys, values, positions, tree)
+            if not held:
+                self._open(rows)
             self._raw.hold(layer, keys, values)
-        except CapacityError:
-            self._drafts.drop()
+            if leading:
+                self._begin_step(keys, values, spans)
+            self._batch.append(layer, keys, values, step)
+        except BaseException as error:
+            self._fail("an append", error)
             raise
+        self._columns[layer] += tokens
+        if tokens > 1:
+            self._batch.prompt.appended(self._columns[layer], tokens)
 
     def _step_of(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> Step:
         """Positions and spans, checked and on the host; read once for all layers of a step."""
