@@ -84,15 +84,12 @@ class Planes(Format, PlaneCodec):
 SIZES = {"slots": 16, "dim": 16}
 CODECS = [
     Format(layout=KiviKeys(**SIZES, bits=2, group=4), uniform=2),
-    Format(layout=KiviKeys(**SIZES, bits=4, group=16), uniform=4),
     Format(layout=KiviValues(**SIZES, bits=4, group=8), uniform=4),
-    Format(layout=KiviValues(**SIZES, bits=8, group=16), uniform=8),
     Format(layout=Kv4(**SIZES), uniform=4),
     Format(layout=Int8(**SIZES)),
     # Beyond half of the largest, e4m3 is 32 units apart.
     Format(layout=Fp8(**SIZES), half_step=lambda scale: 16 * scale),
-    Planes(layout=BitPlanes(**SIZES, stored=8)),
-    Planes(layout=BitPlanes(**SIZES, stored=4)),
+    Planes(layout=BitPlanes(**SIZES, stored=6)),
 ]
 
 
