@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 export KVTIER_HYPOTHESIS_PROFILE ?= ci
 unexport PYTHONPATH
 
-.PHONY: demo test lint unit compat bench clean
+.PHONY: demo test lint unit nightly compat bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)
@@ -34,7 +34,11 @@ lint: $(VENV)
 unit compat: export OMP_NUM_THREADS ?= 1
 
 unit: $(VENV) $(KVIKIO)/.ready
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+# Many more cases of every law, and the tests that are marked slow.
+nightly: $(VENV) $(KVIKIO)/.ready
+	KVTIER_HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=7200 $(PYTEST_FLAGS)
 
 # The integration again, with the oldest transformers that is supported in front of the newest.
 compat: $(VENV) $(COMPAT)/.ready

@@ -17,12 +17,15 @@ PAGE: Final = """<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --paper: #0d1117; --soft: #9198a1; --line: #3d444d; --mark: 210 153 34; }
 }
+body { $shades }
 body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper); }
 h1, h2 { line-height: 1.2; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .3rem .5rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 .strip { min-width: 12rem; height: 1.4rem; border: 1px solid var(--line); forced-color-adjust: none; }
+details ol { margin: .3rem 0; padding-left: 2rem; }
+details .strip { height: .8rem; margin: .2rem 0; }
 #text { padding: 1rem; border: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere;
   font: .9rem/1.6 ui-monospace, monospace; color: var(--soft); }
 mark { color: var(--ink); background: none; border-bottom: 1px solid rgb(var(--mark)); }

@@ -108,7 +108,7 @@ def prepare(request: Request, text: str, screen: Screen) -> Loaded:
     check_budgets(chosen, request.keep, request.read, ids.shape[1])
     screen.note(f"loading {request.model} for a prompt of {ids.shape[1]} tokens")
     model = _load_model(request.model, config, request.dtype)
-    return Loaded(model, tokenizer, ids.to(model.device), chosen, whole)
+    return Loaded(model, tokenizer, ids.to(model.device), _reading(chosen, tokenizer), whole)
 
 
 def read_document(path: Path) -> str:
@@ -128,6 +128,15 @@ def read_document(path: Path) -> str:
     if not text.strip():
         raise InputError(f"the document {path} is empty; give one with text")
     return text
+
+
+def _reading(chosen: Policy, tokenizer: Any) -> Policy:
+    """A policy whose prompt filter knows the tokenizer."""
+    from kvtier.core.compose import Composition
+    from kvtier.core.policy import PromptFilterPolicy
+
+    parts = tuple(part.reading(tokenizer) if isinstance(part, PromptFilterPolicy) else part for part in chosen.parts)
+    return parts[0] if len(parts) == 1 else Composition(parts=parts)
 
 
 def _check_model_directory(directory: Path) -> None:

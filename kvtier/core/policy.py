@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
@@ -176,6 +176,11 @@ class PromptFilterPolicy(Policy):
     def phase(self) -> Phase:
         """Before anything is run."""
         return Phase.PROMPT
+
+    def reading(self, tokenizer: Any) -> PromptFilterPolicy:
+        """The same filter, told what it needs to know of a tokenizer; itself by default."""
+        del tokenizer
+        return self
 
     def protected(self, tokens: int) -> torch.Tensor:
         """Tokens that are run whatever their votes [T] bool, of a prompt of ``tokens``; none by default."""

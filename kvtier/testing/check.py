@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 
 from kvtier.core.policy import Policy, Role, SelectionPolicy
+from kvtier.testing.codec_claim_laws import CodecClaimLaws
 from kvtier.testing.codec_laws import CodecLaws
 from kvtier.testing.eviction_laws import EvictionLaws
 from kvtier.testing.law import CALM, PHASES, Law, LawBroken, PolicyLaws, laws_of
@@ -25,7 +26,7 @@ __all__ = ["Verdict", "check_policy", "suites_of"]
 _SUITES: dict[Role, tuple[type[PolicyLaws], ...]] = {
     Role.PROMPT_FILTER: (PromptFilterLaws,),
     Role.SELECTION: (SelectionLaws, EvictionLaws),
-    Role.CODEC: (CodecLaws,),
+    Role.CODEC: (CodecLaws, CodecClaimLaws),
     Role.RETRIEVAL: (RetrievalLaws,),
     Role.PLACEMENT: (PlacementLaws,),
 }

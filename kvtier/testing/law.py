@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -26,6 +26,7 @@ __all__ = [
     "law",
     "laws_of",
     "require",
+    "unclaimed",
 ]
 
 # The fixture is copied for every case, and suites are inherited by many classes.
@@ -155,7 +156,12 @@ def require(holds: bool, found: str) -> None:
 def claimed(claim: bool, reason: str) -> None:
     """Skip a law about something that the policy does not claim."""
     if not claim:
-        pytest.skip(reason)
+        unclaimed(reason)
+
+
+def unclaimed(reason: str) -> NoReturn:
+    """Skip a law about something that the policy does not claim."""
+    pytest.skip(reason)
 
 
 def _describe(name: str, value: object) -> str:

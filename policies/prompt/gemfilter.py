@@ -30,7 +30,9 @@ class GemFilter(PromptFilterPolicy):
     kernel : int
         Width of the pool over neighbouring tokens, odd; neighbours of a needle survive with it.
     pool : "mean" | "max"
-        How the neighbours' votes become one; "max" does not let one sharp vote drown among them.
+        How the neighbours' votes become one. The published code takes their mean, and so does the default; "max" does
+        not let one sharp vote drown among them, and finds more facts that stand alone: on the constructed model of
+        ``kvtier demo`` at 16K tokens 7 of 8, where the mean finds 6.
     prefix, suffix : int
         Tokens at the beginning and at the end that are always run: the first token, which attention rests on, and the
         question.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
 from kvtier.core.policy import Need, PromptFilterPolicy
-from kvtier.errors import PolicyError
+from kvtier.errors import CompositionError, PolicyError
 from kvtier.policies.prompt.ranking import best_tokens, check_edges, edges
+from kvtier.policies.prompt.words import mean_of_words, word_starts
+from kvtier.types import KVLayout
 
 __all__ = ["Surprisal"]
+
+_TELL = "give the policy as Surprisal(unit='word').reading(tokenizer)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,11 @@ class Surprisal(PromptFilterPolicy):
         Tokens at the beginning (instructions) and at the end (the question) that are always run.
     separator : int, optional
         Token id that stands between passages: always run, after beginning and end.
+    unit : "token" | "word"
+        What is judged: every token, or the word that it belongs to, by the mean of its tokens, which are the nats that
+        one token of the budget buys. Words are run whole, but for the last one where the budget ends inside it.
+    starts : frozenset of int, optional
+        Token ids that begin a word, for ``unit="word"``; ``reading`` takes them from a tokenizer.
 
     Notes
     -----
@@ -50,6 +59,8 @@ class Surprisal(PromptFilterPolicy):
     prefix: int = 32
     suffix: int = 32
     separator: int | None = None
+    unit: Literal["token", "word"] = "token"
+    starts: frozenset[int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_edges(self.name, self.keep, self.prefix, self.suffix)
@@ -57,6 +68,18 @@ class Surprisal(PromptFilterPolicy):
             raise PolicyError(f"surprisal: kernel must be an odd integer of at least 1, got {self.kernel!r}")
         if self.separator is not None and (type(self.separator) is not int or self.separator < 0):
             raise PolicyError(f"surprisal: separator must be a token id, got {self.separator!r}")
+        if self.unit not in ("token", "word"):
+            raise PolicyError(f"surprisal: unit must be 'token' or 'word', got {self.unit!r}")
+
+    def reading(self, tokenizer: Any) -> Surprisal:
+        """The same filter, which knows by this tokenizer where words begin."""
+        return self if self.unit == "token" else replace(self, starts=word_starts(tokenizer))
+
+    def check_layout(self, layout: KVLayout) -> None:
+        """Refuse words that nobody has said the beginnings of."""
+        del layout
+        if self.unit == "word" and self.starts is None:
+            raise CompositionError(f"surprisal judges words and knows of none; {_TELL}")
 
     def protected(self, tokens: int) -> torch.Tensor:
         """The first ``prefix`` and the last ``suffix`` tokens [T] bool."""
@@ -68,5 +91,9 @@ class Surprisal(PromptFilterPolicy):
         smooth = functional.avg_pool1d(
             votes.float()[None], self.kernel, stride=1, padding=pad, count_include_pad=False
         )[0]
+        if self.unit == "word":
+            if self.starts is None:
+                raise PolicyError(f"surprisal judges words and knows of none; {_TELL}")
+            smooth = mean_of_words(token_ids, smooth, self.starts).to(votes.device)
         certain = None if self.separator is None else (token_ids == self.separator).to(votes.device)
         return best_tokens(smooth, keep, prefix=self.prefix, suffix=self.suffix, certain=certain)

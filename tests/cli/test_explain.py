@@ -102,7 +102,21 @@ def test_nothing_comes_from_outside_and_every_part_has_a_name(saved: Any, tmp_pa
     assert ("html", {"lang": "en"}) in page.tags
     regions = [given for _, given in page.tags if given.get("role") in ("region", "img")]
     assert all(given.get("aria-label") or given.get("aria-labelledby") for given in regions)
-    assert len(regions) == 1 + 5
+    strips = [given["aria-label"] for given in regions if given["role"] == "img"]
+    assert len(regions) == 1 + len(strips)
+    # The mean, four layers, and the two KV heads of each of them.
+    assert len([label for label in strips if label and label.startswith("densest at")]) == 5
+    assert len([label for label in strips if label and label.startswith("KV head 1: densest at")]) == 4
+    assert [given for tag, given in page.tags if tag == "details"] == [{}] * 5
+
+
+def test_words_are_told_by_the_tokenizer_of_the_model(saved: Any, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+
+    assert run(asked(saved, target, "--policy", "surprisal(keep=128, unit='word')")) == 0
+
+    page = Page(target.read_text(encoding="utf-8"))
+    assert json.loads(page.data)["views"][0]["summary"].startswith("128 of ")
 
 
 def story(tokens: int, layers: list[LayerExplanation], run_: Any = None) -> Explanation:
@@ -165,6 +179,58 @@ def test_a_long_document_makes_few_elements() -> None:
 
     assert source.count("<mark") < 20
     assert len(source) < 2 * len("word ") * tokens + 300_000
+
+
+def test_the_strips_of_heads_are_their_own() -> None:
+    read = LayerExplanation(kept=(runs((0, 8)),), read=(runs((0, 4, 4)), runs((4, 8, 1))), steps=4)
+    kept = LayerExplanation(kept=(runs((0, 4)),))
+
+    mean, first, second = views_of(story(8, [read, kept]), 8)
+
+    assert mean.heads == second.heads == ()
+    assert [head.tolist() for head in first.heads] == [[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [0.25] * 4]
+    source = render_page(story(8, [read, kept]), list("abcdefgh"), "")
+    strips = [given for tag, given in Page(source).tags if given.get("class") == "strip"]
+    assert [given["style"] for given in strips[2:4]] == [
+        "background:linear-gradient(90deg,var(--s8) 0 50%,var(--s0) 0 100%)",
+        "background:linear-gradient(90deg,var(--s0) 0 50%,var(--s2) 0 100%)",
+    ]
+    assert strips[3]["aria-label"] == "KV head 1: densest at 50% of the prompt, where the share is 25%"
+    assert len(strips) == 1 + (1 + 2) + 1
+
+
+def test_marks_that_are_many_are_coarser() -> None:
+    every_second = LayerExplanation(
+        kept=(
+            np.stack(
+                [
+                    np.arange(0, 64, 2),
+                    np.arange(1, 65, 2),
+                ],
+                axis=1,
+            ),
+        )
+    )
+    (_, view) = views_of(story(64, [every_second]), 64)
+
+    assert view.marked(63)[1] == 1
+    assert view.marked(63)[0].tolist() == [4, 0] * 32
+    assert view.marked(62)[1] == 2
+    assert view.marked(62)[0].tolist() == [4] * 64
+
+
+def test_a_page_of_32k_tokens_is_bounded_whatever_was_kept() -> None:
+    tokens, random = 32_768, np.random.default_rng(0)
+    layers = []
+    for _ in range(32):
+        heads = [np.sort(random.choice(tokens, tokens // 4, replace=False)) for _ in range(8)]
+        layers.append(LayerExplanation(kept=tuple(np.stack([head, head + 1], axis=1) for head in heads)))
+
+    source = render_page(story(tokens, layers), ["word "] * tokens, "yes")
+
+    assert "by KV head</summary>" in source
+    assert "marked in stretches of 8 tokens" in source
+    assert len(source) < 2 * len("word ") * tokens + 1_200_000
 
 
 def test_the_script_of_the_page_is_one_that_runs(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvtier.core.policy import Policy
 from kvtier.policies.full import Full
 from kvtier.testing import (
+    codec_claim_laws,
     codec_laws,
     eviction_laws,
     merge_laws,
@@ -24,6 +25,7 @@ from kvtier.testing import (
 from kvtier.testing.law import LawBroken, PolicyLaws, law, laws_of, require
 
 SUITES = [
+    codec_claim_laws.CodecClaimLaws,
     codec_laws.CodecLaws,
     eviction_laws.EvictionLaws,
     merge_laws.MergeLaws,

@@ -46,6 +46,17 @@ MAKERS: Final[dict[str, Callable[[], Any]]] = {
     "CUR": lambda: kvpress.CURPress(num_sinks=1),
     "ChunkKV(SnapKV)": lambda: kvpress.ChunkKVPress(kvpress.SnapKVPress(window_size=2, kernel_size=3), chunk_length=3),
     "CriticalKV(Knorm)": lambda: kvpress.CriticalKVPress(kvpress.KnormPress()),
+    "Block(Knorm)": lambda: kvpress.BlockPress(kvpress.KnormPress(), block_size=3),
+    "EntropyGatedChunkKV(SnapKV)": lambda: kvpress.EntropyGatedChunkKVPress(
+        kvpress.SnapKVPress(window_size=2, kernel_size=3), chunk_length=3, low_entropy_chunk_length=1
+    ),
+    "Compactor": lambda: kvpress.CompactorPress(
+        sink_size_start=1, sink_size_end=1, chunk_size=4, sketch_dimension=4, blending=0.5
+    ),
+    "Cap": lambda: kvpress.CapPress(n_future_positions=8, n_sink=1),
+    "AdaKV(Knorm)": lambda: kvpress.AdaKVPress(kvpress.KnormPress()),
+    "AdaKV(SnapKV)": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(window_size=2, kernel_size=3)),
+    "CriticalAdaKV(Knorm)": lambda: kvpress.CriticalAdaKVPress(kvpress.KnormPress()),
 }
 """Presses that need no trained parameters, with windows for short prompts."""
 
@@ -56,11 +67,15 @@ class Press:
 
     name: str
     press: Any
-    shares_heads: bool = False
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether the heads of a layer share a budget, by masking keys that stay in the cache."""
+        return hasattr(self.press, "alpha_safeguard")
 
     def least(self, keep: int) -> int:
         """Tokens that every KV head must keep."""
-        return keep
+        return max(1, int(keep * self.press.alpha_safeguard)) if self.shares_heads else keep
 
     @property
     def attention(self) -> str:
@@ -93,12 +108,12 @@ class PressCase:
         drawn = torch.randn(self.rows, self.slots, width, generator=random).to(self.dtype)
         return drawn if self.picked is None else drawn[list(self.picked)]
 
-    def keeps(self, policy: Press, keep: int | None = None) -> KeepPlan:
-        """The plan by which a press seems to have acted."""
-        return KeepPlan(self.plan(policy, keep))
-
     def plan(self, policy: Press, keep: int | None = None) -> torch.Tensor:
-        """Slots of the prompt whose keys are left in the cache [B, Hk, K], in their order there."""
+        """The slots of ``keeps``."""
+        return self.keeps(policy, keep).keep
+
+    def keeps(self, policy: Press, keep: int | None = None) -> KeepPlan:
+        """The plan by which a press seems to have acted: the keys left in the cache, in their order there."""
         keep = min(self.keep if keep is None else keep, self.slots)
         policy.press.compression_ratio = 1 - keep / self.slots
         model = small_llama(self.heads, self.group, self.dtype, policy.attention)
@@ -109,7 +124,15 @@ class PressCase:
             left = _keys(model, self.hidden())
         same = (left[:, :, :, None] == whole[:, :, None]).all(-1)
         require(bool(same.any(-1).all()), "a key in the cache is none of the prompt's")
-        return same.int().argmax(-1)
+        return self._unmasked(model) if policy.shares_heads else KeepPlan(same.int().argmax(-1))
+
+    def _unmasked(self, model: Any) -> KeepPlan:
+        """What attention will see of a cache that keeps every key."""
+        masked = model.model.layers[0].self_attn.masked_key_indices
+        stays = torch.ones(self.positions.shape, dtype=torch.bool)
+        if masked is not None:
+            stays[masked] = False
+        return KeepPlan.of(stays)
 
     def describe(self) -> str:
         """The case in words."""
@@ -140,11 +163,9 @@ class PressLaws(PolicyLaws):
     @law("S6", "a row is planned the same in any company and in any order", case=cases())
     def test_rows_are_planned_alone(self, policy: Press, case: PressCase) -> None:
         """A press averages over heads if its paper does, so only rows are asked for."""
-        together = case.plan(policy).sort(-1).values
-        for row in range(case.rows):
-            alone = replace(case, picked=(row,)).plan(policy)[0].sort(-1).values
-            mine = together[row]
-            require(torch.equal(alone, mine), f"row {row} keeps {alone.tolist()} alone, {mine.tolist()} in company")
+        for row, mine in enumerate(map(_sorted, case.keeps(policy).rows())):
+            (alone,) = map(_sorted, replace(case, picked=(row,)).keeps(policy).rows())
+            require(alone == mine, f"row {row} keeps {alone} alone, {mine} in company")
 
 
 @functools.cache
@@ -228,6 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in filter(None, texts.values()):
             print(f"\n{name}: {text}")
     return 0
+
+
+def _sorted(heads: list[list[int]]) -> list[list[int]]:
+    return [sorted(slots) for slots in heads]
 
 
 def _keys(model: Any, hidden: torch.Tensor) -> torch.Tensor:

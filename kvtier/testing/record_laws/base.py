@@ -26,9 +26,9 @@ FreshStore: TypeAlias = Callable[[], AbstractContextManager[RecordStore]]
 """Opens an empty store in a directory of its own, for a ``with``."""
 
 # The factory fixture opens another store at each call, so sharing it between examples is safe. Every example opens
-# stores, and a durable one waits for its disk: half as many of them as elsewhere.
+# stores, and a durable one waits for its disk: a third as many of them as elsewhere.
 LAW = settings(
-    max_examples=max(10, settings().max_examples // 2),
+    max_examples=max(10, settings().max_examples // 3),
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,

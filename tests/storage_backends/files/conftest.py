@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.storage_backends.engines.kernel_queue import QueuePool
 from kvtier.storage_backends.files import FileOptions, FileRecords
 
 CAPACITY = 4 << 20
@@ -13,6 +14,12 @@ CAPACITY = 4 << 20
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "records"
+
+
+@pytest.fixture
+def system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every transfer is a call of ``os`` that a test can replace, none goes through a queue of the kernel."""
+    monkeypatch.setattr(QueuePool, "take", lambda pool: None)
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def test_damaged_files_are_kept_aside_within_a_bound(directory: Path, open_store
         assert aside[-1].name.startswith(sample_key(5).hex()), "the latest is the one to look at"
 
 
+@pytest.mark.usefixtures("system_calls")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_medium_that_refuses_degrades_the_store_until_it_takes_records_again(
     open_store: Opens, monkeypatch: pytest.MonkeyPatch, code: int
@@ -107,6 +108,7 @@ def test_a_medium_that_refuses_degrades_the_store_until_it_takes_records_again(
         assert fetch(store, 1, 9000) == sample_bytes(1, 0, 9000)
 
 
+@pytest.mark.usefixtures("system_calls")
 def test_a_full_medium_can_be_opened_and_read(open_store: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

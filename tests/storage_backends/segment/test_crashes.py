@@ -13,6 +13,8 @@ class TestDurableSegmentsCrash(CrashLaws):
 
 
 class TestRelaxedSegmentsCrash(CrashLaws):
+    corruptions = 10  # what is stored lies alike in both modes
+
     @pytest.fixture
     def subject(self) -> Subject:
         promise = Promise(lost_bytes=RELAXED_LOSS_BYTES, lost_seconds=RELAXED_LOSS_SECONDS)

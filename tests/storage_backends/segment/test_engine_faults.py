@@ -11,7 +11,7 @@ from kvtier.storage_backends.records import RecordStore
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 from kvtier.testing.faults import FaultyEngine, ReadFault, WriteFault
 from kvtier.testing.record_laws import Fault, OpenStore
-from kvtier.testing.record_laws.machine import MachineLaws
+from kvtier.testing.record_laws.machine import FaultMachineLaws
 
 
 class OnAFaultyEngine(SegmentRecords):
@@ -22,7 +22,7 @@ class OnAFaultyEngine(SegmentRecords):
         self._engine.close()
 
 
-class TestSegmentsOnAFaultyEngine(MachineLaws):
+class TestSegmentsOnAFaultyEngine(FaultMachineLaws):
     @pytest.fixture
     def engines(self) -> list[FaultyEngine]:
         return []
