@@ -223,10 +223,9 @@ typedef struct {
     int64_t at, stop;
 } Walk;
 
-/* The keys of a task: none past the last task or, with a note in `outside`, where a length or a frame is impossible. */
-static Walk walk_of(const Call *call, int64_t task, int64_t tasks, int *outside) {
+/* The keys of a task; none, and a note in `outside`, where a length or a frame is impossible. */
+static Walk walk_of(const Call *call, int64_t task, int *outside) {
     Walk walk = {{call->k, call->v, 0, call->slots, call->k_outer, call->v_outer, call->k_slot, call->v_slot}, 0, 0};
-    if (task >= tasks) return walk;
     const int64_t head = task / call->splits, split = task % call->splits, pages = call->length / call->slots;
     const int64_t each = (pages + call->splits - 1) / call->splits * call->slots;
     const int64_t held = call->lengths ? call->lengths[head] : call->length;
@@ -275,14 +274,29 @@ typedef struct {
     Block blocks[2], *now, *next;
 } Blocks;
 
+/* The next task that has keys and that no other thread gets; those without are answered on the way. */
+static int64_t next_task(const Call *call, int64_t tasks, int64_t *claimed, float *states, int *outside, Walk *walk) {
+    for (;;) {
+        int64_t task;
+#pragma omp atomic capture
+        task = (*claimed)++;
+        if (task >= tasks) {
+            walk->at = walk->stop = 0;
+            return tasks;
+        }
+        *walk = walk_of(call, task, outside);
+        State state = state_at(&call->shape, states, task);
+        for (int64_t r = 0; r < call->shape.rows; r++) state.greatest[r] = -INFINITY;
+        memset(state.total, 0, call->shape.rows * LANES * sizeof(float));
+        memset(state.out, 0, call->shape.rows * call->shape.dv * sizeof(float));
+        if (walk->at < walk->stop) return task;
+    }
+}
+
 static void attend_task(const Call *call, int64_t task, Walk *walk, Walk *after, Blocks *blocks, State state) {
     const Shape *shape = &call->shape;
     const int64_t numbers = shape->rows * shape->dk;
-    for (int64_t r = 0; r < shape->rows; r++) state.greatest[r] = -INFINITY;
-    memset(state.total, 0, shape->rows * LANES * sizeof(float));
-    memset(state.out, 0, shape->rows * shape->dv * sizeof(float));
-    if (!blocks->now->count) next_of(walk, blocks->now);
-    int widen, last = !blocks->now->count;
+    int widen, last = 0;
     Over *over = over_for(call, &widen);
     const char *q = call->q + task / call->splits * numbers * bytes_of(call->q_type);
     float query[MOST_ROWS * MOST_DIM];
@@ -294,14 +308,6 @@ static void attend_task(const Call *call, int64_t task, Walk *walk, Walk *after,
         Block *done = blocks->now;
         blocks->now = blocks->next, blocks->next = done;
     }
-}
-
-/* The next task, which no other thread gets. */
-INLINE int64_t claim(int64_t *claimed) {
-    int64_t task;
-#pragma omp atomic capture
-    task = (*claimed)++;
-    return task;
 }
 
 /* Queries q [batch * heads][rows][dk] of `q_type`; out [batch * heads][rows][dv] and lse [batch * heads][rows]. Strides
@@ -322,11 +328,11 @@ int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int t
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Blocks blocks = {.now = blocks.blocks, .next = blocks.blocks + 1};
-        int64_t task = claim(&claimed);
-        Walk walk = walk_of(&call, task, tasks, &outside);
+        Walk walk, coming;
+        int64_t task = next_task(&call, tasks, &claimed, states, &outside, &walk);
+        next_of(&walk, blocks.now);
         while (task < tasks) {
-            const int64_t after = claim(&claimed);
-            Walk coming = walk_of(&call, after, tasks, &outside);
+            const int64_t after = next_task(&call, tasks, &claimed, states, &outside, &coming);
             attend_task(&call, task, &walk, &coming, &blocks, state_at(&call.shape, states, task));
             task = after, walk = coming;
         }
