@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["KEPT_BYTES", "release", "scratch"]
+__all__ = ["KEPT_BYTES", "release", "room", "scratch"]
 
 KEPT_BYTES: Final = 32 * 2**20
 """The largest buffer that is kept; a larger one is allocated for the call and freed after it."""
@@ -31,14 +31,19 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     count = math.prod(shape)
+    return room(name, count, dtype)[:count].view(shape)
+
+
+def room(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised memory on the CPU for at least ``count`` elements, as for `scratch`; C code needs no exact view."""
     buffer = _kept.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < count:
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            buffer = torch.empty(count, dtype=dtype, device=device)
+            buffer = torch.empty(count, dtype=dtype, device="cpu")
         if buffer.nbytes <= KEPT_BYTES:
             _kept.buffers[name, dtype] = buffer
-    return buffer[:count].view(shape)
+    return buffer
 
 
 def release() -> None:

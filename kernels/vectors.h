@@ -3,6 +3,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AVX512BF16__
+#define PAIRED 1
+#endif
+
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
@@ -10,21 +17,50 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int16_t vs __attribute__((vector_size(32)));
 
-enum { F32 = 0, BF16 = 1 };
+/* PAIRS: bf16 that is multiplied by bf16, two channels at once, where the CPU can. */
+enum { F32 = 0, BF16 = 1, PAIRS = 2 };
 
-INLINE int64_t bytes_of(int type) { return type == BF16 ? 2 : 4; }
+INLINE int64_t bytes_of(int type) { return type == F32 ? 4 : 2; }
 
 /* 16 channels from channel `at` on. A bf16 is the upper half of an fp32: widening is exact. */
 INLINE vf load(const char *row, int64_t at, int type) {
     if (type == BF16) {
         vh half;
         memcpy(&half, row + 2 * at, sizeof half);
+#ifdef __AVX512F__
+        /* GCC 12 makes five instructions of what is one. */
+        return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#else
         return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
     }
     vf full;
     memcpy(&full, row + 4 * at, sizeof full);
     return full;
+}
+
+/* `sum` and the products of row and query from channels `at` and `of` on: of 16 channels; of two for a sum in PAIRS.
+   The query is fp32, or in PAIRS bf16. There products are exact, and a number below 2^-126 counts as 0. */
+INLINE vf plus_products(vf sum, const char *row, int64_t at, const char *query, int64_t of, int type) {
+#ifdef PAIRED
+    if (type == PAIRS) {
+        __m512bh a, b;
+        memcpy(&a, row + 2 * at, sizeof a);
+        memcpy(&b, query + 2 * of, sizeof b);
+        return (vf)_mm512_dpbf16_ps((__m512)sum, a, b);
+    }
+#endif
+    return sum + load(row, at, type) * load(query, of, F32);
+}
+
+/* Whether any lane of a comparison holds. */
+INLINE int any(vi mask) {
+    uint64_t words[8], all = 0;
+    memcpy(words, &mask, sizeof words);
+    for (int i = 0; i < 8; i++) all |= words[i];
+    return all != 0;
 }
 
 INLINE void store(float *into, vf x) { memcpy(into, &x, sizeof x); }

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-#define BLOCK 64      /* keys whose weights are made at once */
+#define BLOCK 128     /* keys whose weights are made at once */
 #define MOST_ROWS 16  /* queries of a KV head */
 #define MOST_DIM 256  /* channels */
 
@@ -15,33 +15,41 @@ typedef struct {
     int64_t slots, k_frame, v_frame, k_slot, v_slot;
 } Keys;
 
-/* Of every query: the greatest logit so far, the sum of weights relative to it, and of weighted values [rows][dv]. */
+/* Of every query: the greatest logit so far, sums of weights relative to it [rows][LANES], and of weighted values
+   [rows][dv]. */
 typedef struct {
     float *greatest, *total, *out;
 } State;
 
+/* Where keys and values lie. */
 typedef struct {
+    int count;
     const char *k[BLOCK], *v[BLOCK];
 } Block;
+
+static const Block NO_KEYS;
+
+enum { FRAME = 1, LENGTH = 2 };
 
 typedef struct {
     int64_t rows, dk, dv;
     float scale, softcap; /* no softcap: 0 */
 } Shape;
 
-INLINE void find(const Keys *keys, int64_t at, int count, Block *block) {
-    if (!keys->frames) {
-        for (int j = 0; j < count; j++) {
-            block->k[j] = keys->k + (at + j) * keys->k_slot;
-            block->v[j] = keys->v + (at + j) * keys->v_slot;
+INLINE void find(const Keys *keys, int64_t at, Block *block) {
+    int64_t page = at / keys->slots, slot = at % keys->slots, row = keys->frames ? slot : at;
+    for (int j = 0; j < block->count; page++, row = slot = 0) {
+        const char *k = keys->k, *v = keys->v;
+        int64_t here = block->count - j;
+        if (keys->frames) {
+            k += keys->frames[page] * keys->k_frame, v += keys->frames[page] * keys->v_frame;
+            here = keys->slots - slot < here ? keys->slots - slot : here;
         }
-        return;
-    }
-    int64_t page = at / keys->slots, slot = at % keys->slots;
-    for (int j = 0; j < count; j++) {
-        block->k[j] = keys->k + keys->frames[page] * keys->k_frame + slot * keys->k_slot;
-        block->v[j] = keys->v + keys->frames[page] * keys->v_frame + slot * keys->v_slot;
-        if (++slot == keys->slots) slot = 0, page++;
+        for (int64_t i = 0; i < here; i++) {
+            block->k[j + i] = k + (row + i) * keys->k_slot;
+            block->v[j + i] = v + (row + i) * keys->v_slot;
+        }
+        j += (int)here;
     }
 }
 
@@ -50,26 +58,22 @@ INLINE void fetch(const char *row, int64_t bytes) {
 }
 
 /* Logits [R][BLOCK] of R queries; 16 / R keys at a time, so that 16 sums fill a vector. */
-INLINE void logits_of(int R, int type, const float *q, const Shape *shape, const Block *block, const Block *next,
-                      int count, int coming, float *into) {
-    const int tile = LANES / R;
-    const int64_t dk = shape->dk, bytes = dk * bytes_of(type);
+INLINE void logits_of(int R, int type, const char *q, const Shape *shape, const Block *block, const Block *next,
+                      float *into) {
+    const int tile = LANES / R, count = block->count;
+    const int64_t dk = shape->dk, step = type == PAIRS ? 2 * LANES : LANES;
     for (int j = 0; j < count; j += tile) {
         vf sum[LANES];
         for (int i = 0; i < LANES; i++) sum[i] = (vf){0};
         const char *row[LANES];
         for (int i = 0; i < tile; i++) {
             row[i] = block->k[j + i < count ? j + i : count - 1];
-            if (next && j + i < coming) fetch(next->k[j + i], bytes);
+            if (j + i < next->count) fetch(next->k[j + i], dk * bytes_of(type));
         }
-        for (int64_t d = 0; d < dk; d += LANES) {
-            vf query[4];
-            for (int r = 0; r < R; r++) memcpy(&query[r], q + r * dk + d, sizeof(vf));
-            for (int i = 0; i < tile; i++) {
-                vf key = load(row[i], d, type);
-                for (int r = 0; r < R; r++) sum[r * tile + i] += key * query[r];
-            }
-        }
+        for (int64_t d = 0; d < dk; d += step)
+            for (int i = 0; i < tile; i++)
+                for (int r = 0; r < R; r++)
+                    sum[r * tile + i] = plus_products(sum[r * tile + i], row[i], d, q, r * dk + d, type);
         vf sums = sums_of(sum) * shape->scale;
         for (int r = 0; r < R; r++) memcpy(into + r * BLOCK + j, (const float *)&sums + r * tile, tile * sizeof(float));
     }
@@ -84,49 +88,42 @@ INLINE vf capped(vf x, float softcap) {
     return (vf)((vi)t | (negative & (vi)splat(-0.0f)));
 }
 
-/* Logits to weights, in place; the state is scaled down to the new greatest logit. */
-INLINE void weigh(int R, const Shape *shape, int count, float *weights, float *greatest, float *total, float *out) {
-    for (int r = 0; r < R; r++) {
-        float *row = weights + r * BLOCK;
-        vf most = splat(-INFINITY);
-        for (int j = count; j < BLOCK; j++) row[j] = -INFINITY;
-        for (int j = 0; j < BLOCK; j += LANES) {
-            vf x = load((const char *)row, j, F32);
-            if (shape->softcap > 0.0f) {
-                x = capped(x, shape->softcap);
-                store(row + j, x);
-                for (int i = count > j ? count : j; i < j + LANES; i++) row[i] = -INFINITY;
-                x = load((const char *)row, j, F32);
-            }
-            most = larger(x, most);
+/* Logits of `rows` queries to weights, in place; what is behind the last key in its vector gets none. Only a logit
+   above all before makes the state shrink to it: most blocks have none. */
+static __attribute__((noinline)) void weigh(int64_t rows, const Shape *shape, int count, float *weights, State state) {
+    const int vectors = (count + LANES - 1) / LANES;
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = weights + r * BLOCK, *o = state.out + r * shape->dv, peak = state.greatest[r];
+        vf most = splat(-INFINITY), sum = load((const char *)state.total, r * LANES, F32);
+        if (shape->softcap > 0.0f)
+            for (int i = 0; i < vectors; i++)
+                store(row + i * LANES, capped(load((const char *)row, i * LANES, F32), shape->softcap));
+        for (int j = count; j < vectors * LANES; j++) row[j] = -INFINITY;
+        for (int i = 0; i < vectors; i++) most = larger(load((const char *)row, i * LANES, F32), most);
+        if (any(most > peak)) {
+            for (int i = 0; i < LANES; i++) peak = most[i] > peak ? most[i] : peak;
+            const float shrink = expf(state.greatest[r] - peak);
+            for (int64_t d = 0; d < shape->dv; d += LANES) store(o + d, load((const char *)o, d, F32) * shrink);
+            sum *= shrink;
+            state.greatest[r] = peak;
         }
-        float peak = greatest[r];
-        for (int i = 0; i < LANES; i++) peak = most[i] > peak ? most[i] : peak;
-        vf sum = {0};
-        for (int j = 0; j < BLOCK; j += LANES) {
-            vf weight = exp_of(load((const char *)row, j, F32) - peak);
-            store(row + j, weight);
+        for (int i = 0; i < vectors; i++) {
+            vf weight = exp_of(load((const char *)row, i * LANES, F32) - peak);
+            store(row + i * LANES, weight);
             sum += weight;
         }
-        float added = 0.0f, shrink = greatest[r] == -INFINITY ? 0.0f : expf(greatest[r] - peak);
-        for (int i = 0; i < LANES; i++) added += sum[i];
-        total[r] = total[r] * shrink + added;
-        if (peak > greatest[r]) {
-            greatest[r] = peak;
-            float *o = out + r * shape->dv;
-            for (int64_t d = 0; d < shape->dv; d += LANES) store(o + d, load((const char *)o, d, F32) * shrink);
-        }
+        store(state.total + r * LANES, sum);
     }
 }
 
 /* Weights [R][BLOCK] times values: C vectors of channels from `from` on stay in registers. */
 INLINE void weighted(int R, int C, int type, int64_t from, const Shape *shape, const Block *block, const Block *next,
-                     int count, int coming, const float *weights, float *out) {
+                     const float *weights, float *out) {
     vf sum[16];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r * C + c] = load((const char *)(out + r * shape->dv), from + c * LANES, F32);
-    for (int j = 0; j < count; j++) {
-        if (next && j < coming) fetch(next->v[j] + from * bytes_of(type), C * LANES * bytes_of(type));
+    for (int j = 0; j < block->count; j++) {
+        if (j < next->count) fetch(next->v[j] + from * bytes_of(type), C * LANES * bytes_of(type));
         for (int c = 0; c < C; c++) {
             vf value = load(block->v[j], from + c * LANES, type);
             for (int r = 0; r < R; r++) sum[r * C + c] += value * weights[r * BLOCK + j];
@@ -136,62 +133,58 @@ INLINE void weighted(int R, int C, int type, int64_t from, const Shape *shape, c
         for (int c = 0; c < C; c++) store(out + r * shape->dv + from + c * LANES, sum[r * C + c]);
 }
 
-INLINE void step(int R, int type, const float *q, const Shape *shape, const Block *block, const Block *next, int count,
-                 int coming, float *greatest, float *total, float *out) {
+INLINE void step(int R, int type, const char *q, const Shape *shape, const Block *block, const Block *next,
+                 State state) {
     float weights[4 * BLOCK];
-    logits_of(R, type, q, shape, block, next, count, coming, weights);
-    weigh(R, shape, count, weights, greatest, total, out);
+    const int held = type == PAIRS ? BF16 : type;
+    logits_of(R, type, q, shape, block, next, weights);
+    weigh(R, shape, block->count, weights, state);
     int64_t d = 0;
-    for (; d + 4 * LANES <= shape->dv; d += 4 * LANES)
-        weighted(R, 4, type, d, shape, block, next, count, coming, weights, out);
-    for (; d < shape->dv; d += LANES) weighted(R, 1, type, d, shape, block, next, count, coming, weights, out);
+    for (; d + 4 * LANES <= shape->dv; d += 4 * LANES) weighted(R, 4, held, d, shape, block, next, weights, state.out);
+    for (; d < shape->dv; d += LANES) weighted(R, 1, held, d, shape, block, next, weights, state.out);
 }
 
-INLINE void attend_typed(int type, const float *q, const Shape *shape, const Keys *keys, int64_t start, int64_t stop,
-                         State *state) {
-    Block blocks[2];
-    int which = 0, count = stop - start < BLOCK ? (int)(stop - start) : BLOCK;
-    find(keys, start, count, &blocks[0]);
-    for (int64_t at = start; at < stop;) {
-        int64_t after = at + count;
-        int coming = stop - after < BLOCK ? (int)(stop - after) : BLOCK;
-        Block *block = &blocks[which], *next = coming ? &blocks[1 - which] : 0;
-        if (next) find(keys, after, coming, next);
-        for (int64_t r = 0; r < shape->rows;) {
-            const Block *ahead = r ? 0 : next;
-            const float *query = q + r * shape->dk;
-            float *greatest = state->greatest + r, *total = state->total + r, *out = state->out + r * shape->dv;
-            int64_t left = shape->rows - r;
-            if (left >= 4) {
-                step(4, type, query, shape, block, ahead, count, coming, greatest, total, out);
-                r += 4;
-            } else if (left >= 2) {
-                step(2, type, query, shape, block, ahead, count, coming, greatest, total, out);
-                r += 2;
-            } else {
-                step(1, type, query, shape, block, ahead, count, coming, greatest, total, out);
-                r += 1;
-            }
+/* All queries over one block; the first of them fetch the next one. */
+INLINE void over_block(int type, const char *q, const Shape *shape, const Block *block, const Block *next,
+                       State state) {
+    const int64_t query_bytes = shape->dk * (type == PAIRS ? 2 : 4);
+    for (int64_t left = shape->rows, done; left > 0; left -= done) {
+        if (left >= 4) {
+            step(4, type, q, shape, block, next, state);
+            done = 4;
+        } else if (left >= 2) {
+            step(2, type, q, shape, block, next, state);
+            done = 2;
+        } else {
+            step(1, type, q, shape, block, next, state);
+            done = 1;
         }
-        at = after, count = coming, which = 1 - which;
+        q += done * query_bytes, next = &NO_KEYS;
+        state.greatest += done, state.total += done * LANES, state.out += done * shape->dv;
     }
 }
 
-static void attend_f32(const float *q, const Shape *shape, const Keys *keys, int64_t start, int64_t stop,
-                       State *state) {
-    attend_typed(F32, q, shape, keys, start, stop, state);
+typedef void Over(const char *q, const Shape *shape, const Block *block, const Block *next, State state);
+
+static void over_f32(const char *q, const Shape *shape, const Block *block, const Block *next, State state) {
+    over_block(F32, q, shape, block, next, state);
 }
 
-static void attend_bf16(const float *q, const Shape *shape, const Keys *keys, int64_t start, int64_t stop,
-                        State *state) {
-    attend_typed(BF16, q, shape, keys, start, stop, state);
+static void over_bf16(const char *q, const Shape *shape, const Block *block, const Block *next, State state) {
+    over_block(BF16, q, shape, block, next, state);
 }
 
-INLINE int64_t state_floats(const Shape *shape) { return shape->rows * (shape->dv + 2); }
+#ifdef PAIRED
+static void over_pairs(const char *q, const Shape *shape, const Block *block, const Block *next, State state) {
+    over_block(PAIRS, q, shape, block, next, state);
+}
+#endif
+
+INLINE int64_t state_floats(const Shape *shape) { return shape->rows * (shape->dv + LANES + 1); }
 
 INLINE State state_at(const Shape *shape, float *states, int64_t task) {
     float *start = states + task * state_floats(shape);
-    return (State){start, start + shape->rows, start + 2 * shape->rows};
+    return (State){start, start + shape->rows, start + shape->rows * (1 + LANES)};
 }
 
 /* The splits of one head as one answer. */
@@ -206,7 +199,7 @@ static void finish(const Shape *shape, float *states, int64_t head, int64_t spli
         for (int64_t s = 0; s < splits; s++) {
             State state = state_at(shape, states, head * splits + s);
             float share = state.greatest[r] == -INFINITY ? 0.0f : expf(state.greatest[r] - peak);
-            total += share * state.total[r];
+            for (int i = 0; i < LANES; i++) total += share * state.total[r * LANES + i];
             for (int64_t d = 0; d < shape->dv; d++) o[d] += share * state.out[r * shape->dv + d];
         }
         for (int64_t d = 0; total > 0 && d < shape->dv; d++) o[d] /= total;
@@ -214,45 +207,139 @@ static void finish(const Shape *shape, float *states, int64_t head, int64_t spli
     }
 }
 
+/* What is asked, and the strides in bytes; see `kvtier_attend`. */
+typedef struct {
+    Shape shape;
+    const char *q, *k, *v;
+    int q_type, type;
+    const int64_t *frames, *lengths;
+    int64_t arena, heads, length, slots, splits;
+    int64_t k_outer, k_head, k_slot, v_outer, v_head, v_slot;
+} Call;
+
+/* Keys of one task that are still to come. */
+typedef struct {
+    Keys keys;
+    int64_t at, stop;
+} Walk;
+
+/* The keys of a task; none, and a note in `outside`, where a length or a frame is impossible. */
+static Walk walk_of(const Call *call, int64_t task, int *outside) {
+    Walk walk = {{call->k, call->v, 0, call->slots, call->k_outer, call->v_outer, call->k_slot, call->v_slot}, 0, 0};
+    const int64_t head = task / call->splits, split = task % call->splits, pages = call->length / call->slots;
+    const int64_t each = (pages + call->splits - 1) / call->splits * call->slots;
+    const int64_t held = call->lengths ? call->lengths[head] : call->length;
+    int wrong = held < 0 || held > call->length ? LENGTH : 0;
+    walk.at = split * each, walk.stop = held < walk.at + each ? held : walk.at + each;
+    if (call->frames) {
+        walk.keys.frames = call->frames + head * pages;
+        for (int64_t page = walk.at / call->slots; !wrong && page * call->slots < walk.stop; page++)
+            if (walk.keys.frames[page] < 0 || walk.keys.frames[page] >= call->arena) wrong = FRAME;
+    } else {
+        walk.keys.k += head / call->heads * call->k_outer + head % call->heads * call->k_head;
+        walk.keys.v += head / call->heads * call->v_outer + head % call->heads * call->v_head;
+    }
+    if (wrong) {
+        walk.stop = walk.at;
+#pragma omp atomic write
+        *outside = wrong;
+    }
+    return walk;
+}
+
+/* The next block, and how many keys it has: none at the end. */
+INLINE int next_of(Walk *walk, Block *block) {
+    const int64_t left = walk->stop - walk->at;
+    block->count = left < 0 ? 0 : left < BLOCK ? (int)left : BLOCK;
+    if (block->count) find(&walk->keys, walk->at, block);
+    walk->at += block->count;
+    return block->count;
+}
+
+/* How a call's keys are attended to; with fp32 queries from bf16 keys, too, no product is rounded. */
+static Over *over_for(const Call *call, int *widen) {
+    *widen = 1;
+    if (call->type == F32) return over_f32;
+#ifdef PAIRED
+    if (call->q_type == BF16 && call->shape.dk % (2 * LANES) == 0) {
+        *widen = 0;
+        return over_pairs;
+    }
+#endif
+    return over_bf16;
+}
+
+/* What a thread works on: a block, and the one that is fetched meanwhile, be it of the next task. */
+typedef struct {
+    Block blocks[2], *now, *next;
+} Blocks;
+
+/* The next task that has keys and that no other thread gets; those without are answered on the way. */
+static int64_t next_task(const Call *call, int64_t tasks, int64_t *claimed, float *states, int *outside, Walk *walk) {
+    for (;;) {
+        int64_t task;
+#pragma omp atomic capture
+        task = (*claimed)++;
+        if (task >= tasks) {
+            walk->at = walk->stop = 0;
+            return tasks;
+        }
+        *walk = walk_of(call, task, outside);
+        State state = state_at(&call->shape, states, task);
+        for (int64_t r = 0; r < call->shape.rows; r++) state.greatest[r] = -INFINITY;
+        memset(state.total, 0, call->shape.rows * LANES * sizeof(float));
+        memset(state.out, 0, call->shape.rows * call->shape.dv * sizeof(float));
+        if (walk->at < walk->stop) return task;
+    }
+}
+
+static void attend_task(const Call *call, int64_t task, Walk *walk, Walk *after, Blocks *blocks, State state) {
+    const Shape *shape = &call->shape;
+    const int64_t numbers = shape->rows * shape->dk;
+    int widen, last = 0;
+    Over *over = over_for(call, &widen);
+    const char *q = call->q + task / call->splits * numbers * bytes_of(call->q_type);
+    float query[MOST_ROWS * MOST_DIM];
+    for (int64_t i = 0; widen && i < numbers; i += LANES) store(query + i, load(q, i, call->q_type));
+    while (!last) {
+        last = !next_of(walk, blocks->next);
+        if (last) next_of(after, blocks->next);
+        over(widen ? (const char *)query : q, shape, blocks->now, blocks->next, state);
+        Block *done = blocks->now;
+        blocks->now = blocks->next, blocks->next = done;
+    }
+}
+
 /* Queries q [batch * heads][rows][dk] of `q_type`; out [batch * heads][rows][dv] and lse [batch * heads][rows]. Strides
    are bytes. A run has no frames and slots of one key; pages are `length` / `slots` frames of a head, each below
    `arena`. With `lengths` a head has the first so many of its keys, and only the frames of those are looked at.
-   `states` has room for rows * (dv + 2) floats of every split of every head. 0; 1 for a frame out of range; 2 for a
+   `states` has room for rows * (dv + 17) floats of every split of every head. 0; 1 for a frame out of range; 2 for a
    length. */
 int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int type, const int64_t *frames,
-                  const int64_t *lengths, int64_t arena, int64_t batch, int64_t heads, int64_t length, int64_t slots, int64_t rows, int64_t dk,
-                  int64_t dv, int64_t k_outer, int64_t k_head, int64_t k_slot, int64_t v_outer, int64_t v_head,
+                  const int64_t *lengths, int64_t arena, int64_t batch, int64_t heads, int64_t length, int64_t slots,
+                  int64_t rows, int64_t dk, int64_t dv, int64_t k_outer, int64_t k_head, int64_t k_slot, int64_t v_outer, int64_t v_head,
                   int64_t v_slot, float scale, float softcap, int64_t splits, int threads, float *states, float *out,
                   float *lse) {
-    const Shape shape = {rows, dk, dv, scale, softcap};
-    const int64_t pages = length / slots, tasks = batch * heads * splits, each = (pages + splits - 1) / splits * slots;
-    for (int64_t head = 0; head < batch * heads; head++) {
-        const int64_t held = lengths ? lengths[head] : length;
-        if (held < 0 || held > length) return 2;
-        for (int64_t page = 0; frames && page * slots < held; page++)
-            if (frames[head * pages + page] < 0 || frames[head * pages + page] >= arena) return 1;
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t head = task / splits, split = task % splits;
-        State state = state_at(&shape, states, task);
-        float query[MOST_ROWS * MOST_DIM];
-        for (int64_t i = 0; i < rows * dk; i += LANES)
-            store(query + i, load(q + head * rows * dk * bytes_of(q_type), i, q_type));
-        for (int64_t r = 0; r < rows; r++) state.greatest[r] = -INFINITY, state.total[r] = 0.0f;
-        memset(state.out, 0, rows * dv * sizeof(float));
-        Keys keys = {k, v, 0, slots, k_outer, v_outer, k_slot, v_slot};
-        if (frames) {
-            keys.frames = frames + head * pages;
-        } else {
-            keys.k += head / heads * k_outer + head % heads * k_head;
-            keys.v += head / heads * v_outer + head % heads * v_head;
+    const Call call = {{rows, dk, dv, scale, softcap}, q, k, v, q_type, type, frames, lengths, arena, heads, length,
+                       slots, splits, k_outer, k_head, k_slot, v_outer, v_head, v_slot};
+    const int64_t tasks = batch * heads * splits;
+    int64_t claimed = 0;
+    int outside = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Blocks blocks = {.now = blocks.blocks, .next = blocks.blocks + 1};
+        Walk walk, coming;
+        int64_t task = next_task(&call, tasks, &claimed, states, &outside, &walk);
+        next_of(&walk, blocks.now);
+        while (task < tasks) {
+            const int64_t after = next_task(&call, tasks, &claimed, states, &outside, &coming);
+            attend_task(&call, task, &walk, &coming, &blocks, state_at(&call.shape, states, task));
+            task = after, walk = coming;
         }
-        const int64_t held = lengths ? lengths[head] : length;
-        const int64_t start = split * each, stop = start + each < held ? start + each : held;
-        if (start < stop) (type == BF16 ? attend_bf16 : attend_f32)(query, &shape, &keys, start, stop, &state);
+#pragma omp barrier
+#pragma omp for
+        for (int64_t head = 0; head < batch * heads; head++)
+            finish(&call.shape, states, head, splits, out + head * rows * dv, lse + head * rows);
     }
-    for (int64_t head = 0; head < batch * heads; head++)
-        finish(&shape, states, head, splits, out + head * rows * dv, lse + head * rows);
-    return 0;
+    return outside;
 }

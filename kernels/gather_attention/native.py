@@ -17,7 +17,7 @@ from kvtier.kernels.gather_attention import blocked, reference
 from kvtier.kernels.gather_attention.extras import PLAIN, Extras
 from kvtier.kernels.gather_attention.table import NATIVE_ROWS
 from kvtier.kernels.native import ELEMENT_TYPES, built, function, threads_for
-from kvtier.kernels.scratch import scratch
+from kvtier.kernels.scratch import room
 from kvtier.kernels.spans import all_seen
 from kvtier.types import Partial, Visibility
 
@@ -134,7 +134,7 @@ def _attend(q: torch.Tensor, keys: _Keys, lengths: torch.Tensor | None, scale: f
     q, lengths = q.contiguous(), None if lengths is None else lengths.contiguous()
     out = q.new_empty(batch, query_heads, queries, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, query_heads, queries, dtype=torch.float32)
-    states = scratch("splits", (all_heads * splits * rows * (value_dim + 2),), torch.float32, q.device)
+    states = room("splits", all_heads * splits * rows * (value_dim + 1 + LANES), torch.float32)
     outside = _function()(
         q.data_ptr(), ELEMENT_TYPES[q.dtype], keys.k.data_ptr(), keys.v.data_ptr(), ELEMENT_TYPES[keys.k.dtype],
         None if keys.frames is None else keys.frames.data_ptr(), None if lengths is None else lengths.data_ptr(),

@@ -20,9 +20,9 @@ INLINE void fetch(const char *row, int64_t bytes) {
 }
 
 /* Bounds [R][16 / R] of R queries for 16 / R pages from `page` on; pages past the last repeat it. */
-INLINE void tile_of(int R, int type, const float *above, const float *below, const Bounds *bounds, int64_t page,
+INLINE void tile_of(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t page,
                     int64_t stop, float *into) {
-    const int tile = LANES / R;
+    const int tile = LANES / R, step = type == PAIRS ? 2 * LANES : LANES;
     const int64_t dim = bounds->dim, bytes = dim * bytes_of(type);
     const char *low[LANES], *high[LANES];
     vf sum[LANES];
@@ -35,29 +35,26 @@ INLINE void tile_of(int R, int type, const float *above, const float *below, con
             fetch(high[i] + AHEAD * bounds->high_page, bytes);
         }
     }
-    for (int64_t d = 0; d < dim; d += LANES) {
-        vf positive[4], negative[4];
-        for (int r = 0; r < R; r++) {
-            memcpy(&positive[r], above + r * dim + d, sizeof(vf));
-            memcpy(&negative[r], below + r * dim + d, sizeof(vf));
-        }
-        for (int i = 0; i < tile; i++) {
-            vf least = load(low[i], d, type), greatest = load(high[i], d, type);
-            for (int r = 0; r < R; r++) sum[r * tile + i] += greatest * positive[r] + least * negative[r];
-        }
-    }
+    for (int64_t d = 0; d < dim; d += step)
+        for (int i = 0; i < tile; i++)
+            for (int r = 0; r < R; r++) {
+                vf *made = &sum[r * tile + i];
+                *made = plus_products(*made, high[i], d, above, r * dim + d, type);
+                *made = plus_products(*made, low[i], d, below, r * dim + d, type);
+            }
     store(into, sums_of(sum));
 }
 
-INLINE void score(int R, int type, const float *above, const float *below, const Bounds *bounds, int64_t rows,
+INLINE void score(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t rows,
                   int reduce, int64_t start, int64_t stop, float *scores) {
     const int tile = LANES / R;
+    const int64_t query_bytes = bounds->dim * (type == PAIRS ? 2 : 4);
     float made[LANES];
     for (int64_t page = start; page < stop; page += tile) {
         float reduced[LANES];
         for (int i = 0; i < tile; i++) reduced[i] = reduce == MAX ? -INFINITY : 0.0f;
         for (int64_t r = 0; r < rows; r += R) {
-            tile_of(R, type, above + r * bounds->dim, below + r * bounds->dim, bounds, page, stop, made);
+            tile_of(R, type, above + r * query_bytes, below + r * query_bytes, bounds, page, stop, made);
             for (int k = 0; k < R; k++)
                 for (int i = 0; i < tile; i++) {
                     float bound = made[k * tile + i];
@@ -71,35 +68,59 @@ INLINE void score(int R, int type, const float *above, const float *below, const
     }
 }
 
+/* relu(q) and min(q, 0) of so many numbers: as they are for PAIRS, or in fp32. */
+static void halves(const char *q, int q_type, int type, int64_t numbers, char *above, char *below) {
+    for (int64_t i = 0; i < numbers; i += LANES) {
+        if (type == PAIRS) {
+            vh x, positive;
+            memcpy(&x, q + 2 * i, sizeof x);
+            positive = (vh)((vs)x > 0);
+            x &= positive;
+            memcpy(above + 2 * i, &x, sizeof x);
+            memcpy(&x, q + 2 * i, sizeof x);
+            x &= ~positive;
+            memcpy(below + 2 * i, &x, sizeof x);
+        } else {
+            vf x = load(q, i, q_type);
+            vi positive = x > 0.0f;
+            store((float *)above + i, (vf)((vi)x & positive));
+            store((float *)below + i, (vf)((vi)x & ~positive));
+        }
+    }
+}
+
 /* Queries q [batch * heads][rows][dim] of `q_type`, bounds of `type`, scores [batch * heads][pages]. Strides in bytes. */
 void kvtier_box_scores(const char *q, int q_type, const char *low, const char *high, int type, int64_t batch,
                        int64_t heads, int64_t pages, int64_t rows, int64_t dim, int64_t low_outer, int64_t low_head,
                        int64_t low_page, int64_t high_outer, int64_t high_head, int64_t high_page, int reduce,
                        int64_t splits, int threads, float *scores) {
     const int64_t tasks = batch * heads * splits, each = (pages + splits - 1) / splits;
+#ifdef PAIRED
+    if (type == BF16 && q_type == BF16 && dim % (2 * LANES) == 0) type = PAIRS;
+#endif
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t head = task / splits, b = head / heads, h = head % heads;
         const int64_t start = task % splits * each, stop = start + each < pages ? start + each : pages;
         float above[MOST_FLOATS], below[MOST_FLOATS];
-        for (int64_t i = 0; i < rows * dim; i += LANES) {
-            vf x = load(q + head * rows * dim * bytes_of(q_type), i, q_type);
-            vi positive = x > 0.0f;
-            store(above + i, (vf)((vi)x & positive));
-            store(below + i, (vf)((vi)x & ~positive));
-        }
+        halves(q + head * rows * dim * bytes_of(q_type), q_type, type, rows * dim, (char *)above, (char *)below);
         const Bounds bounds = {low + b * low_outer + h * low_head, high + b * high_outer + h * high_head, low_page,
                                high_page, dim};
         float *into = scores + head * pages;
-#define SCORE(R, T) score(R, T, above, below, &bounds, rows, reduce, start, stop, into)
-        if (type == BF16) {
-            if (rows % 4 == 0) SCORE(4, BF16);
-            else if (rows % 2 == 0) SCORE(2, BF16);
-            else SCORE(1, BF16);
+#define SCORE(R, T) \
+    score(R, T, (const char *)above, (const char *)below, &bounds, rows, reduce, start, stop, into)
+#define SCORES(T)                     \
+    if (rows % 4 == 0) SCORE(4, T);   \
+    else if (rows % 2 == 0) SCORE(2, T); \
+    else SCORE(1, T)
+        if (type == F32) {
+            SCORES(F32);
+#ifdef PAIRED
+        } else if (type == PAIRS) {
+            SCORES(PAIRS);
+#endif
         } else {
-            if (rows % 4 == 0) SCORE(4, F32);
-            else if (rows % 2 == 0) SCORE(2, F32);
-            else SCORE(1, F32);
+            SCORES(BF16);
         }
     }
 }

@@ -20,9 +20,22 @@ class TopPages(Protocol):
         """The best pages of each row."""
 
 
+def _native() -> TopPages:
+    from kvtier.kernels.top_pages import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.top_pages import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[TopPages](
     "top_pages",
     [
+        Candidate("native", _native, "the least score among the best is found by counting", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "every page sorted"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, RetrievalPolicy
-from kvtier.core.ragged import UNSEEN, RaggedFrames, RaggedSequence
+from kvtier.core.ragged import RaggedFrames, RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.rotation import turned
 from kvtier.core.sequence import LayerSequence, Segment
@@ -225,37 +225,34 @@ def _over_pages(
     """Attention over frames [Hk, n] at positions [Hk, n, P], one partial for each slab that holds some."""
     partials = []
     for slab in sequence.group.arena.slabs_of(frames):
-        places = positions
-        index = frames - slab.first
+        index, places, lengths, device = frames - slab.first, positions, None, slab.keys.device
         if slab.inside is not None:
-            if places is None:
-                places = np.zeros((*frames.shape, sequence.group.page_tokens), dtype=np.int64)
-            index, places = _gathered_left(index, places, slab.inside)
+            order, counts = _left(slab.inside)
+            index = np.where(np.arange(order.shape[1]) < counts, np.take_along_axis(index, order, axis=1), 0)
+            lengths = torch.from_numpy(counts * sequence.group.page_tokens).to(device).view(1, -1)
+            if places is not None:
+                places = np.take_along_axis(places, order[:, :, None], axis=1)
         seen = None if places is None else queries.visibility(places.reshape(places.shape[0], -1))
         partials.append(
             attend_pages(
                 queries.query,
                 slab.keys,
                 slab.values,
-                torch.from_numpy(index).to(slab.keys.device)[None],
+                torch.from_numpy(index).to(device)[None],
                 scale=queries.scale,
                 softcap=queries.softcap,
                 visible=seen,
+                lengths=lengths,
             )
         )
     return partials
 
 
-def _gathered_left(
-    index: IntArray, places: IntArray, inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-) -> tuple[IntArray, IntArray]:
-    """The pages ``inside`` [Hk, n] moved to the left of each head; what fills up shorter heads is seen by no query."""
-    order = np.argsort(~inside, axis=1, kind="stable")[:, : int(inside.sum(axis=1).max())]
-    taken = np.take_along_axis(inside, order, axis=1)
-    left = np.where(taken, np.take_along_axis(index, order, axis=1), 0)
-    full = np.broadcast_to(places, (*inside.shape, places.shape[2]))
-    moved = np.take_along_axis(full, order[:, :, None], axis=1)
-    return left, np.where(taken[:, :, None], moved, UNSEEN)
+def _left(inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> tuple[IntArray, IntArray]:
+    """An order of the pages [Hk, m] that begins with those ``inside`` [Hk, n], and how many they are [Hk, 1]."""
+    counts: IntArray = inside.sum(axis=1, keepdims=True, dtype=np.int64)
+    order: IntArray = np.argsort(~inside, axis=1, kind="stable")[:, : int(counts.max())]
+    return order, counts
 
 
 def _brought(sequence: LayerSequence, columns: IntArray) -> Iterator[tuple[slice, IntArray]]:

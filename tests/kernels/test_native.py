@@ -1,5 +1,6 @@
 """The C kernels: right on any problem they serve, built once into a private place, done without where that fails."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,10 +63,13 @@ def alone(threads: int) -> Iterator[None]:
 
 @needs_native
 @in_threads
-@given(problem=problems())
-def test_pages(threads: int, problem: Problem) -> None:
+@given(problem=problems(), widened=st.booleans())
+def test_pages(threads: int, problem: Problem, widened: bool) -> None:
+    q, *others = problem.tensors()
     with alone(threads):
-        got = attention.attend_pages(*problem.tensors(), scale=0.3, softcap=problem.softcap, visible=None)
+        got = attention.attend_pages(
+            q.float() if widened else q, *others, scale=0.3, softcap=problem.softcap, visible=None
+        )
     assert_near(got, problem.expected(0.3))
 
 
@@ -100,6 +104,42 @@ def test_box_scores(
         got = scores.box_scores(q, *map(_strided, bounds), group_reduce)
     right = scores_reference.box_scores(q.double(), *(bound.double() for bound in bounds), group_reduce)
     torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture
+def plain_cpu(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The code as it is compiled for an x86 CPU without AVX-512."""
+    if "avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("this CPU has no AVX-512: every other test is of this code")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512f", "-Wno-psabi"))
+    attention._function.cache_clear()
+    scores._function.cache_clear()
+    yield
+    attention._function.cache_clear()
+    scores._function.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_cpu_without_avx512(plain_cpu: None, dtype: torch.dtype) -> None:
+    problem = Problem(sizes=(1, 2, 7, 1, 9, 16), dims=(64, 80), dtype=dtype, device=CPU)
+    q = torch.randn(1, 8, 1, 64).to(dtype)
+    bounds = page_bounds(torch.randn(1, 2, 40, 3, 64).to(dtype))
+    with alone(2):
+        got = attention.attend_pages(*problem.tensors(), scale=0.3, softcap=None, visible=None)
+        ranked = scores.box_scores(q, *bounds, "max")
+    assert_near(got, problem.expected(0.3))
+    right = scores_reference.box_scores(q.double(), *(bound.double() for bound in bounds), "max")
+    torch.testing.assert_close(ranked.double(), right, rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+def test_numbers_too_small_to_be_normal_count_as_zero_at_most() -> None:
+    """A bf16 key of 2^-130 is 0 where pairs are multiplied at once; no logit moves by more than that times a query."""
+    q, k, v = torch.full((1, 1, 1, 32), 2.0), torch.full((1, 1, 40, 32), 2.0**-130), torch.randn(1, 1, 40, 32)
+    got = attention.attend_run(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=1.0, softcap=None, visible=None)
+    torch.testing.assert_close(got.out[0, 0, 0], v.bfloat16().float().mean((0, 1, 2)), rtol=0, atol=1e-6)
+    assert float(got.lse) == pytest.approx(math.log(40), abs=1e-6)
 
 
 @needs_native
