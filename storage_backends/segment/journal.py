@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from kvtier.record import (
 )
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import IOEngine, Transfer
+from kvtier.storage_backends.engines.bounce import BouncePool
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.segment.allocator import SegmentAllocator
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.options import SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.reader import Fetch, read_fetches, whole
+from kvtier.storage_backends.segment.reader import STAGING_BYTES, Fetch, read_fetches, whole
 from kvtier.storage_backends.segment.rows import Rows
 from kvtier.storage_backends.segment.writer import Draft, write_drafts
 
@@ -43,6 +44,7 @@ failpoints.NAMES |= {
     "tombstone.after-sync",
 }
 
+_STAGING_BUFFERS = 8
 _GRAVES_OF_A_TOMBSTONE = (4 * BLOCK_BYTES) // 40
 
 
@@ -68,6 +70,7 @@ class Journal:
         self.allocator = allocator
         self.gap_bytes = gap_bytes
         self.headers = HeaderCache()
+        self.staging = BouncePool(STAGING_BYTES, _STAGING_BUFFERS)
         self.degraded = ""
 
     def write(self, drafts: Sequence[Draft], *, sync: bool) -> None:
@@ -88,9 +91,9 @@ class Journal:
                         draft.error = draft.error or error
         failpoints.reach("segment.put.after-sync")
 
-    def read(self, fetches: Sequence[Fetch]) -> None:
+    def read(self, fetches: Iterable[Fetch]) -> None:
         """Carry out fetches of segments that are pinned or cannot go."""
-        read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes)
+        read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes, self.staging)
 
     def fetches_of(self, rows: Rows, memory: torch.Tensor) -> list[Fetch]:
         """Fetches of whole records `ROW` [n], one after the other into a part of ``memory``, which must suffice."""
