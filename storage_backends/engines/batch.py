@@ -27,7 +27,7 @@ class Batch:
     Parameters
     ----------
     transfers : iterable of Transfer
-        Checked here when they are a sequence, else as they are drawn: uint8 vectors without gaps, offsets of at least 0.
+        Checked here when they are a sequence, else as they are drawn: uint8 vectors without gaps, offsets from 0 on.
     before, after : callable, optional
         Called with the index of a transfer: ahead of its first byte, and when every byte of it went through.
 

@@ -39,26 +39,19 @@ class BouncePool:
         CapacityError
             The system has no such memory to give.
         """
-        region = self.take()
+        with self._lock:
+            region = self._idle.pop() if self._idle else None
+        if region is None:
+            region = PinnedRegion(self.size)
         try:
             yield region.bytes
         finally:
-            self.give(region)
-
-    def take(self) -> PinnedRegion:
-        """A buffer, the caller's until `give`; see `buffer`."""
-        with self._lock:
-            region = self._idle.pop() if self._idle else None
-        return region or PinnedRegion(self.size)
-
-    def give(self, region: PinnedRegion) -> None:
-        """Take a buffer back."""
-        with self._lock:
-            kept = len(self._idle) < self._keep
-            if kept:
-                self._idle.append(region)
-        if not kept:
-            region.close()
+            with self._lock:
+                kept = len(self._idle) < self._keep
+                if kept:
+                    self._idle.append(region)
+            if not kept:
+                region.close()
 
     def clear(self) -> None:
         """Give the idle buffers back to the system."""

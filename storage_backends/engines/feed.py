@@ -1,4 +1,4 @@
-"""A batch through a queue of the kernel: the disk is given something to do first, what arrived is looked at meanwhile."""
+"""A batch through a queue of the kernel: the disk gets something to do first, then what arrived is looked at."""
 
 from __future__ import annotations
 

@@ -123,7 +123,11 @@ class PosixEngine(IOEngine):
             if queue is None:
                 batch.draw_all()
                 limits = SizeLimits.share(
-                    batch.total, self._threads, least=_LEAST_JOB_BYTES, most=_MOST_JOB_BYTES, bounced=_MOST_BOUNCED_BYTES
+                    batch.total,
+                    self._threads,
+                    least=_LEAST_JOB_BYTES,
+                    most=_MOST_JOB_BYTES,
+                    bounced=_MOST_BOUNCED_BYTES,
                 )
                 jobs = plan(batch.transfers, batch.order(), limits)
                 return batch.run(jobs, move, self._pool, self._threads)

@@ -11,7 +11,6 @@ import torch
 from kvtier.errors import CapacityError, RecordFormatError
 from kvtier.record import BLOCK_BYTES, RecordHeader, header_seed, parse_header, peek_header_bytes
 from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
-from kvtier.storage_backends.engines.bounce import BouncePool
 from kvtier.storage_backends.extents import ranges_within
 from kvtier.storage_backends.files.putting import STORE
 from kvtier.storage_backends.files.shelf import Shelf
@@ -19,7 +18,7 @@ from kvtier.storage_backends.memory import empty_aligned
 from kvtier.storage_backends.records import ByteRange, ReadRequest, RecordInfo
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.pool import Segment
-from kvtier.storage_backends.segment.reader import STAGING_BYTES, Fetch, Found, read_fetches
+from kvtier.storage_backends.segment.reader import Fetch, Found, read_fetches
 
 __all__ = ["Reader"]
 
@@ -65,7 +64,6 @@ class Reader:
         self._engine = engine
         self._changing = changing
         self._headers = HeaderCache()
-        self._staging = BouncePool(STAGING_BYTES, 1)
 
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Fill the requests that can be filled."""
@@ -215,7 +213,7 @@ class Reader:
 
     def _run(self, fetches: Sequence[Fetch]) -> None:
         try:
-            read_fetches(self._engine, fetches, self._headers, STORE, 0, self._staging)
+            read_fetches(self._engine, fetches, self._headers, STORE, 0)
         except CapacityError as error:
             for fetch in fetches:
                 fetch.error = OSError(errno.ENOMEM, str(error))

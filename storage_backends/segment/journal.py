@@ -22,14 +22,13 @@ from kvtier.record import (
 )
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import IOEngine, Transfer
-from kvtier.storage_backends.engines.bounce import BouncePool
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.segment.allocator import SegmentAllocator
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.options import SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.reader import STAGING_BYTES, Fetch, read_fetches, whole
+from kvtier.storage_backends.segment.reader import Fetch, read_fetches, whole
 from kvtier.storage_backends.segment.rows import Rows
 from kvtier.storage_backends.segment.writer import Draft, write_drafts
 
@@ -44,7 +43,6 @@ failpoints.NAMES |= {
     "tombstone.after-sync",
 }
 
-_STAGING_BUFFERS = 8
 _GRAVES_OF_A_TOMBSTONE = (4 * BLOCK_BYTES) // 40
 
 
@@ -70,7 +68,6 @@ class Journal:
         self.allocator = allocator
         self.gap_bytes = gap_bytes
         self.headers = HeaderCache()
-        self.staging = BouncePool(STAGING_BYTES, _STAGING_BUFFERS)
         self.degraded = ""
 
     def write(self, drafts: Sequence[Draft], *, sync: bool) -> None:
@@ -93,7 +90,7 @@ class Journal:
 
     def read(self, fetches: Iterable[Fetch]) -> None:
         """Carry out fetches of segments that are pinned or cannot go."""
-        read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes, self.staging)
+        read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes)
 
     def fetches_of(self, rows: Rows, memory: torch.Tensor) -> list[Fetch]:
         """Fetches of whole records `ROW` [n], one after the other into a part of ``memory``, which must suffice."""

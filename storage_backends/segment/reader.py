@@ -16,22 +16,16 @@ from kvtier.errors import RecordFormatError
 from kvtier.record import BLOCK_BYTES, DIGEST_BYTES, RecordHeader, digest_extents, header_seed, parse_header
 from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.engines.base import host_bytes
-from kvtier.storage_backends.engines.bounce import BouncePool
-from kvtier.storage_backends.memory import PinnedRegion, empty_aligned, round_up
+from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.pool import Segment
 
-__all__ = ["STAGING_BYTES", "Fetch", "Found", "read_fetches", "whole"]
+__all__ = ["Fetch", "Found", "read_fetches", "whole"]
 
 _PIECE_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20
-_SMALL_BYTES = 128 << 10
-_FIRST_SWEEP_BYTES = 256 << 10
-STAGING_BYTES = 1 << 20
-"""Most of one sweep of small pieces."""
-
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_STAGING_BYTES = 64 << 10
 
 
 class Found(Enum):
@@ -110,168 +104,111 @@ def whole(size: int) -> tuple[ByteRange, ...]:
 
 
 class _Piece(NamedTuple):
-    """Adjacent extents of a fetch from ``offset`` on, or its header (``extent`` None).
+    """Adjacent extents of a fetch, or its header (``extent`` None), on the way into ``buffer``.
 
-    ``copies`` are (from, to, length): bytes of the piece and of ``into``.
+    ``copies`` are (from, to, length): bytes of the buffer and of ``into``; empty when the buffer is a part of it.
     """
 
     fetch: Fetch
     offset: int
-    size: int
+    buffer: torch.Tensor
     extent: int | None
     copies: Sequence[tuple[int, int, int]]
 
-    @property
-    def straight(self) -> bool:
-        """Whether all of it goes to ``into`` as it is."""
-        return len(self.copies) == 1 and self.copies[0][2] == self.size
-
-
-class _Sweep:
-    """Pieces that are read at once, with the small gaps between them: one alone where it goes, several by a buffer.
-
-    A copy of a few small pieces, while they are in the cache after their digests, costs less than a transfer to as many
-    places.
-    """
-
-    def __init__(self, piece: _Piece) -> None:
-        self.pieces = [piece]
-        self.file = piece.fetch.segment.file
-        self.offset = piece.offset
-        self.end = piece.offset + piece.size
-        self.region: PinnedRegion | None = None
-        self.buffer = _NOTHING
-
-    def joins(self, piece: _Piece, gap_bytes: int, most: int) -> bool:
-        """Add a piece if it lies next to these and all are small."""
-        end = piece.offset + piece.size
-        small = piece.size <= _SMALL_BYTES and self.pieces[-1].size <= _SMALL_BYTES
-        if not (small and 0 <= piece.offset - self.end <= gap_bytes and end - self.offset <= most):
-            return False
-        if piece.fetch.segment.file is not self.file:
-            return False
-        self.pieces.append(piece)
-        self.end = end
-        return True
-
-    def transfer(self, staging: BouncePool) -> Transfer:
-        """Find memory for it."""
-        first = self.pieces[0]
-        size = self.end - self.offset
-        if len(self.pieces) > 1:
-            size = round_up(size, BLOCK_BYTES)  # what a payload leaves of its last block is padding
-        if len(self.pieces) == 1 and first.straight:
-            start = first.copies[0][1]
-            self.buffer = first.fetch.into if first.size == first.fetch.into.numel() else first.fetch.into[start:start + size]
-        elif size <= staging.size:
-            self.region = staging.take()
-            self.buffer = self.region.bytes[:size]
-        else:
-            self.buffer = empty_aligned(size)
-        return Transfer(self.file, self.offset, self.buffer)
-
-    def arrived(self, store: bytes) -> None:
-        """Take the digests of what was read, and copy what is wanted of it."""
-        bytes_read = host_bytes(self.buffer).numpy()
-        view = bytes_read.data
-        alone = len(self.pieces) == 1
-        for piece in self.pieces:
-            fetch, offset, size, extent, copies = piece
-            at = offset - self.offset
-            part = view if alone else view[at : at + size]
-            if extent is None:
-                fetch.take_header(part, store)
-                continue
-            fetch.digests[extent] = digest_extents(part, fetch.extent_bytes)
-            if alone and piece.straight:
-                continue
-            for source, target, length in copies:
-                wanted = fetch.into if length == fetch.into.numel() else fetch.into[target : target + length]
-                if wanted.is_cuda:
-                    wanted.copy_(self.buffer[at + source : at + source + length])
-                else:
-                    np.copyto(wanted.numpy(), bytes_read[at + source : at + source + length])
-
 
 def read_fetches(
-    engine: IOEngine, fetches: Iterable[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int, staging: BouncePool
+    engine: IOEngine, fetches: Iterable[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int
 ) -> None:
     """Carry out fetches, best in the order of the medium; each says in `Fetch.outcome` what came of it.
 
-    They are drawn while the first of them are read. ``staging`` lends memory of `STAGING_BYTES`.
+    They are drawn while the first of them are read.
     """
     coming = iter(fetches)
     for fetch in coming:
-        _Round(itertools.chain((fetch,), coming), headers, store, gap_bytes, staging).run(engine)
+        _Round(itertools.chain((fetch,), coming), headers, store, gap_bytes).run(engine)
 
 
 class _Round:
-    """A part of the fetches, of a size that memory may have where they do not go straight."""
+    """A part of the fetches, of a size that staging memory may have."""
 
-    def __init__(
-        self, fetches: Iterator[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int, staging: BouncePool
-    ) -> None:
+    def __init__(self, fetches: Iterator[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int) -> None:
         self._fetches = fetches
         self._headers = headers
         self._store = store
         self._gap_bytes = gap_bytes
-        self._staging = staging
-        self._sweeps: list[_Sweep] = []
+        self._owners: list[_Piece | None] = []
         self._unknown: list[Fetch] = []
+        self._between: dict[int, torch.Tensor] = {}
+        self._blocks = torch.empty(0, dtype=torch.uint8)
 
     def run(self, engine: IOEngine) -> None:
         """Read and verify."""
-        try:
-            results = engine.read((sweep.transfer(self._staging) for sweep in self._planned()), then=self._arrived)
-        finally:
-            for sweep in self._sweeps:
-                self._release(sweep)
-        for sweep, error in zip(self._sweeps, results, strict=True):
-            if error is not None:
-                for piece in sweep.pieces:
-                    piece.fetch.error = error
+        results = engine.read(self._transfers(), then=self._arrived)
+        for owner, error in zip(self._owners, results, strict=True):
+            if owner is not None and error is not None:
+                owner.fetch.error = error
         self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
 
-    def _planned(self) -> Iterator[_Sweep]:
-        """Pieces of the fetches, neighbours together; a few at first, so that the drive is at work early."""
-        sweep: _Sweep | None = None
-        planned = 0
+    def _transfers(self) -> Iterator[Transfer]:
+        """Pieces of the fetches, and small gaps between them too, so that neighbours share a transfer."""
+        last: EngineFile | None = None
+        end = planned = 0
         for fetch in self._fetches:
-            most = min(STAGING_BYTES, max(_FIRST_SWEEP_BYTES, planned // 2))
+            file = fetch.segment.file
             for piece in self._pieces(fetch):
-                if sweep is None or not sweep.joins(piece, self._gap_bytes, most):
-                    if sweep is not None:
-                        yield sweep
-                    sweep = _Sweep(piece)
-                    self._sweeps.append(sweep)
+                gap = piece.offset - end
+                if file is last and 0 < gap <= self._gap_bytes:
+                    self._owners.append(None)
+                    yield Transfer(file, end, self._gap(gap))
+                self._owners.append(piece)
+                yield Transfer(file, piece.offset, piece.buffer)
+                last, end = file, piece.offset + piece.buffer.numel()
             planned += fetch.header_bytes + fetch.into.numel()
             if planned >= _ROUND_BYTES:
-                break
-        if sweep is not None:
-            yield sweep
+                return
 
     def _pieces(self, fetch: Fetch) -> Sequence[_Piece]:
         """What is to be read of a fetch, its header where it is not known."""
         (fetch.header,) = self._headers.find((fetch.place,))
-        size = fetch.payload_bytes
-        if fetch.ranges == whole(size) and 0 < size <= _PIECE_BYTES:
-            payload = [_Piece(fetch, fetch.offset + fetch.header_bytes, size, 0, ((0, 0, size),))]
+        if fetch.ranges == whole(fetch.payload_bytes) and 0 < fetch.payload_bytes <= _PIECE_BYTES:
+            payload = [_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ())]
         else:
             payload = _payload_pieces(fetch)
         if fetch.header is not None:
             return payload
         self._unknown.append(fetch)
-        return [_Piece(fetch, fetch.offset, fetch.header_bytes, None, ()), *payload]
+        return [_Piece(fetch, fetch.offset, self._staging(fetch.header_bytes), None, ()), *payload]
+
+    def _staging(self, size: int) -> torch.Tensor:
+        """Memory for a header; of many, since a mapping for each would cost more than its bytes."""
+        if self._blocks.numel() < size:
+            self._blocks = empty_aligned(max(size, _STAGING_BYTES))
+        taken, self._blocks = self._blocks[:size], self._blocks[size:]
+        return taken
+
+    def _gap(self, size: int) -> torch.Tensor:
+        """Memory for what lies between pieces: nobody looks at it, so all gaps of one size share it."""
+        if size not in self._between:
+            self._between[size] = empty_aligned(size)
+        return self._between[size]
 
     def _arrived(self, index: int) -> None:
-        sweep = self._sweeps[index]
-        sweep.arrived(self._store)
-        self._release(sweep)
-
-    def _release(self, sweep: _Sweep) -> None:
-        region, sweep.region = sweep.region, None
-        if region is not None:
-            self._staging.give(region)
+        """Take the digests of what was read, and copy what is wanted of it."""
+        piece = self._owners[index]
+        if piece is None:
+            return
+        fetch, _, buffer, extent, copies = piece
+        view = host_bytes(buffer).numpy().data
+        if extent is None:
+            fetch.take_header(view, self._store)
+            return
+        fetch.digests[extent] = digest_extents(view, fetch.extent_bytes)
+        for source, target, length in copies:
+            wanted, got = fetch.into[target : target + length], buffer[source : source + length]
+            if wanted.is_cuda:
+                wanted.copy_(got)
+            else:
+                np.copyto(wanted.numpy(), got.numpy())
 
 
 def _payload_pieces(fetch: Fetch) -> list[_Piece]:
@@ -302,7 +239,11 @@ def _extent_runs(fetch: Fetch) -> list[tuple[int, int]]:
 def _piece(fetch: Fetch, first: int, stop: int) -> _Piece:
     start, end = first * fetch.extent_bytes, min(stop * fetch.extent_bytes, fetch.payload_bytes)
     offset = fetch.offset + fetch.header_bytes + start
-    return _Piece(fetch, offset, end - start, first, _copies(fetch.ranges, start, end))
+    copies = _copies(fetch.ranges, start, end)
+    if len(copies) == 1 and copies[0][0] == 0 and copies[0][2] == end - start:
+        return _Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, ())
+    buffer = empty_aligned(round_up(end - start, BLOCK_BYTES))[: end - start]
+    return _Piece(fetch, offset, buffer, first, copies)
 
 
 def _copies(ranges: Sequence[ByteRange], start: int, end: int) -> list[tuple[int, int, int]]:

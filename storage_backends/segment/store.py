@@ -305,7 +305,6 @@ class SegmentRecords(RecordStore):
         if self._flusher is not None:
             self._flusher.close()
         self._pool.close()
-        self._journal.staging.clear()
         self._let_go()
 
     def _open(self, progress: Progress | None, *, writable: bool) -> None:

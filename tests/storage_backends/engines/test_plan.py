@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.storage_backends.engines.base import EngineFile, Transfer
-from kvtier.storage_backends.engines.plan import Job, SizeLimits, in_order, plan
+from kvtier.storage_backends.engines.plan import SizeLimits, plan
 from kvtier.storage_backends.memory import empty_aligned
 
 BLOCK = 4096
