@@ -69,9 +69,9 @@ class Batch:
         return in_order(self.transfers) if self._coming is None else self._drawn(self._coming)
 
     def draw_all(self) -> None:
-        """Know all transfers."""
-        for _ in self._drawn(self._coming or iter(())):
-            continue
+        """Know all transfers, before `begin`."""
+        for transfer in self._coming or ():
+            self._take(transfer)
         self._coming = None
 
     def _drawn(self, coming: Iterator[Transfer]) -> Iterator[int]:

@@ -122,13 +122,8 @@ class PosixEngine(IOEngine):
             queue = self._queues.take() if all(file.direct for file in files) else None
             if queue is None:
                 batch.draw_all()
-                limits = SizeLimits.share(
-                    batch.total,
-                    self._threads,
-                    least=_LEAST_JOB_BYTES,
-                    most=_MOST_JOB_BYTES,
-                    bounced=_MOST_BOUNCED_BYTES,
-                )
+                least, most, bounced = _LEAST_JOB_BYTES, _MOST_JOB_BYTES, _MOST_BOUNCED_BYTES
+                limits = SizeLimits.share(batch.total, self._threads, least=least, most=most, bounced=bounced)
                 jobs = plan(batch.transfers, batch.order(), limits)
                 return batch.run(jobs, move, self._pool, self._threads)
             try:
