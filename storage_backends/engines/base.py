@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -94,7 +94,7 @@ class IOEngine(ABC):
     Transfers of one batch run in no particular order; writes that overlap, in one batch or several, leave either's
     bytes. A transfer that fails leaves its range of the buffer or the file undefined, and the others alone. After
     `close`, every call raises `StorageError`. A buffer that is not a contiguous uint8 vector, or a negative offset, is
-    an `InputError` before anything is transferred.
+    an `InputError` before anything of a sequence is transferred.
     """
 
     @abstractmethod
@@ -102,8 +102,11 @@ class IOEngine(ABC):
         """Open a file; OSError when the system refuses."""
 
     @abstractmethod
-    def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def read(self, transfers: Iterable[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Fill the buffers; one result each, None for every byte read. A short file is an OSError (EIO).
+
+        Transfers that are no sequence are drawn while the first of them are under way; those next to each other in a
+        file should follow one another. What drawing them raises is raised here, after those under way have ended.
 
         ``then(i)`` runs in the thread that sees transfer i succeed, beside the others: the place to compute digests,
         which take `host_bytes` of a buffer that may lie on a GPU. What it raises is raised here, after all transfers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 
 from kvtier.errors import CapacityError, InputError
 from kvtier.storage_backends.engines.base import Transfer
-from kvtier.storage_backends.engines.plan import Job
+from kvtier.storage_backends.engines.plan import Job, in_order
 
 __all__ = ["Batch", "Hook", "Move"]
 
@@ -26,28 +26,34 @@ class Batch:
 
     Parameters
     ----------
-    transfers : sequence of Transfer
-        Checked here: uint8 vectors without gaps, offsets of at least 0.
+    transfers : iterable of Transfer
+        Checked here when they are a sequence, else as they are drawn: uint8 vectors without gaps, offsets from 0 on.
     before, after : callable, optional
         Called with the index of a transfer: ahead of its first byte, and when every byte of it went through.
 
     Attributes
     ----------
+    transfers : list of Transfer
+        Those that are known: all of a sequence, and what was drawn of others, at first one.
     total : int
-        Bytes of all transfers.
+        Bytes of those.
     """
 
-    def __init__(self, transfers: Sequence[Transfer], *, before: Hook | None = None, after: Hook | None = None) -> None:
-        self.transfers = transfers
-        self._left = [_checked_size(transfer) for transfer in transfers]
-        self.total = sum(self._left)
+    def __init__(self, transfers: Iterable[Transfer], *, before: Hook | None = None, after: Hook | None = None) -> None:
+        self.transfers: list[Transfer] = []
+        self.total = 0
+        self._left: list[int] = []
         self._before = before
         self._after = after
-        self._errors: list[OSError | None] = [None] * len(transfers)
+        self._errors: list[OSError | None] = []
         self._ready: dict[int, bool] = {}  # whether ``before`` went well, once it ran
         self._turns: dict[int, threading.Lock] = {}  # to run it: parts of one transfer may begin at once
         self._lock = threading.Lock()
         self._raised: list[BaseException] = []
+        known = isinstance(transfers, Sequence)
+        self._coming = None if known else iter(transfers)
+        for transfer in transfers if known else itertools.islice(self._coming or (), 1):
+            self._take(transfer)
 
     def begin(self) -> None:
         """See to what needs no job: streams that fill buffers, and transfers of no bytes."""
@@ -55,8 +61,42 @@ class Batch:
         if self.total and all(self._left):
             return
         for index, left in enumerate(self._left):
-            if not left and self._start(index):
-                self._call(self._after, index)
+            if not left:
+                self._pass(index)
+
+    def order(self) -> Iterable[int]:
+        """Places of transfers in the order in which they should go: of the files, or as they are drawn."""
+        return in_order(self.transfers) if self._coming is None else self._drawn(self._coming)
+
+    def draw_all(self) -> None:
+        """Know all transfers, before `begin`."""
+        for transfer in self._coming or ():
+            self._take(transfer)
+        self._coming = None
+
+    def _drawn(self, coming: Iterator[Transfer]) -> Iterator[int]:
+        """Places of those that are known already, and then of those that come, after `begin`."""
+        yield from range(len(self.transfers))
+        for transfer in coming:
+            self._take(transfer)
+            index = len(self._left) - 1
+            if transfer.buffer.is_cuda:
+                _wait_for_streams([transfer])
+            if not self._left[index]:
+                self._pass(index)
+            yield index
+
+    def _take(self, transfer: Transfer) -> None:
+        size = _checked_size(transfer)
+        self.transfers.append(transfer)
+        self._left.append(size)
+        self._errors.append(None)
+        self.total += size
+
+    def _pass(self, index: int) -> None:
+        """Call the hooks of a transfer of no bytes."""
+        if self._start(index):
+            self._call(self._after, index)
 
     def run(self, jobs: Iterator[Job], move: Move, pool: Executor, threads: int) -> list[OSError | None]:
         """Carry out the jobs in up to ``threads`` threads, this one among them; one result a transfer.

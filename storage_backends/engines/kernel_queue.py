@@ -67,6 +67,7 @@ class KernelQueue:
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._request))
         self._vectors = ctypes.create_string_buffer(_VECTOR.size * _MOST_VECTORS)
         self._events = ctypes.create_string_buffer(_EVENT.size * depth)
+        self._most = ctypes.c_long(depth)
         self._call("setup", ctypes.c_long(depth), ctypes.byref(self._context))
 
     def submit(self, verb: Verb, token: int, descriptor: int, offset: int, parts: Sequence[tuple[int, int]]) -> None:
@@ -90,15 +91,21 @@ class KernelQueue:
 
     def wait(self) -> list[tuple[int, int]]:
         """Transfers that ended, at least one if any is under way: token, and bytes or a negative error number."""
-        if not self.under_way:
+        told: list[tuple[int, int]] = []
+        while self.under_way and not told:
+            told = self._ended(1)
+        return told
+
+    def look(self) -> list[tuple[int, int]]:
+        """Transfers that ended, without waiting for any."""
+        return self._ended(0) if self.under_way else []
+
+    def _ended(self, least: int) -> list[tuple[int, int]]:
+        """Up to `depth` transfers that ended, once there are ``least`` or a signal came."""
+        try:
+            count = self._call("getevents", self._context, ctypes.c_long(least), self._most, self._events, None)
+        except InterruptedError:
             return []
-        least, most = ctypes.c_long(1), ctypes.c_long(self.depth)
-        count = 0
-        while not count:
-            try:
-                count = self._call("getevents", self._context, least, most, self._events, None)
-            except InterruptedError:
-                continue
         self.under_way -= count
         told = _EVENT.iter_unpack(memoryview(self._events)[: count * _EVENT.size])
         return [(token, result) for token, _, result, _ in told]

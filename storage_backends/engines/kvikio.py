@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,9 @@ class KvikioEngine(IOEngine):
                 file.close()
                 raise _as_os_error(error, path) from error
 
-    def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def read(self, transfers: Iterable[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Fill the buffers, in host or GPU memory."""
-        batch = Batch(transfers, after=then)
+        batch = Batch(list(transfers), after=then)
         return self._run(batch, lambda file: file.handle.pread)
 
     def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:

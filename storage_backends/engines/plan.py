@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 from kvtier.storage_backends.engines.base import EngineFile, Transfer
 from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, MAX_VECTORS
 from kvtier.storage_backends.memory import round_up
 
-__all__ = ["Job", "Part", "SizeLimits", "plan"]
+__all__ = ["Job", "Part", "SizeLimits", "in_order", "plan"]
 
 
 _SMALL_BYTES = 16 << 10
@@ -49,52 +49,68 @@ class Job(NamedTuple):
 
 
 class SizeLimits(NamedTuple):
-    """Most bytes of a straight and of a bounced job; multiples of 4096."""
+    """Most bytes of a straight job, by the bytes planned before it, and of a bounced one; multiples of 4096."""
 
-    straight: int
+    straight: Callable[[int], int]
     bounced: int
 
     @classmethod
-    def share(cls, total: int, threads: int, *, least: int, most: int, bounced: int) -> SizeLimits:
+    def share(cls, total: int, threads: int, *, least: int, most: int, bounced: int) -> Self:
         """Sizes that give every thread its share of ``total`` bytes, as long as the shares are worth a call."""
         straight = min(most, max(least, round_up(-(-total // threads), BLOCK_BYTES)))
-        return cls(straight, min(straight, bounced))
+        return cls(lambda _: straight, min(straight, bounced))
+
+    @classmethod
+    def growing(cls, *, least: int, most: int, bounced: int) -> Self:
+        """Small jobs first, so that the disk has something to do early, then larger ones, which cost less."""
+        return cls(lambda planned: min(most, max(least, planned // 2 // BLOCK_BYTES * BLOCK_BYTES)), bounced)
+
+    @classmethod
+    def shrinking(cls, total: int, *, least: int, most: int, bounced: int) -> Self:
+        """The same from the end."""
+        return cls(lambda at: min(most, max(least, (total - at) // 3 // BLOCK_BYTES * BLOCK_BYTES)), bounced)
 
 
-def plan(transfers: Sequence[Transfer], limits: SizeLimits) -> Iterator[Job]:
-    """Jobs that cover every byte of every transfer once, in the order of the file.
+def in_order(transfers: Sequence[Transfer]) -> list[int]:
+    """Places of the transfers in a batch, in the order of their files."""
+    return [at for _, _, at in sorted((id(file), offset, at) for at, (file, offset, _) in enumerate(transfers))]
 
-    A cut lies at a multiple of 4096 in the file, so that no block is shared by two pieces of one transfer. Small ones
-    that could go straight are bounced with their neighbours: a copy costs less than a system call of its own.
+
+def plan(transfers: Sequence[Transfer], order: Iterable[int], limits: SizeLimits) -> Iterator[Job]:
+    """Jobs that cover every byte of every transfer once, as they come in ``order``, which is drawn as it is needed.
+
+    Those that follow one another in a file join. A cut lies at a multiple of 4096 in the file, so that no block is
+    shared by two pieces of one transfer. Small ones that could go straight are bounced with their neighbours: a copy
+    costs less than a system call of its own.
     """
     job: Job | None = None
     room, end = 0, 0  # bytes that the job still takes, and where it ends
-    for _, _, index in sorted([(id(file), offset, at) for at, (file, offset, _) in enumerate(transfers)]):
+    planned, most = 0, limits.straight(0)  # bytes of jobs so far, and what a straight one may have
+    for index in order:
         file, offset, buffer = transfers[index]
         size = buffer.numel()
         straight = not buffer.is_cuda and (not file.direct or not (offset | size | buffer.data_ptr()) % BLOCK_BYTES)
-        limit = limits.straight if straight else limits.bounced
         start = 0
         while start < size:
-            stop = size
+            stop, limit = size, most if straight else min(most, limits.bounced)
             if size - start > limit:
                 stop = (offset + start + limit) // BLOCK_BYTES * BLOCK_BYTES - offset
-            if job is not None and end == offset + start and job.file is file:
-                if job.straight and not straight and limits.straight - room <= _SMALL_BYTES:
-                    room -= limits.straight - limits.bounced
+            joins = job is not None and end == offset + start and job.file is file
+            if job is not None and joins:
+                if job.straight and not straight and most - room <= _SMALL_BYTES:
+                    room -= most - limit
                     job = job._replace(straight=False)
                 joins = job.straight == straight or (not job.straight and size <= _SMALL_BYTES)
-            else:
-                joins = False
             if job is not None and joins and stop - start <= room and len(job.parts) < MAX_VECTORS:
                 job.parts.append(Part(index, start, stop))
+            elif job is not None:
+                yield job
+                job, most = None, limits.straight(planned)
+                continue  # cut anew, by the size of the next job
             else:
-                if job is not None:
-                    yield job
-                job = Job(file, offset + start, [Part(index, start, stop)], straight)
-                room = limit
+                job, room = Job(file, offset + start, [Part(index, start, stop)], straight), limit
             room -= stop - start
-            start = stop
-            end = offset + stop
+            planned += stop - start
+            start, end = stop, offset + stop
     if job is not None:
         yield job

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from kvtier.errors import ConfigError, InputError
 from kvtier.storage_backends.engines.base import EngineCapabilities, EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.engines.batch import Batch, Move
 from kvtier.storage_backends.engines.bounce import BouncePool
+from kvtier.storage_backends.engines.feed import Feed
 from kvtier.storage_backends.engines.gate import Gate
-from kvtier.storage_backends.engines.kernel_queue import READ, WRITE, KernelQueue, QueuePool, Verb
+from kvtier.storage_backends.engines.kernel_queue import READ, WRITE, QueuePool, Verb
 from kvtier.storage_backends.engines.plan import Job, SizeLimits, plan
 from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, DirectVerdict, PosixFile, open_named
 from kvtier.storage_backends.memory import round_up
@@ -27,8 +28,14 @@ DEFAULT_THREADS = 16
 _LEAST_JOB_BYTES = 512 << 10
 _MOST_JOB_BYTES = 8 << 20
 _LEAST_QUEUED_BYTES = 256 << 10
-_MOST_QUEUED_BYTES = 2 << 20
+_MOST_QUEUED_BYTES = (2 << 20) + (64 << 10)
+"""Of one job; a little more than two megabytes, so that two records of one find room with what lies between them."""
+
+_WRITES = 8
+"""Jobs of one call, where that leaves them large enough: what a header says is worked out for one job at a time."""
+
 _BOUNCE_BYTES = 1 << 20
+_MOST_BOUNCED_BYTES = _BOUNCE_BYTES - 2 * BLOCK_BYTES
 
 
 class PosixEngine(IOEngine):
@@ -71,10 +78,10 @@ class PosixEngine(IOEngine):
                 raise
             return file
 
-    def read(self, transfers: Sequence[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def read(self, transfers: Iterable[Transfer], then: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Fill the buffers; ``then(i)`` runs in the thread that read the last piece of transfer i."""
         batch = Batch(transfers, after=then)
-        return self._run(batch, READ, lambda job: self._read(job, transfers))
+        return self._run(batch, READ, lambda job: self._read(job, batch.transfers))
 
     def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Write the buffers; ``before(i)`` runs in the thread that writes the first piece of transfer i."""
@@ -109,60 +116,22 @@ class PosixEngine(IOEngine):
         self._verdicts[file.device] = file.verdict
 
     def _run(self, batch: Batch, verb: Verb, move: Move) -> list[OSError | None]:
-        """Carry the batch out, in a queue where all of its files bypass the page cache and the kernel has one."""
+        """Carry the batch out, in a queue where its files bypass the page cache and the kernel has one."""
         files = [_own(file) for file in {id(file): file for file, _, _ in batch.transfers}.values()]
         with self._gate:
             queue = self._queues.take() if all(file.direct for file in files) else None
             if queue is None:
-                limits = self._limits(batch, least=_LEAST_JOB_BYTES, most=_MOST_JOB_BYTES)
-                return batch.run(plan(batch.transfers, limits), move, self._pool, self._threads)
+                batch.draw_all()
+                least, most, bounced = _LEAST_JOB_BYTES, _MOST_JOB_BYTES, _MOST_BOUNCED_BYTES
+                limits = SizeLimits.share(batch.total, self._threads, least=least, most=most, bounced=bounced)
+                jobs = plan(batch.transfers, batch.order(), limits)
+                return batch.run(jobs, move, self._pool, self._threads)
             try:
-                return self._queued(batch, queue, verb, move)
+                batch.begin()
+                Feed(batch, queue, verb, move, self._pool).run(_queued(batch, verb))
+                return batch.results()
             finally:
                 self._queues.give(queue)
-
-    def _queued(self, batch: Batch, queue: KernelQueue, verb: Verb, move: Move) -> list[OSError | None]:
-        """Carry out straight jobs in the queue, hooks in this thread beside them; the others in threads."""
-        batch.begin()
-        helpers: list[Future[None]] = []
-        under_way: dict[int, Job] = {}
-
-        def settle() -> None:
-            for token, result in queue.wait():
-                job = under_way.pop(token)
-                if result == job.nbytes:
-                    batch.through(job)
-                else:
-                    batch.execute(job, move)  # goes on where the kernel stopped short, or says what is wrong
-
-        try:
-            limits = self._limits(batch, least=_LEAST_QUEUED_BYTES, most=_MOST_QUEUED_BYTES)
-            jobs: Iterator[Job] = plan(batch.transfers, limits)
-            if verb is WRITE:
-                # From the end: what a header says of the bytes behind it is worked out while those are under way.
-                jobs = reversed(list(jobs))
-            for token, job in enumerate(jobs):
-                if not job.straight:
-                    helpers.append(self._pool.submit(batch.execute, job, move))
-                    continue
-                if queue.under_way == queue.depth:
-                    settle()
-                if not batch.ready(job) or not _submit(queue, verb, token, job, batch.transfers):
-                    batch.execute(job, move)
-                    continue
-                under_way[token] = job
-            while under_way:
-                settle()
-        finally:
-            while queue.under_way:  # after an interruption: the kernel is still at these buffers
-                queue.wait()
-            for helper in helpers:
-                helper.result()
-        return batch.results()
-
-    def _limits(self, batch: Batch, *, least: int, most: int) -> SizeLimits:
-        bounced = _BOUNCE_BYTES - 2 * BLOCK_BYTES
-        return SizeLimits.share(batch.total, self._threads, least=least, most=most, bounced=bounced)
 
     def _read(self, job: Job, transfers: Sequence[Transfer]) -> None:
         file = _own(job.file)
@@ -197,14 +166,16 @@ def _own(file: EngineFile) -> PosixFile:
     return file
 
 
-def _submit(queue: KernelQueue, verb: Verb, token: int, job: Job, transfers: Sequence[Transfer]) -> bool:
-    """Begin a job; False when the kernel does not take it."""
-    parts = [(transfers[index].buffer.data_ptr() + start, stop - start) for index, start, stop in job.parts]
-    try:
-        queue.submit(verb, token, _own(job.file).descriptor, job.offset, parts)
-    except OSError:
-        return False
-    return True
+def _queued(batch: Batch, verb: Verb) -> Iterator[Job]:
+    """Jobs for a queue; at first small ones."""
+    least, most, bounced = _LEAST_QUEUED_BYTES, _MOST_QUEUED_BYTES, _MOST_BOUNCED_BYTES
+    if verb is READ:
+        yield from plan(batch.transfers, batch.order(), SizeLimits.growing(least=least, most=most, bounced=bounced))
+        return
+    most = min(most, max(least, round_up(batch.total // _WRITES, BLOCK_BYTES)))
+    limits = SizeLimits.shrinking(batch.total, least=least, most=most, bounced=bounced)
+    # From the end: what a header says of the bytes behind it is worked out while those are under way.
+    yield from reversed(list(plan(batch.transfers, batch.order(), limits)))
 
 
 def _views(job: Job, transfers: Sequence[Transfer]) -> list[memoryview]:

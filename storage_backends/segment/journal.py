@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Journal:
                         draft.error = draft.error or error
         failpoints.reach("segment.put.after-sync")
 
-    def read(self, fetches: Sequence[Fetch]) -> None:
+    def read(self, fetches: Iterable[Fetch]) -> None:
         """Carry out fetches of segments that are pinned or cannot go."""
         read_fetches(self.engine, fetches, self.headers, self.pool.store, self.gap_bytes)
 

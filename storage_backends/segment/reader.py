@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -24,6 +25,7 @@ __all__ = ["Fetch", "Found", "read_fetches", "whole"]
 
 _PIECE_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20
+_STAGING_BYTES = 64 << 10
 
 
 class Found(Enum):
@@ -115,40 +117,98 @@ class _Piece(NamedTuple):
 
 
 def read_fetches(
-    engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int
+    engine: IOEngine, fetches: Iterable[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int
 ) -> None:
-    """Carry out fetches; each says in `Fetch.outcome` what came of it."""
-    round_of: list[Fetch] = []
-    planned = 0
-    for fetch in fetches:
-        round_of.append(fetch)
-        planned += fetch.header_bytes + fetch.into.numel()
-        if planned >= _ROUND_BYTES:
-            _read_round(engine, round_of, headers, store, gap_bytes)
-            round_of, planned = [], 0
-    if round_of:
-        _read_round(engine, round_of, headers, store, gap_bytes)
+    """Carry out fetches, best in the order of the medium; each says in `Fetch.outcome` what came of it.
+
+    They are drawn while the first of them are read.
+    """
+    coming = iter(fetches)
+    for fetch in coming:
+        _Round(itertools.chain((fetch,), coming), headers, store, gap_bytes).run(engine)
 
 
-def _read_round(engine: IOEngine, fetches: Sequence[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int) -> None:
-    """Read a part of the fetches, of a size that staging memory may have."""
-    pieces: list[_Piece] = []
-    unknown: list[Fetch] = []
-    for fetch, header in zip(fetches, headers.find([fetch.place for fetch in fetches]), strict=True):
-        fetch.header = header
-        if header is None:
-            unknown.append(fetch)
+class _Round:
+    """A part of the fetches, of a size that staging memory may have."""
+
+    def __init__(self, fetches: Iterator[Fetch], headers: HeaderCache, store: bytes, gap_bytes: int) -> None:
+        self._fetches = fetches
+        self._headers = headers
+        self._store = store
+        self._gap_bytes = gap_bytes
+        self._owners: list[_Piece | None] = []
+        self._unknown: list[Fetch] = []
+        self._between: dict[int, torch.Tensor] = {}
+        self._blocks = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, engine: IOEngine) -> None:
+        """Read and verify."""
+        results = engine.read(self._transfers(), then=self._arrived)
+        for owner, error in zip(self._owners, results, strict=True):
+            if owner is not None and error is not None:
+                owner.fetch.error = error
+        self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
+
+    def _transfers(self) -> Iterator[Transfer]:
+        """Pieces of the fetches, and small gaps between them too, so that neighbours share a transfer."""
+        last: EngineFile | None = None
+        end = planned = 0
+        for fetch in self._fetches:
+            file = fetch.segment.file
+            for piece in self._pieces(fetch):
+                gap = piece.offset - end
+                if file is last and 0 < gap <= self._gap_bytes:
+                    self._owners.append(None)
+                    yield Transfer(file, end, self._gap(gap))
+                self._owners.append(piece)
+                yield Transfer(file, piece.offset, piece.buffer)
+                last, end = file, piece.offset + piece.buffer.numel()
+            planned += fetch.header_bytes + fetch.into.numel()
+            if planned >= _ROUND_BYTES:
+                return
+
+    def _pieces(self, fetch: Fetch) -> Sequence[_Piece]:
+        """What is to be read of a fetch, its header where it is not known."""
+        (fetch.header,) = self._headers.find((fetch.place,))
         if fetch.ranges == whole(fetch.payload_bytes) and 0 < fetch.payload_bytes <= _PIECE_BYTES:
-            pieces.append(_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ()))
+            payload = [_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ())]
         else:
-            pieces += _payload_pieces(fetch)
-    if unknown:
-        memory, at = empty_aligned(sum(fetch.header_bytes for fetch in unknown)), 0
-        for fetch in unknown:
-            pieces.append(_Piece(fetch, fetch.offset, memory[at : at + fetch.header_bytes], None, ()))
-            at += fetch.header_bytes
-    _run(engine, pieces, store, gap_bytes)
-    headers.add((fetch.place, fetch.header) for fetch in unknown if fetch.header is not None)
+            payload = _payload_pieces(fetch)
+        if fetch.header is not None:
+            return payload
+        self._unknown.append(fetch)
+        return [_Piece(fetch, fetch.offset, self._staging(fetch.header_bytes), None, ()), *payload]
+
+    def _staging(self, size: int) -> torch.Tensor:
+        """Memory for a header; of many, since a mapping for each would cost more than its bytes."""
+        if self._blocks.numel() < size:
+            self._blocks = empty_aligned(max(size, _STAGING_BYTES))
+        taken, self._blocks = self._blocks[:size], self._blocks[size:]
+        return taken
+
+    def _gap(self, size: int) -> torch.Tensor:
+        """Memory for what lies between pieces: nobody looks at it, so all gaps of one size share it."""
+        if size not in self._between:
+            self._between[size] = empty_aligned(size)
+        return self._between[size]
+
+    def _arrived(self, index: int) -> None:
+        """Take the digests of what was read, and copy what is wanted of it."""
+        piece = self._owners[index]
+        if piece is None:
+            return
+        fetch, _, buffer, extent, copies = piece
+        view = host_bytes(buffer).numpy().data
+        if extent is None:
+            fetch.take_header(view, self._store)
+            return
+        fetch.digests[extent] = digest_extents(view, fetch.extent_bytes)
+        for source, target, length in copies:
+            wanted, got = fetch.into[target : target + length], buffer[source : source + length]
+            if wanted.is_cuda:
+                wanted.copy_(got)
+            else:
+                np.copyto(wanted.numpy(), got.numpy())
 
 
 def _payload_pieces(fetch: Fetch) -> list[_Piece]:
@@ -196,53 +256,3 @@ def _copies(ranges: Sequence[ByteRange], start: int, end: int) -> list[tuple[int
             copies.append((low - start, into + low - offset, high - low))
         into += length
     return copies
-
-
-def _run(engine: IOEngine, pieces: list[_Piece], store: bytes, gap_bytes: int) -> None:
-    """Read pieces in the order of the medium, small gaps between them too, so that neighbours share a system call."""
-    pieces.sort(key=_position)
-    transfers: list[Transfer] = []
-    owners: list[_Piece | None] = []
-    between: torch.Tensor | None = None
-    last: EngineFile | None = None
-    end = 0
-    for piece in pieces:
-        file, gap = piece.fetch.segment.file, piece.offset - end
-        if file is last and 0 < gap <= gap_bytes:
-            if between is None:
-                between = empty_aligned(gap_bytes)  # nobody looks at it, so all gaps may share it
-            transfers.append(Transfer(file, end, between[:gap]))
-            owners.append(None)
-        transfers.append(Transfer(file, piece.offset, piece.buffer))
-        owners.append(piece)
-        last, end = file, piece.offset + piece.buffer.numel()
-
-    def verify(index: int) -> None:
-        piece = owners[index]
-        if piece is not None:
-            _arrived(piece, store)
-
-    for owner, error in zip(owners, engine.read(transfers, then=verify), strict=True):
-        if owner is not None and error is not None:
-            owner.fetch.error = error
-
-
-def _position(piece: _Piece) -> tuple[int, int]:
-    """Where on the medium a piece lies."""
-    return (piece.fetch.segment.number, piece.offset)
-
-
-def _arrived(piece: _Piece, store: bytes) -> None:
-    """Take the digests of what was read, and copy what is wanted of it."""
-    fetch, _, buffer, extent, copies = piece
-    view = host_bytes(buffer).numpy().data
-    if extent is None:
-        fetch.take_header(view, store)
-        return
-    fetch.digests[extent] = digest_extents(view, fetch.extent_bytes)
-    for source, target, length in copies:
-        wanted, got = fetch.into[target : target + length], buffer[source : source + length]
-        if wanted.is_cuda:
-            wanted.copy_(got)
-        else:
-            np.copyto(wanted.numpy(), got.numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,17 +30,29 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     with catalog.lock:
         rows = catalog.find([request.key for request in requests])
         pinned = pin_rows(catalog, journal.pool, rows)
-        # Lists of plain numbers: numpy's own are several times slower to take apart.
-        known = zip(rows.tolist(), catalog.table.at[rows].tolist(), requests, strict=True)
-        fetches = [_fetch(journal, at, request) if row >= 0 else None for row, at, request in known]
+        # Plain numbers: numpy's own are several times slower to take apart.
+        known: list[tuple[int, ...]] = catalog.table.at[rows].tolist()
+    fetches: list[Fetch | None] = [None] * len(requests)
     try:
-        journal.read([fetch for fetch in fetches if fetch is not None])
+        journal.read(_coming(journal, requests, rows, known, fetches))
     finally:
         unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
     put_aside(journal, fetches, outcomes)
     _count(journal, fetches, outcomes, rows)
     return [outcome is Found.RIGHT for outcome in outcomes]
+
+
+def _coming(
+    journal: Journal, requests: Sequence[ReadRequest], rows: IndexArray, known: Sequence[tuple[int, ...]],
+    fetches: list[Fetch | None],
+) -> Iterator[Fetch]:  # fmt: skip
+    """Fetches in the order of the medium, noted where their requests stand; drawn while the first are read."""
+    there = [at for at, row in enumerate(rows.tolist()) if row >= 0]
+    for at in sorted(there, key=lambda at: known[at][1:3]):
+        fetch = fetches[at] = _fetch(journal, known[at], requests[at])
+        if fetch is not None:
+            yield fetch
 
 
 def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:

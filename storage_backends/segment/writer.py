@@ -122,6 +122,8 @@ def _write(engine: IOEngine, drafts: Sequence[Draft], store: bytes) -> None:
 
 def _padded(buffers: Sequence[torch.Tensor], spare: torch.Tensor) -> list[torch.Tensor]:
     """The payload in parts of whole blocks; ``spare`` [4096], zeroed, takes what is left of the last."""
+    if len(buffers) == 1 and buffers[0].numel() and not buffers[0].numel() % BLOCK_BYTES:
+        return [buffers[0]]
     parts = [buffer for buffer in buffers if buffer.numel()]
     if any(part.numel() % BLOCK_BYTES for part in parts[:-1]):
         joined = empty_aligned(sum(part.numel() for part in parts))

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -132,9 +132,10 @@ class FaultyEngine(IOEngine):
         self._check_broken()
         return FaultyFile(self.inner.open(path, writable=writable, create=create), self)
 
-    def read(self, transfers: Sequence[Transfer], then: _Hook | None = None) -> list[OSError | None]:
+    def read(self, transfers: Iterable[Transfer], then: _Hook | None = None) -> list[OSError | None]:
         """Read, with what was ordered for these transfers."""
         time.sleep(self._delay)
+        transfers = list(transfers)
         faults = self._due(self._reads, "read", len(transfers))
         results = [self._error(failing=faults.get(at) is ReadFault.ERROR) for at in range(len(transfers))]
         going = [at for at, error in enumerate(results) if error is None]

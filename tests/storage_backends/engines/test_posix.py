@@ -311,6 +311,54 @@ def test_an_interruption_waits_for_what_the_kernel_is_at(
     assert engine.write([Transfer(file, 0, aligned(14, 4096))]) == [None]
 
 
+def test_reads_begin_while_others_are_still_drawn(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_queues()
+    sent, back = aligned(15, 4 * MIB), empty_aligned(4 * MIB)
+    assert engine.write([Transfer(file, 0, sent)]) == [None]
+    calls = queue_calls(monkeypatch)
+    begun: list[int] = []
+
+    def coming() -> Iterator[Transfer]:
+        for at in range(0, 4 * MIB, MIB // 4):
+            begun.append(len(calls))
+            yield Transfer(file, at, back[at : at + MIB // 4])
+
+    seen: list[int] = []
+    assert engine.read(coming(), seen.append) == [None] * 16
+    assert sorted(seen) == list(range(16))
+    assert begun[0] == 0 < begun[-1]
+    assert torch.equal(sent, back)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_drawing_raises_is_raised_when_nothing_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    if not direct:
+        refuse_direct_io(monkeypatch)
+    back = empty_aligned(4 * MIB)
+
+    with PosixEngine() as engine:
+        file = engine.open(tmp_path / "file", writable=True, create=True)
+        assert engine.write([Transfer(file, 0, aligned(16, 4 * MIB))]) == [None]
+
+        def coming() -> Iterator[Transfer]:
+            for at in range(0, 2 * MIB, MIB // 4):
+                yield Transfer(file, at, back[at : at + MIB // 4])
+            raise CapacityError("no more memory")
+
+        with pytest.raises(CapacityError, match="no more memory"):
+            engine.read(coming())
+        assert engine.read(iter([])) == []
+        ended: list[int] = []
+        some = [Transfer(file, 0, back[:0]), Transfer(file, 0, back), Transfer(file, 0, back[:0])]
+        assert engine.read(iter(some), ended.append) == [None] * 3
+        assert sorted(ended) == [0, 1, 2]
+        file.close()
+
+
 def test_a_new_file_keeps_nothing_of_the_trial_and_the_trial_runs_once(
     engine: PosixEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
