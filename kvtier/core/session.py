@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import is_grad_enabled, is_inference_mode_enabled
 
 from kvtier.core.attention import Queries
 from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.explain import LayerExplanation, explain_layers
+from kvtier.core.guard import Guarded, guarded
 from kvtier.core.prompt import PromptTracker
+from kvtier.core.raw import RawBytes
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
+from kvtier.core.saved.load import open_saved
+from kvtier.core.saved.save import save_batch
 from kvtier.core.step import Step, joined
 from kvtier.errors import InputError, SessionStateError
 
@@ -31,30 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _names = itertools.count()
 
 
-def _guarded(
-    method: Callable[Concatenate[Session, _P], _R],
-) -> Callable[Concatenate[Session, _P], _R]:
-    """Hold the memory's lock, record no gradients, and refuse a session that is closed or was left half-appended."""
-
-    @functools.wraps(method)
-    def call(self: Session, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self.memory.lock:
-            if self._unusable is not None:
-                raise SessionStateError(self._unusable)
-            if is_grad_enabled() or is_inference_mode_enabled():
-                with torch.inference_mode(False), torch.no_grad():
-                    return method(self, *args, **kwargs)
-            return method(self, *args, **kwargs)
-
-    return call
-
-
-class Session:
+class Session(Guarded):
     """Sequences of one batch; made by ``Memory.session()``.
 
     Every layer is fed in the same way: ``append`` its new keys and values, then ``attend`` with its queries. Padding
@@ -66,15 +47,14 @@ class Session:
     """
 
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self._name = next(_names)
         self._batch = Batch(memory, [], PromptTracker())
         self._columns = [0] * len(memory.layout.layers)
         self._history = ColumnHistory()
         self._draft_columns: int | None = None
-        self._raw: dict[int, int] = {}
+        self._raw = RawBytes(memory.ledger_of)
         self._recording = False
-        self._unusable: str | None = None
         self._step: Step | None = None
         self._seconds = {"append": 0.0, "attend": 0.0}
 
@@ -93,7 +73,7 @@ class Session:
         """Sequences held; 0 before the first append."""
         return len(self._batch.rows)
 
-    @_guarded
+    @guarded
     def expect(self, tokens: int) -> None:
         """Announce a prompt: the next ``tokens`` columns; prefill policies act when all have been attended.
 
@@ -103,7 +83,7 @@ class Session:
             raise InputError(f"a prompt has at least 1 token, got {tokens}")
         self._batch.prompt.announce(self.length + tokens)
 
-    @_guarded
+    @guarded
     def append(
         self,
         layer: int,
@@ -147,7 +127,7 @@ class Session:
         try:
             if not held:
                 self._open(rows)
-            self._hold_raw(layer, keys, values)
+            self._raw.hold(layer, keys.nbytes + values.nbytes)
             if leading:
                 self._begin_step(keys, values, spans)
             self._batch.append(layer, keys, values, step)
@@ -159,7 +139,7 @@ class Session:
             self._batch.prompt.appended(self._columns[layer], tokens)
         self._seconds["append"] += time.perf_counter() - started
 
-    @_guarded
+    @guarded
     def attend(
         self,
         layer: int,
@@ -201,7 +181,7 @@ class Session:
         for row in step.rows:
             last = Queries(row.of(query), row.positions, row.first, scale, window, softcap)
             outs.append(batch.attend(layer, row.number, last, sink, decoding=decoding).out)
-        self._drop_raw(layer)
+        self._raw.drop(layer)
         if last is not None and columns == batch.prompt.end:
             with self._or_unusable("an eviction"):
                 batch.evict(layer, last)
@@ -210,7 +190,7 @@ class Session:
         self._seconds["attend"] += time.perf_counter() - started
         return out
 
-    @_guarded
+    @guarded
     def fork(self) -> Session:
         """A second session with the same contents: pages shared, tails copied; the two grow apart."""
         twin = Session(self.memory)
@@ -219,7 +199,7 @@ class Session:
         twin._draft_columns, twin._recording = self._draft_columns, self._recording
         return twin
 
-    @_guarded
+    @guarded
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was; rows may repeat (they fork) or disappear (they are freed)."""
         if not rows or not all(0 <= row < self.rows for row in rows):
@@ -228,7 +208,7 @@ class Session:
             self._batch.reorder(rows)
         self._history = self._history.reordered(rows)
 
-    @_guarded
+    @guarded
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` columns of every row.
 
@@ -249,7 +229,7 @@ class Session:
         self._columns = [columns - remove for columns in self._columns]
         self._batch.prompt.crop(self.length)
 
-    @_guarded
+    @guarded
     def begin_draft(self) -> None:
         """Tokens appended from now on are speculation: they stay on the device, unsealed, until ``accept``."""
         if self._draft_columns is not None:
@@ -258,7 +238,7 @@ class Session:
         for sequence in self._batch.sequences:
             sequence.begin_draft()
 
-    @_guarded
+    @guarded
     def accept(self, path: Sequence[int]) -> None:
         """Commit the drafted tokens at ``path``, ascending and counted from the draft's start; forget the others."""
         if self._draft_columns is None:
@@ -275,18 +255,18 @@ class Session:
         self._columns = [self._draft_columns + kept.size] * len(self._columns)
         self._draft_columns = None
 
-    @_guarded
+    @guarded
     def record_past(self, recording: bool) -> None:
         """Whether sliding-window layers keep all tokens until the next ``crop``, which may go back past the window."""
         self._recording = recording
         self._batch.record(recording)
 
-    @_guarded
+    @guarded
     def read(self, layer: int, row: int, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Copy ``tokens`` of a row, whole pages, into ``keys`` [Hk, n, Dk] and ``values``; whether all are here."""
         return read_tokens(self._batch.rows[row][layer], tokens.start, tokens.stop, keys, values)
 
-    @_guarded
+    @guarded
     def restoring(self, rows: int, *, coming: int) -> Restoration:
         """Begin to put tokens of another session into this empty one, of ``coming`` a row; ``restored`` must follow."""
         if self.rows:
@@ -296,7 +276,7 @@ class Session:
             self.memory.plan(self._name, rows, held=0, coming=coming, chunk=self.memory.layout.chunk_tokens)
         return Restoration(self._batch)
 
-    @_guarded
+    @guarded
     def restored(self, columns: int, spans: Sequence[slice]) -> None:
         """The restoration is complete: ``columns`` are seen, with the tokens of each row where ``spans`` says."""
         with self._or_unusable("a restoration"):
@@ -305,12 +285,64 @@ class Session:
         self._history.note(columns, tuple((span.start, span.stop) for span in real))
         self._columns = [columns] * len(self._columns)
 
-    @_guarded
+    @guarded
+    def save(self, path: Path | str, *, model: str | None = None) -> int:
+        """Write everything this session holds into one file, which `Memory.restore` takes back, in any process.
+
+        Parameters
+        ----------
+        path : Path or str
+            The file is there whole or not at all, synced; one that was there before is replaced.
+        model : str, optional
+            What the keys and values were made with, as ``kvtier.fingerprint`` names it; must be given again.
+
+        Returns
+        -------
+        int
+            Bytes of the file.
+
+        Raises
+        ------
+        SessionStateError
+            Within a step, a draft, or a prompt whose attention the policy watches.
+        PagesLostError
+            When a page in a lower tier is damaged or cannot be read; no file is left.
+        StorageError
+            When the file cannot be written; no file is left, and an old one stays.
+
+        Notes
+        -----
+        Pages that rows share are written once; logs and counts for reports are not. Other sessions of the memory wait.
+        """
+        self._check_finished()
+        if self._draft_columns is not None:
+            raise SessionStateError("a draft is open; accept() it before save()")
+        return save_batch(Path(path), self._batch, self.length, self._history, recording=self._recording, model=model)
+
+    @guarded
+    def load(self, path: Path | str, *, model: str | None = None) -> None:
+        """Become, from empty, what `save` wrote; `Memory.restore` says what it raises.
+
+        When the file is not what it should be this session is unchanged, or can only be closed.
+        """
+        if self.rows:
+            raise SessionStateError(f"only an empty session can be loaded, and this one holds {self.rows} rows")
+        with open_saved(Path(path), self.memory, model) as saved, self._or_unusable("loading"):
+            held = saved.description
+            self._recording = held.recording
+            self._open(len(held.rows))
+            if saved.tokens:
+                chunk = self.memory.layout.chunk_tokens
+                self.memory.plan(self._name, self.rows, held=0, coming=saved.tokens, chunk=chunk)
+            saved.fill(self._batch)
+            self._history, self._columns = saved.history, [held.columns] * len(self._columns)
+
+    @guarded
     def report(self) -> SessionReport:
         """What this session and the memory under it hold, read and spent."""
         return session_report(self._batch, tokens=self.length, seconds=self._seconds)
 
-    @_guarded
+    @guarded
     def explain(self, row: int) -> tuple[LayerExplanation, ...]:
         """What each layer holds of a row, and how often decode steps read it where the memory has that logged."""
         return explain_layers(self._batch, row)
@@ -321,18 +353,9 @@ class Session:
             if self._unusable == _CLOSED:
                 return
             self._batch.release()
-            for layer in list(self._raw):
-                self._drop_raw(layer)
+            self._raw.clear()
             self._unusable = _CLOSED
             self.memory.finish(self._name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _step_of(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> Step:
         """Positions and spans, checked and on the host; read once for all layers of a step."""
@@ -359,18 +382,6 @@ class Session:
             for sequence in self._batch.sequences:
                 sequence.begin_draft()
 
-    @contextmanager
-    def _or_unusable(self, what: str) -> Iterator[None]:
-        """After an error in here the session can only be closed."""
-        try:
-            yield
-        except BaseException as error:
-            self._fail(what, error)
-            raise
-
-    def _fail(self, what: str, error: BaseException) -> None:
-        self._unusable = f"{what} failed before ({error}); close this session and start again"
-
     def _begin_step(self, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[slice] | None) -> None:
         """Once per step: note the columns, and plan the memory of a prompt."""
         tokens = keys.shape[2]
@@ -380,18 +391,6 @@ class Session:
             coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
             rows, probing = distinct_rows(keys, values), self._batch.probing
             self.memory.plan(self._name, rows, held=self.length, coming=coming, chunk=tokens, probing=probing)
-
-    def _hold_raw(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Count the model's own K and V of this layer, which live until it has attended."""
-        self._drop_raw(layer)
-        nbytes = keys.nbytes + values.nbytes
-        self.memory.ledger_of[layer].take("raw", nbytes)
-        self._raw[layer] = nbytes
-
-    def _drop_raw(self, layer: int) -> None:
-        nbytes = self._raw.pop(layer, 0)
-        if nbytes:
-            self.memory.ledger_of[layer].give("raw", nbytes)
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"
