@@ -69,7 +69,7 @@ class KeptSequence:
     def of(
         cls, group: LayerGroup, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, capacity: int = 0
     ) -> KeptSequence:
-        """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes, in buffers of ``capacity`` if close."""
+        """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes, with ``capacity`` if close."""
         count = keys.shape[1]
         room = capacity if count < capacity <= count + 4 * _SLACK else count + _SLACK
         held_keys, held_values = _buffers(group, room)

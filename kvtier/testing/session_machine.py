@@ -11,7 +11,9 @@ Subclass ``SessionMachine``, set what differs (layout, policy, budgets, tiers), 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -92,7 +94,7 @@ def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2, r
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Random appends, forks, crops, reorders, drafts, demotions and promotions against an oracle.
+    """Random appends, forks, crops, reorders, drafts, saves, demotions and promotions against an oracle.
 
     Attributes
     ----------
@@ -239,6 +241,18 @@ class SessionMachine(RuleBasedStateMachine):
         plain.accept(range(kept))
         self.next_position[self.current] -= drafted - kept
         self.draft_from = None
+
+    @precondition(lambda self: self.draft_from is None)
+    @rule()
+    def save_and_restore(self) -> None:
+        """Save to a file, close, and go on with what the file gives back."""
+        session, _ = self.pairs[self.current]
+        note(f"save and restore session {self.current}")
+        with tempfile.TemporaryDirectory(prefix="kvtier-machine-") as directory:
+            path = Path(directory) / "session.kvs"
+            session.save(path, model="machine")
+            session.close()
+            self.pairs[self.current] = (self.memory.restore(path, model="machine"), self.pairs[self.current][1])
 
     @rule(share=st.floats(0, 1))
     def demote(self, share: float) -> None:

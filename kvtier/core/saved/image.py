@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvtier.core.saved.description import Array, GroupImage
-from kvtier.errors import RecordFormatError
 
 if TYPE_CHECKING:
     from kvtier.core.group import LayerGroup
@@ -34,8 +33,8 @@ def image_of(group: LayerGroup) -> GroupImage:
 
 
 def frames_in_image(group: LayerGroup, pages: IntArray, out: PayloadWriter) -> Array | None:
-    """Write where pages [heads, n] lie, counted over the slabs; None where it is the budget that decides it."""
-    if group.store.bounded:
+    """Write where pages [heads, n] lie, counted over the slabs; None where some are not on the device."""
+    if not group.store.resident(pages).all():
         return None
     bounds = np.array([group.arena.bounds(index) for index in range(group.arena.slabs)], dtype=np.int64).reshape(-1, 2)
     frames, firsts = group.store.frames(pages), bounds[:, 0]
@@ -60,31 +59,29 @@ class Image:
     firsts: IntArray
     ends: IntArray
 
-    def claim(self, places: IntArray) -> IntArray:
-        """Take frames by their places [heads, n] in the image; the frames.
-
-        Raises
-        ------
-        RecordFormatError
-            When there is no such frame, or it is taken.
-        """
-        if places.size and (places.min() < 0 or places.max() >= self.ends[-1]):
-            raise RecordFormatError(f"pages must lie in {self.ends[-1]} frames, got frame {places.max()}")
+    def claim(self, places: IntArray) -> IntArray | None:
+        """Take frames by their places [heads, n] in the image; None when one is taken, or there is none any more."""
+        arena = self.group.arena
+        here = [arena.bounds(index)[0] for index in range(arena.slabs)]
+        if not np.isin(self.firsts, here).all() or (
+            places.size and not 0 <= places.min() <= places.max() < self.ends[-1]
+        ):
+            return None
         slab = np.searchsorted(self.ends, places, side="right")
         frames: IntArray = places - np.concatenate([[0], self.ends])[slab] + self.firsts[slab]
-        if not self.group.arena.claim(frames):
-            raise RecordFormatError("two pages cannot lie in one frame")
-        return frames
+        return frames if arena.claim(frames) else None
 
 
 def rebuilt(group: LayerGroup, image: GroupImage, pages: int) -> Image | None:
-    """Grow slabs as they were, for ``pages`` pages; None where that makes no sense: what lies there decides then.
+    """Grow slabs as they were, for ``pages`` pages; None where the arena decides for itself where pages lie.
 
-    It makes none under a budget, beside other sessions, and where the slabs were mostly empty.
+    It does when the budget has no room, beside other sessions, and when the slabs were mostly empty.
     """
     frames = sum(image.slabs)
-    most = _MOST_SPARE * (pages + group.one_run_each())
-    if group.store.bounded or group.arena.slabs or not frames or max(frames, image.planned_frames) > most:
+    most, room = _MOST_SPARE * (pages + group.one_run_each()), group.ledger.page_room()
+    if group.arena.slabs or not frames or max(frames, image.planned_frames) > most:
+        return None
+    if room is not None and frames * group.arena.frame_bytes > room:
         return None
     for slab in image.slabs:
         group.arena.grow(slab)

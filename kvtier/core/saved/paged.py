@@ -193,21 +193,24 @@ def _fill_pages(
     Where memory is not scarce all get their place at once, and lie together; else older ones leave for those to come.
     """
     store, total, heads = group.store, pages.shape[0], into.view.shape[0]
-    step = max(1, _pages_at_once(group) // heads)
-    lying: IntArray | None = None
-    if not store.bounded and total:
-        lying = _placed(group, heads, total, frames, payload, image)
-        lying = store.new_pages(heads, total, into.view) if lying is None else lying
-        into.append(lying)
-    for start, rows in zip(range(0, total, step), payload.pieces(pages, step), strict=True):
+    step = min(max(1, _pages_at_once(group) // heads), max(1, total))
+    # Staging is counted first: to make room for it, pages may be moved that have no contents yet.
+    with group.ledger.lent("staging", step * heads * group.arena.frame_bytes):
         store.tick()
-        if lying is None:
+        lying = _placed(group, heads, total, frames, payload, image)
+        if lying is None and not store.bounded and total:
+            lying = store.new_pages(heads, total, into.view)
+        if lying is not None:
+            into.append(lying)
+        for start, rows in zip(range(0, total, step), payload.pieces(pages, step), strict=True):
+            if lying is not None:
+                _write(group, lying[:, start : start + rows.shape[0]], rows)
+                continue
+            store.tick()
             new = store.new_pages(heads, rows.shape[0], into.view)
             into.append(new)
-        else:
-            new = lying[:, start : start + rows.shape[0]]
-        _write(group, new, rows)
-        store.write_behind(group.low_water())
+            _write(group, new, rows)
+            store.write_behind(group.low_water())
 
 
 def _placed(
@@ -217,17 +220,17 @@ def _placed(
     if image is None or frames is None:
         return None
     require(frames, "int64", (heads, total))
-    return group.store.new_pages_at(image.claim(payload.read(frames).numpy()))
+    claimed = image.claim(payload.read(frames).numpy())
+    return None if claimed is None else group.store.new_pages_at(claimed)
 
 
 def _write(group: LayerGroup, ids: IntArray, rows: torch.Tensor) -> None:
     """Fill pages [heads, n] from rows [n, heads, width] or [n, width]."""
     layer, page = group.layer, group.page_tokens
-    with group.ledger.lent("staging", rows.nbytes):
-        flat = rows.to(group.device).reshape(ids.size, -1)
-        keys = flat[:, : page * layer.key_dim].unflatten(1, (page, layer.key_dim))
-        values = flat[:, page * layer.key_dim :].unflatten(1, (page, layer.value_dim))
-        group.arena.write(group.store.frames(ids.T.ravel()), keys, values)
+    flat = rows.to(group.device).reshape(ids.size, -1)
+    keys = flat[:, : page * layer.key_dim].unflatten(1, (page, layer.key_dim))
+    values = flat[:, page * layer.key_dim :].unflatten(1, (page, layer.value_dim))
+    group.arena.write(group.store.frames(ids.T.ravel()), keys, values)
 
 
 def _fill_sketch(sequence: LayerSequence, state: PagedState, payload: PayloadReader) -> None:
