@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
 from kvtier.core.saved.load import open_saved
-from kvtier.core.saved.save import save_batch
+from kvtier.core.saved.save import Seen, save_batch
 from kvtier.core.step import Step, joined
 from kvtier.errors import InputError, SessionStateError
 
@@ -286,7 +286,9 @@ class Session(Guarded):
         self._columns = [columns] * len(self._columns)
 
     @guarded
-    def save(self, path: Path | str, *, model: str | None = None) -> int:
+    def save(
+        self, path: Path | str, *, model: str | None = None, attached: Mapping[str, torch.Tensor] | None = None
+    ) -> int:
         """Write everything this session holds into one file, which `Memory.restore` takes back, in any process.
 
         Parameters
@@ -295,6 +297,8 @@ class Session(Guarded):
             The file is there whole or not at all, synced; one that was there before is replaced.
         model : str, optional
             What the keys and values were made with, as ``kvtier.fingerprint`` names it; must be given again.
+        attached : mapping of str to Tensor, optional
+            What `load` is to return.
 
         Returns
         -------
@@ -317,13 +321,14 @@ class Session(Guarded):
         self._check_finished()
         if self._draft_columns is not None:
             raise SessionStateError("a draft is open; accept() it before save()")
-        return save_batch(Path(path), self._batch, self.length, self._history, recording=self._recording, model=model)
+        seen = Seen(self.length, self._history, self._recording)
+        return save_batch(Path(path), self._batch, seen, model=model, attached=attached or {})
 
     @guarded
-    def load(self, path: Path | str, *, model: str | None = None) -> None:
-        """Become, from empty, what `save` wrote; `Memory.restore` says what it raises.
+    def load(self, path: Path | str, *, model: str | None = None) -> dict[str, torch.Tensor]:
+        """Become, from empty, what `save` wrote, and return what was attached; raises as `Memory.restore`.
 
-        When the file is not what it should be this session is unchanged, or can only be closed.
+        After an error the session is unchanged, or can only be closed.
         """
         if self.rows:
             raise SessionStateError(f"only an empty session can be loaded, and this one holds {self.rows} rows")
@@ -331,11 +336,10 @@ class Session(Guarded):
             held = saved.description
             self._recording = held.recording
             self._open(len(held.rows))
-            if saved.tokens:
-                chunk = self.memory.layout.chunk_tokens
-                self.memory.plan(self._name, self.rows, held=0, coming=saved.tokens, chunk=chunk)
+            self.memory.plan(self._name, self.rows, held=0, coming=saved.tokens, chunk=self.memory.layout.chunk_tokens)
             saved.fill(self._batch)
             self._history, self._columns = saved.history, [held.columns] * len(self._columns)
+            return saved.attached()
 
     @guarded
     def report(self) -> SessionReport:

@@ -234,6 +234,8 @@ class Description(_Strict):
         Whether sliding-window layers keep what a crop may need.
     rows : tuple
         ``rows[b][layer]``.
+    attached : dict
+        What the owner of the session keeps beside it, such as token ids.
     """
 
     identity: Identity
@@ -243,6 +245,7 @@ class Description(_Strict):
     recording: bool
     groups: tuple[GroupImage, ...]
     rows: tuple[tuple[SequenceState, ...], ...]
+    attached: dict[str, Array]
 
 
 def parse_description(data: bytes) -> Description:

@@ -35,6 +35,8 @@ from kvtier.record import BLOCK_BYTES
 from kvtier.storage_backends.engines.posix import PosixEngine
 
 if TYPE_CHECKING:
+    import torch
+
     from kvtier.core.attention import AnySequence
     from kvtier.core.batch import Batch
     from kvtier.core.memory import Memory
@@ -45,7 +47,7 @@ __all__ = ["Saved", "open_saved"]
 
 @contextmanager
 def open_saved(path: Path, memory: Memory, model: str | None, engine: IOEngine | None = None) -> Iterator[Saved]:
-    """A saved session that fits a memory, open to be read.
+    """A saved session that fits a memory, open to be read; the engine is closed then.
 
     Raises
     ------
@@ -92,6 +94,7 @@ def _part(engine: IOEngine, file: EngineFile, header: SavedHeader, what: str) ->
 
 
 def _arrays(description: Description) -> Iterator[Array]:
+    yield from description.attached.values()
     for row in description.rows:
         for state in row:
             for part in (state, state.recent) if isinstance(state, RaggedState) else (state,):
@@ -138,6 +141,10 @@ class Saved:
                 elif isinstance(state, PagedState | KeptState):
                     lengths.append(state.positions.shape[-1])
         return max(lengths)
+
+    def attached(self) -> dict[str, torch.Tensor]:
+        """What the owner of the session kept beside it, on the CPU; raises as `fill`."""
+        return {name: self.payload.read(array) for name, array in self.description.attached.items()}
 
     def fill(self, batch: Batch) -> None:
         """Put everything into the empty rows of a session; after an error they must be released.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import xxhash
@@ -31,20 +31,27 @@ if TYPE_CHECKING:
     from kvtier.core.columns import ColumnHistory
     from kvtier.storage_backends.engines.base import EngineFile, IOEngine
 
-__all__ = ["save_batch"]
+__all__ = ["Seen", "save_batch"]
+
+
+class Seen(NamedTuple):
+    """What a session knows beside its rows: columns, which were real, whether windows keep what a crop may need."""
+
+    columns: int
+    history: ColumnHistory
+    recording: bool
 
 
 def save_batch(
     path: Path,
     batch: Batch,
-    columns: int,
-    history: ColumnHistory,
+    seen: Seen,
     *,
-    recording: bool,
     model: str | None,
+    attached: Mapping[str, torch.Tensor],
     engine: IOEngine | None = None,
 ) -> int:
-    """Write the rows of a session; bytes of the file, which appears whole or not at all.
+    """Write the rows of a session; bytes of the file, which appears whole or not at all. The engine is closed then.
 
     Raises
     ------
@@ -64,12 +71,13 @@ def save_batch(
             payload = PayloadWriter(opened, file)
             description = Description(
                 identity=identity_of(batch.memory, model),
-                columns=columns,
-                history=tuple(history.stretches),
+                columns=seen.columns,
+                history=tuple(seen.history.stretches),
                 prompt=PromptState(end=batch.prompt.end, announced=batch.prompt.announced),
-                recording=recording,
+                recording=seen.recording,
                 groups=tuple(image_of(group) for group in batch.memory.groups),
                 rows=_save_rows(batch.rows, payload),
+                attached={name: payload.put(tensor) for name, tensor in attached.items()},
             )
             return _finish(opened, file, payload, description)
     except StorageError:
