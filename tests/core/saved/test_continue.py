@@ -164,9 +164,9 @@ def test_another_process_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch, test_continue as here\n"
-        f"source = here.StepSource(here.layout_of('float32'), rows=3)\n"
+        "source = here.StepSource(here.layout_of('float32'), rows=3)\n"
         f"memory = here.memory_of({name!r}, 'float32')\n"
-        "here.lived(source, memory.session())\n"
+        "with memory.session() as other:\n    here.lived(source, other)\n"
         f"restored = memory.restore({str(tmp_path / 'session.kvs')!r})\n"
         "print(*[out.double().sum().item().hex() for out in here.outputs(here.later(source), restored)])\n"
     )
