@@ -6,15 +6,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvtier.cli.explain_page import write_page
 from kvtier.cli.explain_text import pieces_of
+from kvtier.cli.generate_inputs import check_length
 from kvtier.cli.stopwatch import Stopwatch
 from kvtier.cli.tiers import peak_bytes
 from kvtier.types import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from rich.table import Table
 
     from kvtier.cli.generate_inputs import Loaded, Request
     from kvtier.cli.output import Screen
+    from kvtier.integrations.hf.cache import KVTierCache
+    from kvtier.integrations.hf.patch import PatchHandle
 
 __all__ = ["answer", "summary_table"]
 
@@ -36,7 +42,6 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
     from kvtier.integrations.hf.patch import patch
 
     torch.manual_seed(request.seed)
-    prompt_tokens = loaded.ids.shape[1]
     with (
         screen.progress() as bars,
         patch(
@@ -50,12 +55,18 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
             explain=request.explain is not None,
         ) as handle,
     ):
-        task = bars.add_task(f"{prompt_tokens} tokens in, tokens out", total=request.max_new_tokens)
+        cache = handle.new_cache() if request.session is None else handle.restore(request.session)
+        before = loaded.ids[:, :0] if cache.input_ids is None else cache.input_ids.to(loaded.ids.device)
+        ids = torch.cat([before, loaded.ids], dim=1) if before.numel() else loaded.ids
+        prompt_tokens = ids.shape[1]
+        check_length(loaded.model.config, prompt_tokens, request.max_new_tokens)
+        task = bars.add_task(f"{loaded.ids.shape[1]} tokens in, tokens out", total=request.max_new_tokens)
         listener = _printer(loaded.tokenizer) if stream else None
         watch = Stopwatch(listener=listener, on_token=lambda: bars.advance(task))
         output = loaded.model.generate(
-            loaded.ids,
-            attention_mask=torch.ones_like(loaded.ids),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
             max_new_tokens=request.max_new_tokens,
             streamer=watch,
             **(_SAMPLED if request.sample else _GREEDY),
@@ -63,6 +74,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         if handle.store is not None:
             handle.store.flush()
         report = handle.report().to_dict()
+        saved = _save(handle, cache, output, request.save_session) if request.save_session is not None else 0
         explanation = handle.explain() if request.explain is not None else None
     new = output[0, prompt_tokens:]
     said = loaded.tokenizer.decode(new, skip_special_tokens=True)
@@ -72,6 +84,7 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         "answer": said,
         "policy": request.policy,
         "prompt_tokens": prompt_tokens,
+        "session_bytes": saved,
         "new_tokens": len(new),
         "bytes": peak_bytes(report),
         "tokens_saved": (report["prefix"] or {}).get("tokens_saved", 0),
@@ -80,6 +93,15 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         "explain": None if request.explain is None else str(request.explain),
         "report": report,
     }
+
+
+def _save(handle: PatchHandle, cache: KVTierCache, output: torch.Tensor, path: Path) -> int:
+    """Write the session with all of ``output`` [1, T]; the model has not seen the last token yet. Bytes of the file."""
+    import torch
+
+    with torch.inference_mode():
+        handle.model(input_ids=output[:, cache.get_seq_length() :], past_key_values=cache)
+    return handle.save(path, cache)
 
 
 def _printer(tokenizer: Any) -> Any:
@@ -95,6 +117,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['policy']}: what it took", title_justify="left", show_header=False, show_edge=False)
     table.add_row("prompt", f"{summary['prompt_tokens']} tokens")
     table.add_row("answer", f"{summary['new_tokens']} tokens")
+    if summary["session_bytes"]:
+        table.add_row("session saved", format_bytes(summary["session_bytes"]))
     for tier, count in summary["bytes"].items():
         table.add_row(f"KV cache on {tier}, peak", format_bytes(count))
     if (prefix := summary["report"]["prefix"]) is not None:

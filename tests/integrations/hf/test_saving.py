@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvtier.errors import ConfigError, RecordFormatError, SessionStateError, StorageError
+from kvtier.integrations.hf.fingerprint import fingerprint
 from kvtier.integrations.hf.layout import layout_of
 from kvtier.integrations.hf.patch import PatchHandle, attach, patch
 from kvtier.testing.faults import flip_bit
@@ -62,15 +63,17 @@ def test_files_of_other_models_and_damaged_files_are_refused(tmp_path: Path) -> 
         handle.model.generate(**PROMPT, **GREEDY, past_key_values=cache)
         handle.save(path, cache)
         cache.session.save(tmp_path / "session.kvs")
+        damaged = tmp_path / "damaged.kvs"
+        damaged.write_bytes(path.read_bytes())
+        flip_bit(damaged, 8 * 5000)
+        with pytest.raises(RecordFormatError, match="cannot be restored"):
+            handle.restore(damaged)
         with torch.no_grad():
             handle.model.lm_head.weight[0, 0] += 1
         with pytest.raises(ConfigError, match="model fingerprint"):
             handle.restore(path)
         with pytest.raises(ConfigError, match="model fingerprint"):
             handle.restore(tmp_path / "session.kvs")
-        flip_bit(path, 8 * 5000)
-        with pytest.raises(RecordFormatError, match="cannot be restored"):
-            handle.restore(path)
         with pytest.raises(StorageError, match="No such file"):
             handle.restore(tmp_path / "missing")
         assert handle.report().to_dict()["tokens"] > 0
@@ -81,8 +84,6 @@ def test_files_of_other_models_and_damaged_files_are_refused(tmp_path: Path) -> 
 def test_what_is_no_cache_of_ours_is_told_apart(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with patch(model, "full", store=STORE) as handle:
-        from kvtier.integrations.hf.fingerprint import fingerprint
-
         handle.new_cache().session.save(tmp_path / "session.kvs", model=fingerprint(model))
         with pytest.raises(RecordFormatError, match="no cache of a patched model"):
             handle.restore(tmp_path / "session.kvs")
