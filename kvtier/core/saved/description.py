@@ -49,7 +49,7 @@ class Array(_Strict):
     dtype: Literal[
         "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
     ]  # fmt: skip
-    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
+    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
     at: Count
 
     @property

@@ -11,7 +11,7 @@ from kvtier.errors import RecordFormatError
 from kvtier.record import BLOCK_BYTES, DEFAULT_EXTENT_BYTES, DIGEST_BYTES, MAX_EXTENT_BYTES, Buffer, check_start, sealed
 from kvtier.storage_backends.memory import round_up
 
-__all__ = ["SavedHeader", "parse_saved_header"]
+__all__ = ["SavedHeader", "check_part", "parse_saved_header"]
 
 SAVED_MAGIC = b"KVTSESSN"
 SAVED_VERSION = 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import Phase
@@ -23,7 +25,7 @@ from kvtier.core.saved.description import (
     WindowState,
     parse_description,
 )
-from kvtier.core.saved.header import SavedHeader, check_part, parse_saved_header
+from kvtier.core.saved.header import check_part, parse_saved_header
 from kvtier.core.saved.identity import check_identity, identity_of
 from kvtier.core.saved.image import Image, rebuilt
 from kvtier.core.saved.paged import fill_paged, fill_ragged
@@ -77,41 +79,40 @@ def _opened(engine: IOEngine, file: EngineFile, memory: Memory, model: str | Non
     if file.size < BLOCK_BYTES:
         raise RecordFormatError(f"a saved session has at least {BLOCK_BYTES} bytes, got {file.size}")
     header = parse_saved_header(read_at(engine, file, 0, BLOCK_BYTES).numpy().data, file.size)
-    digests, text = (_part(engine, file, header, what) for what in ("digests", "description"))
+    digests = _part(engine, file, header.digests_at, header.digests_bytes)
+    check_part("the list of digests", digests, header.digests_digest)
+    text = _part(engine, file, header.description_at, header.description_bytes)
+    check_part("the description", text, header.description_digest)
     description = parse_description(text)
     payload = PayloadReader(engine, file, header.payload_bytes, digests, header.extent_bytes)
-    payload.check(_arrays(description))
+    payload.check(_arrays((description.rows, description.attached)))
     check_identity(description.identity, identity_of(memory, model))
     _check_shape(description, memory)
     return Saved(memory, description, payload)
 
 
-def _part(engine: IOEngine, file: EngineFile, header: SavedHeader, what: str) -> bytes:
-    at, count = getattr(header, f"{what}_at"), getattr(header, f"{what}_bytes")
-    data = read_at(engine, file, at, count).numpy().tobytes() if count else b""
-    check_part(f"the part with the {what}", data, getattr(header, f"{what}_digest"))
-    return data
+def _part(engine: IOEngine, file: EngineFile, at: int, count: int) -> bytes:
+    return read_at(engine, file, at, count).numpy().tobytes() if count else b""
 
 
-def _arrays(description: Description) -> Iterator[Array]:
-    yield from description.attached.values()
-    for row in description.rows:
-        for state in row:
-            for part in (state, state.recent) if isinstance(state, RaggedState) else (state,):
-                for _, value in part:
-                    yield from (
-                        one
-                        for one in (value.values() if isinstance(value, dict) else (value,))
-                        if isinstance(one, Array)
-                    )
+def _arrays(value: object) -> Iterator[Array]:
+    """All arrays in a part of a description."""
+    if isinstance(value, Array):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _arrays(tuple(inner for _, inner in value))
+    elif isinstance(value, dict | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _arrays(inner)
 
 
 def _check_shape(description: Description, memory: Memory) -> None:
     """Refuse rows that do not have every layer, and histories of other columns."""
     layers, rows = len(memory.layout.layers), len(description.rows)
     columns = sum(columns for columns, _ in description.history)
-    spans = [real for _, real in description.history if real is not None]
-    if any(len(row) != layers for row in description.rows) or any(len(real) != rows for real in spans):
+    spans = [(width, real) for width, real in description.history if real is not None]
+    inside = all(start <= stop <= width for width, real in spans for start, stop in real)
+    if any(len(row) != layers for row in description.rows) or any(len(real) != rows for _, real in spans) or not inside:
         raise RecordFormatError(f"{rows} rows must have {layers} layers each, and a span in every stretch")
     if columns != description.columns or len(description.groups) != len(memory.groups):
         raise RecordFormatError(f"a history of {columns} columns contradicts {description.columns}")

@@ -12,7 +12,7 @@ from kvtier.core.growable import GrowingArray
 from kvtier.core.ragged import HeadPages, RaggedSequence
 from kvtier.core.saved.description import Array, PagedState, RaggedState, Shared
 from kvtier.core.saved.image import Image, frames_in_image
-from kvtier.core.saved.payload import PayloadReader, PayloadWriter, require
+from kvtier.core.saved.payload import PayloadReader, PayloadWriter, read_memory, require
 from kvtier.core.sequence import LayerSequence
 from kvtier.errors import RecordFormatError
 
@@ -86,7 +86,7 @@ def fill_paged(
     _fill_sketch(sequence, state, payload)
     sequence.raw.extend(*(payload.read(part).to(group.device) for part in (state.tail_keys, state.tail_values)))
     sequence.evicted_length = state.evicted
-    sequence.memory = None if state.memory is None else payload.read(state.memory).to(group.device)
+    sequence.memory = read_memory(payload, state.memory, group)
     sequence.last_position = int(sequence.positions.view[:, -1].max()) if slots else None
     sequence.version = object()
 
@@ -190,7 +190,7 @@ def _fill_pages(
 ) -> None:
     """Add new pages [heads, n] to ``into``, with the contents of ``pages`` [n, heads, width] or [n, width].
 
-    Where memory is not scarce all get their place at once, and lie together; else older ones leave for those to come.
+    Where memory is not scarce all get their places at once; else those that are filled may leave for those to come.
     """
     store, total, heads = group.store, pages.shape[0], into.view.shape[0]
     step = min(max(1, _pages_at_once(group) // heads), max(1, total))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from kvtier.record import BLOCK_BYTES, DEFAULT_EXTENT_BYTES, DIGEST_BYTES, diges
 from kvtier.storage_backends.engines.base import EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned, round_up
 
-__all__ = ["PayloadReader", "PayloadWriter", "read_at", "require", "write_at"]
+if TYPE_CHECKING:
+    from kvtier.core.group import LayerGroup
+
+__all__ = ["PayloadReader", "PayloadWriter", "read_at", "read_memory", "require", "write_at"]
 
 _PIECE_BYTES = 4 << 20
 
@@ -147,6 +151,14 @@ def require(array: Array, dtype: str, shape: Sequence[int | None]) -> None:
     if array.dtype != dtype or not fits:
         wanted = ["any" if length is None else length for length in shape]
         raise RecordFormatError(f"an array must be {dtype} {wanted}, got {array.dtype} {list(array.shape)}")
+
+
+def read_memory(payload: PayloadReader, array: Array | None, group: LayerGroup) -> torch.Tensor | None:
+    """What a policy remembers of its last merge [1, Hk, S], on the device of a group."""
+    if array is None:
+        return None
+    require(array, array.dtype, (1, group.heads, None))
+    return payload.read(array).to(group.device)
 
 
 def write_at(engine: IOEngine, file: EngineFile, offset: int, data: torch.Tensor) -> None:

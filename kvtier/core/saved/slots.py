@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvtier.core.kept import KeptSequence
 from kvtier.core.saved.description import KeptState, WindowState
-from kvtier.core.saved.payload import PayloadReader, PayloadWriter, require
+from kvtier.core.saved.payload import PayloadReader, PayloadWriter, read_memory, require
 from kvtier.errors import RecordFormatError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def restored_kept(group: LayerGroup, state: KeptState, rope: Rope | None, payloa
     if state.seen < count or (state.last_position is None) != (count == 0) or (state.compact and rope is None):
         raise RecordFormatError(f"{count} slots of {state.seen} tokens contradict themselves")
     keys, values, votes = (payload.read(part).to(group.device) for part in (state.keys, state.values, state.votes))
-    memory = None if state.memory is None else payload.read(state.memory).to(group.device)
+    memory = read_memory(payload, state.memory, group)
     sequence = KeptSequence.of(group, keys, values, payload.read(state.positions).numpy(), capacity=state.capacity)
     sequence.vote(votes)
     sequence.last_position, sequence.seen, sequence.evicted = state.last_position, state.seen, state.evicted

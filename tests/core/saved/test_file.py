@@ -76,6 +76,30 @@ def test_a_file_cut_anywhere_is_refused(memory: Memory, path: Path) -> None:
         refused(memory, path)
 
 
+@pytest.mark.parametrize(
+    ("policy", "budgets"),
+    [
+        ("quest(dense_layers=1)", {"read": 16}),
+        ("adakv(window=2, kernel=3)", {"keep": 300}),
+        ("h2o(recent=3)", {"keep": 300}),
+        ("full", {"device": 150_000}),
+    ],
+)
+def test_damage_in_any_extent_leaves_nothing_behind(policy: str, budgets: dict[str, int], tmp_path: Path) -> None:
+    path = tmp_path / "session.kvs"
+    with closing(open_memory(LAYOUT, policy, **budgets)) as memory:
+        with filled(memory, 400) as session:
+            session.save(path, model="m")
+        whole = path.read_bytes()
+        (payload,) = struct.unpack_from("<Q", whole, 32)
+        assert payload > 4 * 65536
+        for extent in range(-(-payload // 65536)):
+            flip_bit(path, 8 * (4096 + extent * 65536 + 77))
+            refused(memory, path, f"extent {extent} of the payload is damaged")
+            path.write_bytes(whole)
+        memory.restore(path, model="m")
+
+
 def test_a_longer_file_is_refused(memory: Memory, path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
     refused(memory, path, "cut or extended")
