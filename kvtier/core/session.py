@@ -16,9 +16,9 @@ from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
 from kvtier.core.columns import ColumnHistory
 from kvtier.core.explain import LayerExplanation, explain_layers
-from kvtier.core.guard import Guarded, guarded
+from kvtier.core.guarded import Guarded, guarded
 from kvtier.core.prompt import PromptTracker
-from kvtier.core.raw import RawBytes
+from kvtier.core.raw import RawTokens
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
@@ -53,7 +53,7 @@ class Session(Guarded):
         self._columns = [0] * len(memory.layout.layers)
         self._history = ColumnHistory()
         self._draft_columns: int | None = None
-        self._raw = RawBytes(memory.ledger_of)
+        self._raw = RawTokens(memory.ledger_of)
         self._recording = False
         self._step: Step | None = None
         self._seconds = {"append": 0.0, "attend": 0.0}
@@ -127,7 +127,7 @@ class Session(Guarded):
         try:
             if not held:
                 self._open(rows)
-            self._raw.hold(layer, keys.nbytes + values.nbytes)
+            self._raw.hold(layer, keys, values)
             if leading:
                 self._begin_step(keys, values, spans)
             self._batch.append(layer, keys, values, step)
@@ -357,7 +357,7 @@ class Session(Guarded):
             if self._unusable == _CLOSED:
                 return
             self._batch.release()
-            self._raw.clear()
+            self._raw.drop_all()
             self._unusable = _CLOSED
             self.memory.finish(self._name)
 

@@ -81,7 +81,8 @@ def restored_kept(group: LayerGroup, state: KeptState, rope: Rope | None, payloa
     keys, values, votes = (payload.read(part).to(group.device) for part in (state.keys, state.values, state.votes))
     memory = read_memory(payload, state.memory, group)
     sequence = KeptSequence.of(group, keys, values, payload.read(state.positions).numpy(), capacity=state.capacity)
-    sequence.vote(votes)
+    if bool(votes.any()):
+        sequence.vote(votes)
     sequence.last_position, sequence.seen, sequence.evicted = state.last_position, state.seen, state.evicted
     sequence.budget, sequence.memory = state.budget, memory
     sequence.compact = rope if state.compact else None
