@@ -235,9 +235,9 @@ def _write(group: LayerGroup, ids: IntArray, rows: torch.Tensor) -> None:
 
 def _fill_sketch(sequence: LayerSequence, state: PagedState, payload: PayloadReader) -> None:
     group, pages = sequence.group, sequence.pages.length
-    if (sequence.sketch is None) != (state.sketch is None):
+    if (sequence.sketch is None) != (state.sketch is None) or (pages and state.sketch == {}):
         raise RecordFormatError("sketches are there for a layer that ranks no pages, or not for one that does")
-    if sequence.sketch is None or not state.sketch:
+    if sequence.sketch is None or state.sketch is None or not pages:
         return
     for array in state.sketch.values():
         if array.shape[:2] != (group.heads, pages):

@@ -138,6 +138,20 @@ def test_an_empty_session_and_what_is_attached_come_back(tmp_path: Path) -> None
         StepSource(rows=1).take(9).run(session)
 
 
+def test_sequences_that_were_cropped_to_nothing_come_back(tmp_path: Path) -> None:
+    for name in ("quest(dense_layers=0)", "adakv(window=2, kernel=3)", "tova"):
+        with closing(memory_of(name, "float32")) as memory, memory.session() as session:
+            StepSource(layout_of("float32"), rows=2).take(9).run(session)
+            session.crop(session.croppable)
+            session.save(tmp_path / "session.kvs")
+            restored = memory.restore(tmp_path / "session.kvs")
+            later = StepSource(layout_of("float32"), rows=2, seed=1)
+            later.position = 9
+            step = later.take(1)
+            for mine, right in zip(step.run(restored), step.run(session), strict=True):
+                torch.testing.assert_close(mine, right)
+
+
 def test_padding_crops_and_a_recorded_past_come_back(tmp_path: Path) -> None:
     layout = small_layout(window=13)
     with closing(open_memory(layout)) as first, closing(open_memory(layout)) as second:
