@@ -50,7 +50,7 @@ def generate(
     """Ask your own model about a long document, under a policy."""
     from kvtier.cli.engine import quiet_transformers
     from kvtier.cli.generate_inputs import Request, check_request, prepare
-    from kvtier.cli.generate_run import answer, summary_table
+    from kvtier.cli.generate_run import answer, show
     from kvtier.cli.tiers import store_of
     from kvtier.types import parse_bytes
 
@@ -76,8 +76,4 @@ def generate(
     text = check_request(request)
     with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen, quiet_transformers(screen):
         loaded = prepare(request, text, screen)
-        summary = answer(request, loaded, screen, stream=stream)
-        if screen.as_json:
-            screen.emit(summary)
-        else:
-            screen.show(*([] if stream else [summary["answer"]]), "", summary_table(summary))
+        show(answer(request, loaded, screen, stream=stream), screen, stream=stream)

@@ -9,6 +9,7 @@ from kvtier.cli.explain_text import pieces_of
 from kvtier.cli.generate_inputs import check_length
 from kvtier.cli.stopwatch import Stopwatch
 from kvtier.cli.tiers import peak_bytes
+from kvtier.errors import InputError
 from kvtier.types import format_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from kvtier.integrations.hf.cache import KVTierCache
     from kvtier.integrations.hf.patch import PatchHandle
 
-__all__ = ["answer", "summary_table"]
+__all__ = ["answer", "show", "summary_table"]
 
 _SAMPLED: Final[dict[str, Any]] = {"do_sample": True}
 # None: greedy decoding has no use for what the model's own settings say about sampling.
@@ -39,27 +40,9 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
     """
     import torch
 
-    from kvtier.integrations.hf.patch import patch
-
     torch.manual_seed(request.seed)
-    with (
-        screen.progress() as bars,
-        patch(
-            loaded.model,
-            loaded.policy,
-            keep=request.keep,
-            read=request.read,
-            device=request.device,
-            store=request.store,
-            tenant=request.tenant,
-            explain=request.explain is not None,
-        ) as handle,
-    ):
-        cache = handle.new_cache() if request.session is None else handle.restore(request.session)
-        before = loaded.ids[:, :0] if cache.input_ids is None else cache.input_ids.to(loaded.ids.device)
-        ids = torch.cat([before, loaded.ids], dim=1) if before.numel() else loaded.ids
-        prompt_tokens = ids.shape[1]
-        check_length(loaded.model.config, prompt_tokens, request.max_new_tokens)
+    with screen.progress() as bars, _patched(request, loaded) as handle:
+        cache, ids = _begin(request, loaded, handle)
         task = bars.add_task(f"{loaded.ids.shape[1]} tokens in, tokens out", total=request.max_new_tokens)
         listener = _printer(loaded.tokenizer) if stream else None
         watch = Stopwatch(listener=listener, on_token=lambda: bars.advance(task))
@@ -74,25 +57,62 @@ def answer(request: Request, loaded: Loaded, screen: Screen, *, stream: bool) ->
         if handle.store is not None:
             handle.store.flush()
         report = handle.report().to_dict()
-        saved = _save(handle, cache, output, request.save_session) if request.save_session is not None else 0
         explanation = handle.explain() if request.explain is not None else None
-    new = output[0, prompt_tokens:]
+        saved = _save(handle, cache, output, request.save_session) if request.save_session is not None else 0
+    new = output[0, ids.shape[1] :]
     said = loaded.tokenizer.decode(new, skip_special_tokens=True)
     if explanation is not None and request.explain is not None:
         write_page(request.explain, explanation, pieces_of(loaded.tokenizer, loaded.text, loaded.ids[0]), said)
     return {
         "answer": said,
         "policy": request.policy,
-        "prompt_tokens": prompt_tokens,
-        "session_bytes": saved,
+        "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
         "bytes": peak_bytes(report),
         "tokens_saved": (report["prefix"] or {}).get("tokens_saved", 0),
+        "session_bytes": saved,
         "prefill_s": watch.prefill_s,
         "decode_tokens_per_s": watch.decode_tokens_per_s,
         "explain": None if request.explain is None else str(request.explain),
         "report": report,
     }
+
+
+def show(summary: dict[str, Any], screen: Screen, *, stream: bool) -> None:
+    """The summary as JSON; or as the answer, unless it was streamed, and a table."""
+    if screen.as_json:
+        screen.emit(summary)
+    else:
+        screen.show(*([] if stream else [summary["answer"]]), "", summary_table(summary))
+
+
+def _patched(request: Request, loaded: Loaded) -> PatchHandle:
+    from kvtier.integrations.hf.patch import patch
+
+    return patch(
+        loaded.model,
+        loaded.policy,
+        keep=request.keep,
+        read=request.read,
+        device=request.device,
+        store=request.store,
+        tenant=request.tenant,
+        explain=request.explain is not None,
+    )
+
+
+def _begin(request: Request, loaded: Loaded, handle: PatchHandle) -> tuple[KVTierCache, torch.Tensor]:
+    """An empty cache and the prompt [1, T], or those of a saved session with the new turn behind it."""
+    import torch
+
+    if request.session is None:
+        return handle.new_cache(), loaded.ids
+    cache = handle.restore(request.session)
+    if cache.input_ids is None or cache.input_ids.shape[0] != 1:
+        raise InputError(f"{request.session} must hold one row of token ids; go on with it by handle.restore()")
+    ids = torch.cat([cache.input_ids.to(loaded.ids.device), loaded.ids], dim=1)
+    check_length(loaded.model.config, ids.shape[1], request.max_new_tokens)
+    return cache, ids
 
 
 def _save(handle: PatchHandle, cache: KVTierCache, output: torch.Tensor, path: Path) -> int:
