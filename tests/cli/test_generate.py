@@ -106,11 +106,11 @@ def test_the_next_run_finds_the_document_in_the_store(
     assert "first token after" in table
 
 
-@pytest.mark.parametrize(("policy", "budgets"), [("quest", {"read": 128}), ("streamingllm", {"keep": 500})])
 def test_a_saved_session_goes_on_in_another_process(
-    policy: str, budgets: dict[str, object], saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, options = tmp_path / "session.kvs", {"policy": policy, "json": True, **budgets}
+    """Under a policy that has evicted by then, and not what the second question is about."""
+    file, options = tmp_path / "session.kvs", {"policy": "streamingllm", "keep": 500, "json": True}
     assert run(words(saved, save_session=file, **options)) == 0
     today = json.loads(capsys.readouterr().out)
     later = words(saved, document=None, session=file, question=question(saved.planted.needles[1]), **options)
@@ -122,7 +122,7 @@ def test_a_saved_session_goes_on_in_another_process(
     assert today["answer"] == saved.planted.needles[0].answer
     assert tomorrow["answer"] == saved.planted.needles[1].answer
     assert tomorrow["prompt_tokens"] > today["prompt_tokens"] + today["new_tokens"]
-    assert f"{policy}" in refused(words(saved, document=None, session=file), capsys)
+    assert "streamingllm(" in refused(words(saved, document=None, session=file), capsys)
 
 
 def test_sessions_that_cannot_go_on(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
