@@ -97,7 +97,7 @@ class DamagedSlotsError(StorageError):
 
 
 class RecordFormatError(StorageError):
-    """Bytes that are no record or segment, are damaged, or belong to another place."""
+    """Bytes that are no record, segment or saved session, are damaged, or belong to another place."""
 
 
 class StoreInUseError(StorageError):

@@ -32,6 +32,7 @@ __all__ = [
     "RecordKind",
     "SegmentKind",
     "Superblock",
+    "check_start",
     "digest_extents",
     "header_bytes",
     "header_seed",
@@ -40,6 +41,7 @@ __all__ = [
     "parse_header",
     "parse_superblock",
     "peek_header_bytes",
+    "sealed",
 ]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -128,7 +130,7 @@ class Superblock:
         fixed = _SUPERBLOCK.pack(
             SEGMENT_MAGIC, 0, SEGMENT_VERSION, self.kind, 0, self.epoch, self.store, self.segment_bytes, self.created_us
         )
-        return _sealed(fixed.ljust(SUPERBLOCK_BYTES, b"\0"), seed=0)
+        return sealed(fixed.ljust(SUPERBLOCK_BYTES, b"\0"), seed=0)
 
 
 def parse_superblock(block: Buffer) -> Superblock:
@@ -143,7 +145,7 @@ def parse_superblock(block: Buffer) -> Superblock:
         raise RecordFormatError(f"a superblock has {SUPERBLOCK_BYTES} bytes, got {len(block)}")
     view = memoryview(block)[:SUPERBLOCK_BYTES]
     magic, _, version, kind, _, epoch, store, size, created = _SUPERBLOCK.unpack_from(view)
-    _check_start(view, magic, SEGMENT_MAGIC, version, SEGMENT_VERSION, seed=0)
+    check_start(view, magic, SEGMENT_MAGIC, version, SEGMENT_VERSION, seed=0)
     if kind not in tuple(SegmentKind) or size % BLOCK_BYTES or size <= SUPERBLOCK_BYTES:
         raise RecordFormatError(f"a superblock of kind {kind} for {size} bytes makes no sense")
     return Superblock(kind=SegmentKind(kind), epoch=epoch, store=store, segment_bytes=size, created_us=created)
@@ -264,7 +266,7 @@ def parse_header(data: Buffer, seed: int) -> RecordHeader:
         magic, _, version, kind, _, epoch, sequence, created, payload, extent, extents, key, namespace, codec,
         tenant_bytes, meta_bytes, reserved,
     ) = _HEADER.unpack_from(view)  # fmt: skip
-    _check_start(view, magic, RECORD_MAGIC, version, RECORD_VERSION, seed)
+    check_start(view, magic, RECORD_MAGIC, version, RECORD_VERSION, seed)
     _check_sizes(size, kind, payload, extent, extents, tenant_bytes, meta_bytes)
     meta_at = _HEADER.size + tenant_bytes
     digests_at = meta_at + meta_bytes
@@ -321,18 +323,19 @@ def _whole_blocks(count: int) -> int:
     return -(-count // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _sealed(block: bytes, seed: int) -> bytes:
-    """Put the checksum of everything behind it into its place."""
+def sealed(block: bytes, seed: int) -> bytes:
+    """The block with the xxh3-64 of everything from byte 16 on in bytes 8 to 15."""
     checksum = xxhash.xxh3_64_intdigest(memoryview(block)[_CHECKED_FROM:], seed)
     return block[:_CHECKSUM_AT] + _CHECKSUM.pack(checksum) + block[_CHECKED_FROM:]
 
 
-def _check_start(view: memoryview, magic: bytes, expected: bytes, version: int, known: int, seed: int) -> None:
+def check_start(view: memoryview, magic: bytes, expected: bytes, version: int, known: int, seed: int) -> None:
+    """Refuse a structure of another kind, bytes that are not those that were sealed, and versions not known."""
     if magic != expected:
         raise RecordFormatError(f"required the magic {expected!r}, got {magic!r}")
     checksum = _CHECKSUM.unpack_from(view, _CHECKSUM_AT)[0]
     if xxhash.xxh3_64_intdigest(view[_CHECKED_FROM:], seed) != checksum:
-        raise RecordFormatError("the checksum does not match: damaged, or of another life of the segment")
+        raise RecordFormatError("the checksum does not match: damaged, or of another place")
     if version != known:
         raise RecordFormatError(f"required version {known}, got {version}; read it with the release that wrote it")
 

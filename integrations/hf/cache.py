@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvtier.core.draft_tree import DraftTree, Parents, Path
+from kvtier.core.draft_tree import DraftTree, Parents, TreePath
 from kvtier.integrations.hf import compat
 from kvtier.integrations.hf.stage import Staged, stage
 from kvtier.integrations.hf.state import CacheState
@@ -138,7 +138,7 @@ class KVTierCache(Cache):
         if self.state.drafting is not None:
             self.state.drafting.end()
 
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Keep the drafted tokens of a path, as if only those had been fed, and forget the others.
 
         Parameters

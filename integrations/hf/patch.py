@@ -19,10 +19,12 @@ from kvtier.integrations.hf.cache import KVTierCache
 from kvtier.integrations.hf.calls import PatchedCalls, arguments_by_name
 from kvtier.integrations.hf.explanation import Explanation
 from kvtier.integrations.hf.filter import PromptFilter
+from kvtier.integrations.hf.fingerprint import fingerprint
 from kvtier.integrations.hf.layout import layer_devices, layout_of
 from kvtier.integrations.hf.memory import open_memory, open_prefix_store
 from kvtier.integrations.hf.pool import CachePool
 from kvtier.integrations.hf.prefix import PrefixCache
+from kvtier.integrations.hf.saving import restore_cache, save_cache
 from kvtier.integrations.hf.sessions import Memory, Report
 from kvtier.types import Budgets, parse_bytes
 
@@ -245,6 +247,40 @@ class PatchHandle:
             )
         self._calls.rebuild(cache)
         return cache
+
+    def save(self, path: Path | str, cache: KVTierCache) -> int:
+        """Write a cache to a file, as its policy left it, with the tokens it was fed; bytes of the file.
+
+        Raises
+        ------
+        SessionStateError
+            After a forward that failed, and for a cache whose prompt was filtered.
+        PagesLostError
+            When a page in a lower tier is damaged; no file is left.
+        StorageError
+            When the file cannot be written; no file is left, and an old one stays.
+        """
+        return save_cache(self._calls.check_cache(cache), path, fingerprint(self.model))
+
+    def restore(self, path: Path | str) -> KVTierCache:
+        """A cache that ``save`` wrote, in this process or another, of the same model under the same policy.
+
+        ``cache.input_ids`` are the tokens it was fed: pass them and those that follow, with ``past_key_values=cache``.
+
+        Raises
+        ------
+        SessionStateError
+            After ``remove``.
+        RecordFormatError
+            The file is no saved cache, is damaged or cut short, or of a newer version.
+        ConfigError
+            It was saved by another model, or under another policy or budget of tokens.
+        StorageError, CapacityError
+            It cannot be read; no tier has room.
+        """
+        if self._removed:
+            raise SessionStateError("this handle is removed; patch the model again")
+        return restore_cache(self._pool, path, fingerprint(self.model))
 
     def remove(self) -> None:
         """Restore the model as it was and free everything; a second call does nothing."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvtier.core.draft_tree import DraftTree, Path
+from kvtier.core.draft_tree import DraftTree, TreePath
 from kvtier.types import KVLayout
 
 __all__ = ["Memory", "Report", "Session"]
@@ -74,7 +74,7 @@ class Session(Protocol):
     def crop(self, remove: int, /) -> None:
         """Forget the last ``remove`` columns of every row."""
 
-    def accept(self, path: Path, /) -> None:
+    def accept(self, path: TreePath, /) -> None:
         """Append the drafted tokens of a path, forget the others."""
 
     def record_past(self, recording: bool, /) -> None:

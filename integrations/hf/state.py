@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
+from kvtier.core.draft_tree import DraftTree, TreePath, rows_of_path
 from kvtier.errors import InputError, MaskError, SessionStateError, UnsupportedModelError
 from kvtier.integrations.hf.columns import Columns, read_columns
 from kvtier.integrations.hf.drafting import Drafting
@@ -235,7 +235,7 @@ class CacheState:
             with contextlib.suppress(SessionStateError):
                 self.session.accept([])
 
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Append the drafted tokens of a path, or of one for each row, and forget the others."""
         if self.drafting is None or not self.drafting.pending:
             raise SessionStateError("nothing is drafted; run a forward in cache.drafts(parents) first")

@@ -1,4 +1,4 @@
-"""``kvtier generate``: one question about one document, with the user's own model under a policy."""
+"""``kvtier generate``: a question about a document, or one more in a saved session, with the user's own model."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +22,10 @@ class _DType(StrEnum):
 
 def generate(
     model: Annotated[Path, typer.Option(help="Local directory of a transformers model; nothing is downloaded.")],
-    document: Annotated[Path, typer.Option(help="UTF-8 text file that the question is about.")],
     question: Annotated[str, typer.Option(help="The question; it follows the document.")],
+    document: Annotated[Path | None, typer.Option(help="UTF-8 text file that the question is about.")] = None,
+    session: Annotated[Path | None, typer.Option(help="Saved session to go on with, in place of a document.")] = None,
+    save_session: Annotated[Path | None, typer.Option(help="File for the session as it is after the answer.")] = None,
     policy: Annotated[str, typer.Option(help="A name or composition: 'snapkv | quest'.")] = "full",
     keep: Annotated[int | None, typer.Option(help="Tokens kept per KV head.")] = None,
     read: Annotated[int | None, typer.Option(help="Tokens read per step and KV head.")] = None,
@@ -48,7 +50,7 @@ def generate(
     """Ask your own model about a long document, under a policy."""
     from kvtier.cli.engine import quiet_transformers
     from kvtier.cli.generate_inputs import Request, check_request, prepare
-    from kvtier.cli.generate_run import answer, summary_table
+    from kvtier.cli.generate_run import answer, show
     from kvtier.cli.tiers import store_of
     from kvtier.types import parse_bytes
 
@@ -68,12 +70,10 @@ def generate(
         chat_template=chat_template,
         seed=seed,
         explain=explain,
+        session=session,
+        save_session=save_session,
     )
     text = check_request(request)
     with Screen(as_json=as_json, quiet=quiet, debug=debug) as screen, quiet_transformers(screen):
         loaded = prepare(request, text, screen)
-        summary = answer(request, loaded, screen, stream=stream)
-        if screen.as_json:
-            screen.emit(summary)
-        else:
-            screen.show(*([] if stream else [summary["answer"]]), "", summary_table(summary))
+        show(answer(request, loaded, screen, stream=stream), screen, stream=stream)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvtier.cli.output import Screen
     from kvtier.core.policy import Policy
 
-__all__ = ["Loaded", "Request", "check_request", "prepare", "read_document"]
+__all__ = ["Loaded", "Request", "check_length", "check_request", "prepare", "read_document"]
 
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -36,10 +36,14 @@ class Request:
         Tiers below the device; None for kvtier's default.
     explain : Path, optional
         Where a page about what was kept and read goes.
+    session : Path, optional
+        A saved session, in place of a document.
+    save_session : Path, optional
+        Where the session goes after the answer.
     """
 
     model: Path
-    document: Path
+    document: Path | None
     question: str
     policy: str
     keep: int | None
@@ -53,10 +57,15 @@ class Request:
     chat_template: bool
     seed: int
     explain: Path | None = None
+    session: Path | None = None
+    save_session: Path | None = None
 
 
 class Loaded(NamedTuple):
-    """What a request leads to: the prompt ``ids`` [1, T] int64 of ``text`` are already within the model's positions."""
+    """What a request leads to: ``ids`` [1, T] int64 of ``text``, which follow what a saved session holds.
+
+    They are already within the model's positions.
+    """
 
     model: Any
     tokenizer: Any
@@ -71,19 +80,21 @@ def check_request(request: Request) -> str:
     Returns
     -------
     str
-        The text of the document.
+        The text of the document; empty where a session goes on.
 
     Raises
     ------
     InputError
-        For a document, question or directory that cannot work.
+        For a document, question, session or directory that cannot work.
     """
-    text = read_document(request.document)
+    text = "" if request.document is None else read_document(request.document)
+    _check_session(request)
     if not request.question.strip():
         raise InputError("--question is empty; ask something")
     _check_model_directory(request.model)
-    if request.explain is not None:
-        _check_page(request.explain)
+    for option, path in (("--explain", request.explain), ("--save-session", request.save_session)):
+        if path is not None:
+            _check_page(option, path)
     return text
 
 
@@ -98,14 +109,18 @@ def prepare(request: Request, text: str, screen: Screen) -> Loaded:
         For a policy that does not exist.
     """
     from kvtier.core.compose import policy
+    from kvtier.core.policy import Role
 
     chosen = policy(request.policy)
+    if request.save_session is not None and any(Role.PROMPT_FILTER in part.roles for part in chosen.parts):
+        raise InputError(f"what {request.policy} leaves out of a prompt is not saved; leave --save-session out")
     config = _load_config(request.model)
     tokenizer = _load_tokenizer(request.model)
     whole, plain = _prompt(tokenizer, text, request)
     ids = _encode(tokenizer, whole, plain=plain)
-    _check_length(config, ids.shape[1], request.max_new_tokens)
-    check_budgets(chosen, request.keep, request.read, ids.shape[1])
+    check_length(config, ids.shape[1], request.max_new_tokens)
+    if request.session is None:
+        check_budgets(chosen, request.keep, request.read, ids.shape[1])
     screen.note(f"loading {request.model} for a prompt of {ids.shape[1]} tokens")
     model = _load_model(request.model, config, request.dtype)
     return Loaded(model, tokenizer, ids.to(model.device), _reading(chosen, tokenizer), whole)
@@ -137,6 +152,21 @@ def _reading(chosen: Policy, tokenizer: Any) -> Policy:
 
     parts = tuple(part.reading(tokenizer) if isinstance(part, PromptFilterPolicy) else part for part in chosen.parts)
     return parts[0] if len(parts) == 1 else Composition(parts=parts)
+
+
+def _check_session(request: Request) -> None:
+    """Refuse anything but a new document or a saved session, and what cannot be told of one.
+
+    Raises
+    ------
+    InputError
+    """
+    if (request.document is None) == (request.session is None):
+        raise InputError("give --document to begin with one, or --session to go on with what --save-session wrote")
+    if request.session is not None and not request.session.is_file():
+        raise InputError(f"--session must be a file that --save-session wrote, and {request.session} is none")
+    if request.session is not None and request.explain is not None:
+        raise InputError("--explain shows a document, and a saved session holds tokens only; leave one of them out")
 
 
 def _check_model_directory(directory: Path) -> None:
@@ -188,12 +218,16 @@ def _load_tokenizer(directory: Path) -> Any:
 
 
 def _prompt(tokenizer: Any, document: str, request: Request) -> tuple[str, bool]:
-    """The document and then the question, in the model's chat form if it has one; whether it has none."""
-    text = f"{document}\n\n{request.question}"
+    """The document and then the question, in the model's chat form if it has one; whether a text begins here.
+
+    In a saved session the question alone, as one more turn.
+    """
+    going_on = request.session is not None
     if not request.chat_template or tokenizer.chat_template is None:
-        return text, True
-    turns = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False
+        return f"{document}\n\n{request.question}", not going_on
+    turns = [{"role": "user", "content": request.question if going_on else f"{document}\n\n{request.question}"}]
+    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    return text.removeprefix(tokenizer.bos_token or "") if going_on else text, False
 
 
 def _encode(tokenizer: Any, text: str, *, plain: bool) -> torch.Tensor:
@@ -204,7 +238,7 @@ def _encode(tokenizer: Any, text: str, *, plain: bool) -> torch.Tensor:
     return ids
 
 
-def _check_page(path: Path) -> None:
+def _check_page(option: str, path: Path) -> None:
     """Refuse a place where no file can be written, before anything runs.
 
     Raises
@@ -212,10 +246,10 @@ def _check_page(path: Path) -> None:
     InputError
     """
     if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--explain must be a file in a folder that exists, got {path}")
+        raise InputError(f"{option} must be a file in a folder that exists, got {path}")
 
 
-def _check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+def check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
     """Refuse a prompt that runs past the positions the model was made for.
 
     Raises

@@ -183,6 +183,15 @@ class Arena:
         self._take(wanted.ravel())
         return wanted
 
+    def claim(self, frames: IntArray) -> bool:
+        """Take just these frame ids, of any shape; False, and none is taken, when one is taken or named twice."""
+        flat = frames.ravel()
+        free = all(slab.free[flat[inside] - slab.first].all() for slab, inside in self._by_slab(flat))
+        if not free or np.unique(flat).size != flat.size:
+            return False
+        self._take(flat)
+        return True
+
     def release(self, frames: IntArray) -> None:
         """Free these frame ids, of any shape."""
         flat = frames.ravel()

@@ -21,6 +21,11 @@ class ColumnHistory:
         self._stretches = list(stretches)
 
     @property
+    def stretches(self) -> Sequence[tuple[int, Spans | None]]:
+        """All of them, in order."""
+        return self._stretches
+
+    @property
     def empty(self) -> bool:
         """Whether no column was ever noted."""
         return not self._stretches

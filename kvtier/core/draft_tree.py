@@ -10,12 +10,12 @@ from typing import TypeAlias
 from kvtier.errors import InputError
 from kvtier.kernels.gather_attention.extras import MOST_DRAFTS
 
-__all__ = ["DraftTree", "Parents", "Path", "RowTree", "rows_of_path"]
+__all__ = ["DraftTree", "Parents", "RowTree", "TreePath", "rows_of_path"]
 
 Parents: TypeAlias = Sequence[int | None]
 """Of each drafted token the number of the one it follows; None for one that follows the last token held."""
 
-Path: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+TreePath: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 """Numbers of drafted tokens from one without a parent downwards: of every row, or of each row its own."""
 
 
@@ -164,7 +164,7 @@ class RowTree:
             above = token
 
 
-def rows_of_path(path: Path, rows: int) -> list[list[int]]:
+def rows_of_path(path: TreePath, rows: int) -> list[list[int]]:
     """The path of each of ``rows`` rows.
 
     Raises

@@ -10,7 +10,7 @@ import torch
 
 from kvtier.core.attention import AnySequence, Queries
 from kvtier.core.batch import Batch
-from kvtier.core.draft_tree import DraftTree, Path, RowTree, rows_of_path
+from kvtier.core.draft_tree import DraftTree, RowTree, TreePath, rows_of_path
 from kvtier.core.kept import KeptSequence
 from kvtier.core.raw import RawTokens
 from kvtier.core.step import Row, Step, joined
@@ -175,7 +175,7 @@ class Drafts:
         self._softmax[layer], self._attended[layer] = how, index + 1
         return joined(outs, step, query, self._memory.layout.layers[layer].value_dim)
 
-    def choose(self, path: Path) -> Accepted:
+    def choose(self, path: TreePath) -> Accepted:
         """What a path, or one for each row, asks to append.
 
         Raises

@@ -122,6 +122,11 @@ class LayerGroup:
             return 0
         return pages * self.heads * self.retrieval.sketch_bytes(self.layer.key_dim, DTYPE_BYTES[self.layer.dtype])
 
+    def one_run_each(self) -> int:
+        """Frames with which one sequence of every layer goes on in a run of its own, with room to grow."""
+        blocks = (ROOM_BLOCKS + 1) * self.block_tokens // self.page_tokens
+        return len(self.layers) * self.heads * blocks
+
     def new_tail(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """An uninitialised tail K [Hk, tokens, Dk], V [Hk, tokens, Dv], counted."""
         self.ledger.take("tails", self.tail_bytes(tokens))
@@ -133,18 +138,13 @@ class LayerGroup:
         """A tail of this many tokens was dropped."""
         self.ledger.give("tails", self.tail_bytes(tokens))
 
-    def _one_run_each(self) -> int:
-        """Frames with which one sequence of every layer goes on in a run of its own, with room to grow."""
-        blocks = (ROOM_BLOCKS + 1) * self.block_tokens // self.page_tokens
-        return len(self.layers) * self.heads * blocks
-
     def _growth(self, short: int) -> int:
         """Frames to add when ``short`` are missing: what is planned, at least an eighth, within the room for pages."""
         held = self.arena.total_frames
         wanted = max(short, self.planned_frames - held, held // 8)
         room = self.ledger.page_room()
         if room is None:
-            return max(wanted, self._one_run_each())
+            return max(wanted, self.one_run_each())
         frames = min(wanted, max(0, room) // self.arena.frame_bytes)
         worthwhile = frames >= short or frames >= max(held // 8, self.heads)
         return frames if worthwhile else 0

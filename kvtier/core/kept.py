@@ -65,12 +65,15 @@ class KeptSequence:
     compact: Rope | None = None
 
     @classmethod
-    def of(cls, group: LayerGroup, keys: torch.Tensor, values: torch.Tensor, positions: IntArray) -> KeptSequence:
-        """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes."""
+    def of(
+        cls, group: LayerGroup, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, capacity: int = 0
+    ) -> KeptSequence:
+        """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes, with ``capacity`` if close."""
         count = keys.shape[1]
-        held_keys, held_values = _buffers(group, count + _SLACK)
+        room = capacity if count < capacity <= count + 4 * _SLACK else count + _SLACK
+        held_keys, held_values = _buffers(group, room)
         held_keys[:, :count], held_values[:, :count] = keys, values
-        votes, last = _no_votes(group, count + _SLACK), int(positions.max())
+        votes, last = _no_votes(group, room), int(positions.max(initial=-1))
         return cls(group, held_keys, held_values, positions.copy(), votes, last_position=last, seen=count)
 
     @property

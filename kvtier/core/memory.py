@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +120,40 @@ class Memory:
 
         self._check_open()
         return Session(self)
+
+    def restore(self, path: Path | str, *, model: str | None = None) -> Session:
+        """A session as `Session.save` wrote it, within the device budget of this memory.
+
+        Parameters
+        ----------
+        path : Path or str
+        model : str, optional
+            What was given to `Session.save`.
+
+        Raises
+        ------
+        RecordFormatError
+            The file is no saved session, is damaged or cut short, or of a newer version.
+        ConfigError
+            It was saved for another model, layout, policy or budget of tokens.
+        StorageError
+            It cannot be read.
+        CapacityError
+            When no tier has room.
+
+        Notes
+        -----
+        Nothing is held after an error. Contents are the same to the bit. Without a device budget and beside no other
+        session pages lie where they lay, too, and so attention gives the same bits; under a budget the order of sums
+        depends on which pages are on the device.
+        """
+        session = self.session()
+        try:
+            session.load(path, model=model)
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def probe(self, *, layers: int, columns: int) -> ProbeSession:
         """A session for the first run of a prompt of ``columns`` through the first ``layers``; no policy acts on it."""

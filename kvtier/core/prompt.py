@@ -45,6 +45,11 @@ class PromptTracker:
     moments: dict[tuple[int, int], Moments] = field(default_factory=dict)
     ended: dict[int, Queries] = field(default_factory=dict)
 
+    @property
+    def watched(self) -> bool:
+        """Whether anything of a running prompt is remembered for a policy."""
+        return bool(self.windows or self.sums or self.moments or self.ended)
+
     def announce(self, end: int) -> None:
         """A prompt ends at column ``end``."""
         self.announced, self.end = True, end

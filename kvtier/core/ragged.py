@@ -71,8 +71,14 @@ class HeadPages:
         CapacityError
             When no tier has room; nothing is held then.
         """
+        return cls.over(group, _stored(group, keys, values), counts, positions)
+
+    @classmethod
+    def over(cls, group: LayerGroup, flat: IntArray, counts: IntArray, positions: IntArray) -> HeadPages:
+        """Hold the pages ``flat``, those of one head after those of another; they are the caller's to give."""
         columns = -(-counts // group.page_tokens)
-        flat = _stored(group, keys, values)
+        if not flat.size:
+            return cls(group, np.empty((group.heads, 0), dtype=np.int64), counts, positions)
         first = np.cumsum(columns) - columns
         places = first[:, None] + np.minimum(np.arange(int(columns.max())), columns[:, None] - 1)
         return cls(group, flat[places], counts, positions)

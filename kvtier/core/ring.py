@@ -123,6 +123,23 @@ class WindowSequence:
         self.behind, self.start = 0, 0
         self.version = object()
 
+    def put_back(self, keys: torch.Tensor, values: torch.Tensor, positions: IntArray, *, seen: int, start: int) -> None:
+        """Hold tokens K [Hk, n, Dk], V [Hk, n, Dv] of a saved window, the last of them at ``positions``; must be empty.
+
+        Those before them are kept if the chunk that is not full yet has them. The window begins at ``start`` of the
+        buffer, if there is room.
+        """
+        held = keys.shape[1]
+        if held > self.keys.shape[1]:
+            self._move(held)
+        behind = held - positions.size
+        self.start = start if start + positions.size <= self.keys.shape[1] else behind
+        span = slice(self.start - behind, self.start + positions.size)
+        self.keys[:, span], self.values[:, span] = keys, values
+        self.positions, self.seen, self.behind = positions, seen, behind
+        self._keep_last(positions.size)
+        self.version = object()
+
     def settle(self) -> None:
         """Shrink an outgrown buffer back; called when the step that needed it is over."""
         if not self.recording:

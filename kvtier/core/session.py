@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from kvtier.core.appending import Appending
 from kvtier.core.attention import Queries
-from kvtier.core.batch import Batch, distinct_rows
 from kvtier.core.checks import check_keys, check_queries, layer_of, spans_of
-from kvtier.core.columns import ColumnHistory
-from kvtier.core.draft_tree import DraftTree, Path
+from kvtier.core.draft_tree import DraftTree, TreePath
 from kvtier.core.drafts import Drafts, Softmax
 from kvtier.core.explain import LayerExplanation, explain_layers
 from kvtier.core.guarded import guarded
-from kvtier.core.prompt import PromptTracker
-from kvtier.core.raw import RawTokens
 from kvtier.core.readout import read_tokens
 from kvtier.core.report import SessionReport, session_report
 from kvtier.core.restore import Restoration
-from kvtier.core.step import Step, joined
+from kvtier.core.saved.load import open_saved
+from kvtier.core.saved.save import Seen, save_batch
+from kvtier.core.step import joined
 from kvtier.errors import InputError, SessionStateError
 
 if TYPE_CHECKING:
@@ -32,10 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-_names = itertools.count()
 
-
-class Session:
+class Session(Appending):
     """Sequences of one batch; made by ``Memory.session()``.
 
     Every layer is fed in the same way: ``append`` its new keys and values, then ``attend`` with its queries. Padding
@@ -47,22 +42,9 @@ class Session:
     """
 
     def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-        self._name = next(_names)
-        self._batch = Batch(memory, [], PromptTracker())
-        self._columns = [0] * len(memory.layout.layers)
-        self._history = ColumnHistory()
-        self._raw = RawTokens(memory.ledger_of)
+        super().__init__(memory)
         self._drafts = Drafts(memory, self._raw)
-        self._recording = False
-        self._unusable: str | None = None
-        self._step: Step | None = None
         self._seconds = {"append": 0.0, "attend": 0.0}
-
-    @property
-    def length(self) -> int:
-        """Columns that every layer has seen, padding included."""
-        return min(self._columns)
 
     @property
     def croppable(self) -> int:
@@ -73,11 +55,6 @@ class Session:
     def drafted(self) -> int:
         """Columns that are drafted and wait for ``accept``; ``length`` does not count them."""
         return self._drafts.columns
-
-    @property
-    def rows(self) -> int:
-        """Sequences held; 0 before the first append."""
-        return len(self._batch.rows)
 
     @guarded
     def expect(self, tokens: int) -> None:
@@ -236,7 +213,7 @@ class Session:
         self._batch.prompt.crop(self.length)
 
     @guarded
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Append the drafted tokens on a path and forget the others, as if only those had ever been appended.
 
         Parameters
@@ -288,6 +265,61 @@ class Session:
         self._columns = [columns] * len(self._columns)
 
     @guarded
+    def save(
+        self, path: Path | str, *, model: str | None = None, attached: Mapping[str, torch.Tensor] | None = None
+    ) -> int:
+        """Write everything this session holds into one file, which `Memory.restore` takes back, in any process.
+
+        Parameters
+        ----------
+        path : Path or str
+            The file is there whole or not at all, synced; one that was there before is replaced.
+        model : str, optional
+            What the keys and values were made with, as ``kvtier.fingerprint`` names it; must be given again.
+        attached : mapping of str to Tensor, optional
+            What `load` is to return.
+
+        Returns
+        -------
+        int
+            Bytes of the file.
+
+        Raises
+        ------
+        SessionStateError
+            Within a step, a draft, or a prompt whose attention the policy watches.
+        PagesLostError
+            When a page in a lower tier is damaged or cannot be read; no file is left.
+        StorageError
+            When the file cannot be written; no file is left, and an old one stays.
+
+        Notes
+        -----
+        Pages that rows share are written once; logs and counts for reports are not. Other sessions of the memory wait.
+        """
+        self._check_finished()
+        self._drafts.refuse("the session is saved")
+        seen = Seen(self.length, self._history, self._recording)
+        return save_batch(Path(path), self._batch, seen, model=model, attached=attached or {})
+
+    @guarded
+    def load(self, path: Path | str, *, model: str | None = None) -> dict[str, torch.Tensor]:
+        """Become, from empty, what `save` wrote, and return what was attached; raises as `Memory.restore`.
+
+        After an error the session is unchanged, or can only be closed.
+        """
+        if self.rows:
+            raise SessionStateError(f"only an empty session can be loaded, and this one holds {self.rows} rows")
+        with open_saved(Path(path), self.memory, model) as saved, self._or_unusable("loading"):
+            held = saved.description
+            self._recording = held.recording
+            self._open(len(held.rows))
+            self.memory.plan(self._name, self.rows, held=0, coming=saved.tokens, chunk=self.memory.layout.chunk_tokens)
+            saved.fill(self._batch)
+            self._history, self._columns = saved.history, [held.columns] * len(self._columns)
+            return saved.attached()
+
+    @guarded
     def report(self) -> SessionReport:
         """What this session and the memory under it hold, read and spent."""
         return session_report(self._batch, tokens=self.length, seconds=self._seconds)
@@ -307,92 +339,6 @@ class Session:
             self._raw.drop_all()
             self._unusable = _CLOSED
             self.memory.finish(self._name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _extend(
-        self,
-        layer: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        positions: torch.Tensor,
-        spans: Sequence[slice] | None,
-    ) -> None:
-        """Append for good."""
-        held, (rows, _, tokens, _) = self.rows, keys.shape
-        leading = self._columns[layer] == max(self._columns)
-        if leading:
-            # Whoever counts positions up in place gives the same tensor again.
-            self._step = None
-        step = self._step_of(positions, spans, rows, tokens)
-        self._batch.check_order(layer, step)
-        if tokens > 1:
-            self._batch.prompt.check(self._columns[layer], tokens)
-        if leading:
-            self._check_finished()
-        try:
-            if not held:
-                self._open(rows)
-            self._raw.hold(layer, keys, values)
-            if leading:
-                self._begin_step(keys, values, spans)
-            self._batch.append(layer, keys, values, step)
-        except BaseException as error:
-            self._fail("an append", error)
-            raise
-        self._columns[layer] += tokens
-        if tokens > 1:
-            self._batch.prompt.appended(self._columns[layer], tokens)
-
-    def _step_of(self, positions: torch.Tensor, spans: Sequence[slice] | None, rows: int, tokens: int) -> Step:
-        """Positions and spans, checked and on the host; read once for all layers of a step."""
-        step = self._step
-        if step is None or step.positions is not positions or step.spans is not spans or step.shape != (rows, tokens):
-            step = self._step = Step(positions, spans, rows, tokens)
-        return step
-
-    def _check_finished(self) -> None:
-        """Refuse to begin a step while a layer lacks the one before."""
-        columns, length = max(self._columns), self.length
-        if columns != length:
-            behind = self._columns.index(length)
-            raise SessionStateError(
-                f"layer {behind} has seen {length} of {columns} columns: the last step did not finish; append() "
-                "to it first, or close this session"
-            )
-
-    def _open(self, rows: int) -> None:
-        """Start the rows, in the state that was asked for before there were any."""
-        self._batch.open(rows)
-        self._batch.record(self._recording)
-
-    @contextmanager
-    def _or_unusable(self, what: str) -> Iterator[None]:
-        """After an error in here the session can only be closed."""
-        try:
-            yield
-        except BaseException as error:
-            self._fail(what, error)
-            raise
-
-    def _fail(self, what: str, error: BaseException) -> None:
-        self._unusable = f"{what} failed before ({error}); close this session and start again"
-
-    def _begin_step(self, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[slice] | None) -> None:
-        """Once per step: note the columns, and plan the memory of a prompt."""
-        tokens = keys.shape[2]
-        first = self._history.empty
-        self._history.note(tokens, None if spans is None else tuple((span.start, span.stop) for span in spans))
-        if first or tokens > self.memory.layout.block_tokens:
-            coming = max(tokens, (self._batch.prompt.end or 0) - self.length)
-            rows, probing = distinct_rows(keys, values), self._batch.probing
-            self.memory.plan(self._name, rows, held=self.length, coming=coming, chunk=tokens, probing=probing)
 
 
 _CLOSED = "this session is closed; make a new one with memory.session()"

@@ -105,7 +105,11 @@ class PageStore:
         frames = self._frames_behind(held, columns) if held is not None and held.size else None
         if frames is None:
             frames = self._new_run(heads, columns, 0 if held is None else held.shape[1])
-        pages = self.table.allocate(heads, columns)
+        return self.new_pages_at(frames)
+
+    def new_pages_at(self, frames: IntArray) -> IntArray:
+        """Ids [heads, columns] of new pages in these frames, which the caller has taken and fills at once."""
+        pages = self.table.allocate(*frames.shape)
         self.table.slot[DEVICE][pages] = frames
         self.table.copy[DEVICE][pages] = True
         self.table.last_use[pages] = self.clock

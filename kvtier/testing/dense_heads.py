@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
+from kvtier.core.draft_tree import DraftTree, TreePath, rows_of_path
 from kvtier.testing.dense import reduce_heads
 from kvtier.testing.plain_drafts import PlainColumns, PlainDrafts, PlainLine
 from kvtier.types import GroupReduce, KVLayout
@@ -196,7 +196,7 @@ class DenseHeadsSession:
                 held.cut(count)
         self.length -= remove
 
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Append the drafted tokens of a path, and forget the others."""
         paths = rows_of_path(path, self.rows)
         for (layer, row), line in self._drafts.take(paths, len(self.layers)).items():

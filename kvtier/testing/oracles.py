@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
+from kvtier.core.draft_tree import DraftTree, TreePath, rows_of_path
 from kvtier.errors import SessionStateError
 from kvtier.testing.plain_drafts import PlainDrafts, PlainLine
 from kvtier.types import KVLayout
@@ -165,7 +165,7 @@ class PlainSession:
             raise SessionStateError(f"crop takes 0 to {self.length} columns, got {remove}")
         self._keep_columns(torch.arange(self.length - remove))
 
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Append the drafted tokens of a path, or of one for each row, and forget the others."""
         self._check_open()
         if not self._drafts.pending:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvtier.core.compose import BoundPolicy
-from kvtier.core.draft_tree import DraftTree, Path, rows_of_path
+from kvtier.core.draft_tree import DraftTree, TreePath, rows_of_path
 from kvtier.core.policy import Need, Phase, PositionMode, Scope, SelectionPolicy
 from kvtier.core.stats import QueryMoments, SlotView, Stats
 from kvtier.testing.dense import reduce_heads
@@ -118,7 +118,7 @@ class PlainPolicySession:
         self.columns = [columns - remove for columns in self.columns]
         self.end = None if self.end is None else min(self.end, self.length)
 
-    def accept(self, path: Path) -> None:
+    def accept(self, path: TreePath) -> None:
         """Append the drafted tokens of a path one by one, each followed by its step's eviction."""
         paths = rows_of_path(path, self.rows)
         for (layer, row), line in self.drafts.take(paths, len(self.columns)).items():

@@ -11,7 +11,9 @@ Subclass ``SessionMachine``, set what differs (layout, policy, budgets, tiers), 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtier.config import load_config
 from kvtier.core.compose import policy
-from kvtier.core.draft_tree import DraftTree, Path, RowTree
+from kvtier.core.draft_tree import DraftTree, RowTree, TreePath
 from kvtier.core.memory import Memory
 from kvtier.core.policy import Policy
 from kvtier.core.session import Session
@@ -75,7 +77,7 @@ class Oracle(Protocol):
     def crop(self, remove: int, /) -> None:
         """Columns are forgotten."""
 
-    def accept(self, path: Path, /) -> object:
+    def accept(self, path: TreePath, /) -> object:
         """What is drafted is committed, or not."""
 
     def close(self) -> None:
@@ -100,7 +102,7 @@ def small_layout(window: int | None = None, *, heads: int = 2, group: int = 2, r
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Random appends, forks, crops, reorders, drafts, demotions and promotions against an oracle.
+    """Random appends, forks, crops, reorders, drafts, saves, demotions and promotions against an oracle.
 
     Attributes
     ----------
@@ -249,6 +251,17 @@ class SessionMachine(RuleBasedStateMachine):
         session.accept(paths)
         plain.accept(paths)
         self.next_position[self.current] += max(map(len, paths))
+
+    @rule()
+    def save_and_restore(self) -> None:
+        """Save to a file, close, and go on with what the file gives back."""
+        session, _ = self.pairs[self.current]
+        note(f"save and restore session {self.current}")
+        with tempfile.TemporaryDirectory(prefix="kvtier-machine-") as directory:
+            path = Path(directory) / "session.kvs"
+            session.save(path, model="machine")
+            session.close()
+            self.pairs[self.current] = (self.memory.restore(path, model="machine"), self.pairs[self.current][1])
 
     @rule(share=st.floats(0, 1))
     def demote(self, share: float) -> None:

@@ -106,6 +106,39 @@ def test_the_next_run_finds_the_document_in_the_store(
     assert "first token after" in table
 
 
+def test_a_saved_session_goes_on_in_another_process(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a policy that has evicted by then, and not what the second question is about."""
+    file, options = tmp_path / "session.kvs", {"policy": "streamingllm", "keep": 500, "json": True}
+    assert run(words(saved, save_session=file, **options)) == 0
+    today = json.loads(capsys.readouterr().out)
+    later = words(saved, document=None, session=file, question=question(saved.planted.needles[1]), **options)
+    told = subprocess.run([sys.executable, "-m", "kvtier.cli", *later], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    tomorrow = json.loads(told.stdout)
+
+    assert today["session_bytes"] == file.stat().st_size
+    assert today["answer"] == saved.planted.needles[0].answer
+    assert tomorrow["answer"] == saved.planted.needles[1].answer
+    assert tomorrow["prompt_tokens"] > today["prompt_tokens"] + today["new_tokens"]
+    assert "streamingllm(" in refused(words(saved, document=None, session=file), capsys)
+
+
+def test_sessions_that_cannot_go_on(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "session.kvs"
+    broken.write_bytes(b"no session" * 1000)
+
+    assert "--document" in refused(words(saved, document=None), capsys)
+    assert "--document" in refused(words(saved, session=broken), capsys)
+    assert "is none" in refused(words(saved, document=None, session=tmp_path / "missing"), capsys)
+    assert "--explain" in refused(words(saved, document=None, session=broken, explain=tmp_path / "page.html"), capsys)
+    assert "--save-session" in refused(words(saved, save_session=tmp_path), capsys)
+    filtered = words(saved, policy="gemfilter", keep=100, save_session=tmp_path / "other.kvs")
+    assert "leaves out" in refused(filtered, capsys)
+    assert "cannot be restored" in refused(words(saved, document=None, session=broken), capsys)
+
+
 def test_answer_and_table(saved: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words(saved, quiet=True)) == 0
 
