@@ -311,8 +311,9 @@ def test_what_cannot_be_saved_says_why(memory: Memory, tmp_path: Path) -> None:
     with pytest.raises(SessionStateError, match="layer 1 has seen 0 of 9 columns"):
         session.save(tmp_path / "half")
     with filled(memory) as drafting:
-        source.position = drafting.length
-        draft = source.take(1)
+        drafts = StepSource(LAYOUT, rows=drafting.rows)
+        drafts.position = drafting.length
+        draft = drafts.take(1)
         drafting.append(0, draft.keys[0], draft.values[0], draft.positions, tree=DraftTree.of([None]))
         with pytest.raises(SessionStateError, match="drafted tokens are pending"):
             drafting.save(tmp_path / "draft")
