@@ -75,15 +75,6 @@ INLINE void logits_of(int R, int type, const float *q, const Shape *shape, const
     }
 }
 
-/* tanh by exp of what is not positive. */
-INLINE vf capped(vf x, float softcap) {
-    vi negative = x < 0.0f;
-    vf size = (vf)((vi)x & 0x7fffffff);
-    vf e = exp_of(size * (-2.0f / softcap));
-    vf t = softcap * ((1.0f - e) / (1.0f + e));
-    return (vf)((vi)t | (negative & (vi)splat(-0.0f)));
-}
-
 /* Logits to weights, in place; the state is scaled down to the new greatest logit. */
 INLINE void weigh(int R, const Shape *shape, int count, float *weights, float *greatest, float *total, float *out) {
     for (int r = 0; r < R; r++) {
