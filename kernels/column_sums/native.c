@@ -85,7 +85,7 @@ static void pack(const Problem *p, int64_t head, int64_t first, int lanes, int p
         const int64_t query = first + (i < count ? i : 0);
         const char *row = query_at(p, head, query);
         panel.lse[i] = lse_at(p, head, query);
-        panel.places[i] = i < count ? query_place(p, head, query) : INT32_MIN;
+        panel.places[i] = i < count ? query_place(p, head, query) : -1;
         if (panel.places[i] < panel.range[0]) panel.range[0] = panel.places[i];
         if (panel.places[i] > panel.range[1]) panel.range[1] = panel.places[i];
         for (int64_t d = 0; pairs && d < p->dim / 2; d++) memcpy(panel.channels + d * lanes + i, row + 4 * d, 4);

@@ -25,6 +25,8 @@ MOST_DIM: Final = 256
 """Channels, as in ``native.c``."""
 MOST_QUERIES: Final = 1024
 """Queries that are laid out for one pass over the keys; bounds the memory for it, and more gain nothing."""
+_FAR: Final = 2**31 - 1
+"""Positions are compared in 32 bit."""
 _TRIAL_LIMIT: Final = 1e-4
 
 
@@ -50,7 +52,8 @@ def column_sums(
     sums = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
     lse = lse.to(torch.float32).contiguous()
     if visible is not None:
-        visible = Visibility(visible.q_pos.contiguous(), visible.k_pos.contiguous(), visible.window)
+        q_pos, k_pos = (places.to(torch.int64).contiguous() for places in visible[:2])
+        visible = Visibility(q_pos, k_pos, visible.window and min(visible.window, _FAR))
     for at in range(0, q.shape[2], MOST_QUERIES):
         _add(sums, q[:, :, at : at + MOST_QUERIES], lse[:, :, at:], k, scale, softcap, visible, at)
     return sums
