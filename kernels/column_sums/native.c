@@ -17,7 +17,7 @@
 #define AHEAD 16     /* keys that are fetched before they are needed */
 #define NEVER INT32_MAX
 
-enum { PAIRS = 2 }; /* a third kind of operand: two bf16 in 32 bits, multiplied as they are */
+enum { BOTH_BF16 = 2 }; /* a third kind of operand: two bf16 in 32 bits, multiplied by two as they are */
 
 /* Strides in bytes, those of lse and q_pos in elements. */
 typedef struct {
@@ -114,9 +114,9 @@ INLINE void tile_of(int V, int type, int masked, const Problem *p, Panel panel, 
     vf sum[2 * TILE];
     for (int j = 0; j < TILE; j++)
         row[j] = keys->rows + (at + j < keys->count ? at + j : keys->count - 1) * keys->stride;
-    for (int j = 0; j < TILE; j++) fetch(keys, at + j + TILE, p->dim * (type == PAIRS ? 2 : 4));
+    for (int j = 0; j < TILE; j++) fetch(keys, at + j + TILE, p->dim * (type == BOTH_BF16 ? 2 : 4));
     for (int i = 0; i < V * TILE; i++) sum[i] = (vf){0};
-    const int64_t words = type == PAIRS ? p->dim / 2 : p->dim;
+    const int64_t words = type == BOTH_BF16 ? p->dim / 2 : p->dim;
     for (int64_t d = 0; d < words; d++) {
         vf query[2];
         for (int v = 0; v < V; v++) memcpy(&query[v], panel.channels + (d * V + v) * LANES, sizeof(vf));
@@ -125,7 +125,7 @@ INLINE void tile_of(int V, int type, int masked, const Problem *p, Panel panel, 
             memcpy(&key, row[j] + 4 * d, sizeof key);
             for (int v = 0; v < V; v++) {
 #if defined(__AVX512BF16__)
-                if (type == PAIRS) {
+                if (type == BOTH_BF16) {
                     __m512bh two = (__m512bh)_mm512_set1_ps(key);
                     sum[j * V + v] = (vf)_mm512_dpbf16_ps((__m512)sum[j * V + v], (__m512bh)query[v], two);
                     continue;
@@ -167,8 +167,8 @@ INLINE void panels_over(int V, int type, const Problem *p, float *panels, int64_
     }
 PANELS_OVER(f32_by_16, 1, F32)
 PANELS_OVER(f32_by_32, 2, F32)
-PANELS_OVER(pairs_by_16, 1, PAIRS)
-PANELS_OVER(pairs_by_32, 2, PAIRS)
+PANELS_OVER(pairs_by_16, 1, BOTH_BF16)
+PANELS_OVER(pairs_by_32, 2, BOTH_BF16)
 
 /* R queries, channels [R][dim], and 16 / R keys at a time: the 16 products fill a vector, query by query. */
 INLINE void rows_over(int R, int type, const Problem *p, const float *q, const float *lse, const int32_t *places,
