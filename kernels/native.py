@@ -50,11 +50,8 @@ class Built(NamedTuple):
 @functools.cache
 def built(operator: str) -> Built:
     """The compiled C of an operator, ``native.c`` and any other in its folder; tried once in a process."""
-    sources = sorted((_HERE / operator).glob("*.c"))
     try:
-        if not sources:
-            raise _CannotBuildError(f"{_HERE / operator} has no C sources")
-        directory = _directory()
+        sources, directory = _sources(operator), _directory()
         target = directory / f"{operator}-{_key(sources)}.so"
         if not target.exists():
             _compile(sources, target)
@@ -88,6 +85,13 @@ def threads_for(multiplications: int) -> int:
 
 class _CannotBuildError(Exception):
     """Why nothing was compiled; told by ``kvtier doctor``, never raised to a caller."""
+
+
+def _sources(operator: str) -> list[Path]:
+    sources = sorted((_HERE / operator).glob("*.c"))
+    if not sources:
+        raise _CannotBuildError(f"{_HERE / operator} holds no C")
+    return sources
 
 
 def _directory() -> Path:

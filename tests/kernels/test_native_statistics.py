@@ -217,9 +217,7 @@ def test_what_it_does_not_serve_goes_to_plain_torch(dtype: torch.dtype, dim: int
 
 @needs_native
 @pytest.mark.parametrize("module", [sums, summaries], ids=["column_sums", "page_summaries"])
-def test_other_devices_and_wrong_answers_are_obstacles(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_devices_and_wrong_answers_are_obstacles(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.obstacle(torch.device("cuda")) == "is for CPUs"
     monkeypatch.setattr(module, "_trusted", lambda: False)
     assert module.obstacle(CPU) == "its answers to a trial are wrong"
