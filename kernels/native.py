@@ -1,7 +1,7 @@
 """Kernels in C for the CPU: compiled on this machine when one is first asked for, kept, and done without where not.
 
-Nothing happens at import. The first use of an operator compiles its ``native.c`` for exactly this CPU (about a second)
-into the user's cache directory; later processes load what is there and need no compiler.
+Nothing happens at import. The first use of an operator compiles its C for exactly this CPU (a second or two) into
+the user's cache directory; later processes load what is there and need no compiler.
 """
 
 from __future__ import annotations
