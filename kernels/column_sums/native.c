@@ -287,21 +287,23 @@ void kvtier_column_sums(const char *q, int q_type, const float *lse, const char 
                         int64_t group, int64_t queries, int64_t length, int64_t dim, int64_t q_outer, int64_t q_head,
                         int64_t q_slot, int64_t k_outer, int64_t k_head, int64_t k_slot, int64_t lse_head,
                         int64_t q_pos_outer, float scale, float softcap, int threads, float *panels, float *sums) {
-    const Problem p = {q,      k,      lse,    q_pos,   k_pos,  q_type, k_type,   k_heads,     window, heads, group, queries,
-                       length, dim,    q_outer, q_head, q_slot, k_outer, k_head,  k_slot,      lse_head, q_pos_outer, scale,
-                       softcap};
+    const Problem p = {q,      k,      lse,    q_pos,   k_pos,   q_type,   k_type,      k_heads,
+                       window, heads,  group,  queries, length,  dim,      q_outer,     q_head,
+                       q_slot, k_outer, k_head, k_slot, lse_head, q_pos_outer, scale,   softcap};
 #if defined(__AVX512BF16__)
     const int pairs = q_type == BF16 && k_type == BF16;
 #else
     const int pairs = 0;
 #endif
     const int few = queries <= FEW, lanes = lanes_of(queries);
-    const int64_t each = few ? 0 : (queries + lanes - 1) / lanes, blocks = (length + BLOCK - 1) / BLOCK;
+    const int64_t each = (queries + lanes - 1) / lanes, blocks = (length + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        if (!few) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < batch * heads * group * each; i++)
-            pack(&p, i / each, i % each * lanes, lanes, pairs, panel_at(panels, i, dim, lanes));
+            for (int64_t i = 0; i < batch * heads * group * each; i++)
+                pack(&p, i / each, i % each * lanes, lanes, pairs, panel_at(panels, i, dim, lanes));
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < batch * heads * blocks; task++) {
             if (few) over_few(&p, task / blocks, task % blocks * BLOCK, sums);
