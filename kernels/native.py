@@ -1,7 +1,7 @@
 """Kernels in C for the CPU: compiled on this machine when one is first asked for, kept, and done without where not.
 
-Nothing happens at import. The first use of an operator compiles its ``native.c`` for exactly this CPU (about a second)
-into the user's cache directory; later processes load what is there and need no compiler.
+Nothing happens at import. The first use of an operator compiles its C for exactly this CPU (a second or two) into
+the user's cache directory; later processes load what is there and need no compiler.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(operator: str) -> Built:
-    """The compiled ``native.c`` of an operator; tried once in a process."""
-    source = _HERE / operator / "native.c"
+    """The compiled C of an operator, ``native.c`` and any other in its folder; tried once in a process."""
     try:
-        directory = _directory()
-        target = directory / f"{operator}-{_key(source)}.so"
+        sources, directory = _sources(operator), _directory()
+        target = directory / f"{operator}-{_key(sources)}.so"
         if not target.exists():
-            _compile(source, target)
+            _compile(sources, target)
         # OpenMP is found in torch's own copy: one pool of threads, not two that get in each other's way.
         return Built(ctypes.CDLL(str(target)), None)
     except (OSError, RuntimeError, subprocess.SubprocessError, _CannotBuildError) as error:
@@ -88,6 +87,13 @@ class _CannotBuildError(Exception):
     """Why nothing was compiled; told by ``kvtier doctor``, never raised to a caller."""
 
 
+def _sources(operator: str) -> list[Path]:
+    sources = sorted((_HERE / operator).glob("*.c"))
+    if not sources:
+        raise _CannotBuildError(f"{_HERE / operator} holds no C")
+    return sources
+
+
 def _directory() -> Path:
     """The user's own directory for compiled kernels: what others could write there would run as this user."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -99,10 +105,10 @@ def _directory() -> Path:
     return directory
 
 
-def _key(source: Path) -> str:
+def _key(sources: Sequence[Path]) -> str:
     """Of all that the machine code depends on: sources, flags, and the CPU, since home directories move."""
     digest = hashlib.blake2b(digest_size=12)
-    for part in (source.read_bytes(), _HEADER.read_bytes(), " ".join(_FLAGS).encode(), _cpu().encode()):
+    for part in (*(path.read_bytes() for path in (*sources, _HEADER)), " ".join(_FLAGS).encode(), _cpu().encode()):
         digest.update(hashlib.blake2b(part).digest())
     return digest.hexdigest()
 
@@ -117,15 +123,17 @@ def _cpu() -> str:
     return f"{platform.machine()} {platform.processor()} {sorted(set(told))}"
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(sources: Sequence[Path], target: Path) -> None:
     compiler = next((found for found in map(shutil.which, _COMPILERS) if found), None)
     if compiler is None:
         raise _CannotBuildError(f"there is no C compiler ({', '.join(_COMPILERS)})")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        compiled, linked = Path(scratch) / "kernel.o", Path(scratch) / "kernel.so"
+        compiled = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        linked = Path(scratch) / "kernel.so"
         # Two steps: one with -fopenmp would link a second OpenMP beside torch's.
-        _run([compiler, *_FLAGS, "-I", str(_HERE), "-c", str(source), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
+        for source, into in zip(sources, compiled, strict=True):
+            _run([compiler, *_FLAGS, "-I", str(_HERE), "-c", str(source), "-o", into])
+        _run([compiler, "-shared", *compiled, "-o", str(linked), "-lm"])
         linked.replace(target)
 
 

@@ -120,3 +120,12 @@ INLINE vf exp_of(vf x) {
     vf two = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return (vf)((vi)(p * two) & ~under);
 }
+
+/* softcap * tanh(x / softcap), by exp of what is not positive. */
+INLINE vf capped(vf x, float softcap) {
+    vi negative = x < 0.0f;
+    vf size = (vf)((vi)x & 0x7fffffff);
+    vf e = exp_of(size * (-2.0f / softcap));
+    vf t = softcap * ((1.0f - e) / (1.0f + e));
+    return (vf)((vi)t | (negative & (vi)splat(-0.0f)));
+}

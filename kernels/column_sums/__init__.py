@@ -39,10 +39,23 @@ def _triton() -> ColumnSums:
     return triton
 
 
+def _native() -> ColumnSums:
+    from kvtier.kernels.column_sums import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.column_sums import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[ColumnSums](
     "column_sums",
     [
         Candidate("triton", _triton, "weights never leave the chip", triton_obstacle),
+        Candidate("native", _native, "weights never leave the registers", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "dense, in one piece"),
     ],

@@ -79,15 +79,6 @@ INLINE void logits_of(int R, int type, const char *q, const Shape *shape, const 
     }
 }
 
-/* tanh by exp of what is not positive. */
-INLINE vf capped(vf x, float softcap) {
-    vi negative = x < 0.0f;
-    vf size = (vf)((vi)x & 0x7fffffff);
-    vf e = exp_of(size * (-2.0f / softcap));
-    vf t = softcap * ((1.0f - e) / (1.0f + e));
-    return (vf)((vi)t | (negative & (vi)splat(-0.0f)));
-}
-
 /* Logits of `rows` queries to weights, in place; what is behind the last key in its vector gets none. Only a logit
    above all before makes the state shrink to it: most blocks have none. */
 static __attribute__((noinline)) void weigh(int64_t rows, const Shape *shape, int count, float *weights, State state) {

@@ -1,6 +1,7 @@
 """Box bounds in C: kmin and kmax are read once where they lie, 16 bit widened in registers.
 
-What it does not serve (several queries, fp16, fp64, odd head dimensions) goes to ``blocked``; so do the other scores.
+What it does not serve (several queries, fp16, fp64, odd head dimensions) goes to ``blocked``. Landmarks and bit planes
+are in ``products.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 from kvtier.kernels.native import ELEMENT_TYPES, built, function, threads_for
 from kvtier.kernels.page_scores import blocked
-from kvtier.kernels.page_scores.blocked import centroid_scores, landmark_scores, plane_scores
+from kvtier.kernels.page_scores.blocked import best_of_clusters
+from kvtier.kernels.page_scores.products import landmark_scores, plane_scores
 from kvtier.types import GroupReduce
 
 __all__ = ["box_scores", "centroid_scores", "landmark_scores", "obstacle", "plane_scores"]
@@ -50,6 +52,13 @@ def box_scores(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor, group_re
         _REDUCTIONS[group_reduce], splits, threads, scores.data_ptr(),
     )  # fmt: skip
     return scores
+
+
+def centroid_scores(
+    q: torch.Tensor, centroids: torch.Tensor, clusters: torch.Tensor, group_reduce: GroupReduce
+) -> torch.Tensor:
+    """Scores [B, Hk, N] of the best of the centroids [B, Hk, C, Dk] that a slot of a page belongs to."""
+    return best_of_clusters(landmark_scores(q, centroids, group_reduce), clusters)
 
 
 def _served(q: torch.Tensor, kmin: torch.Tensor, kmax: torch.Tensor) -> bool:

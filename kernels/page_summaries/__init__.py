@@ -35,10 +35,23 @@ def _triton() -> PageSummaries:
     return triton
 
 
+def _native() -> PageSummaries:
+    from kvtier.kernels.page_summaries import native
+
+    return native
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    from kvtier.kernels.page_summaries import native
+
+    return native.obstacle(device)
+
+
 OPERATOR: Final = Operator[PageSummaries](
     "page_summaries",
     [
         Candidate("triton", _triton, "pages are read once", triton_obstacle),
+        Candidate("native", _native, "keys are read once, as fast as memory gives them", _native_obstacle),
         Candidate("blocked", lambda: blocked, "fastest in plain torch"),
         Candidate("reference", lambda: reference, "slot by slot"),
     ],

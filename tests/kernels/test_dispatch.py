@@ -101,7 +101,8 @@ def test_chosen_covers_every_operator_folder() -> None:
 
 def test_chosen_reads_as_a_sentence() -> None:
     told = str(chosen("cpu"))
-    assert told.startswith("cpu: blocked for column_sums, ")
+    assert told.startswith("cpu: ")
+    assert " for column_sums" in told
     assert "fastest in plain torch" in told
 
 
