@@ -8,15 +8,14 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.storage_backends.segment.rows import FIELDS, Rows
-
-__all__ = ["NOWHERE", "IndexArray", "KeyArray", "RecordTable"]
+__all__ = ["NOWHERE", "IndexArray", "KeyArray", "RecordTable", "Rows", "join_keys"]
 
 KeyArray: TypeAlias = npt.NDArray[np.uint64]
 IndexArray: TypeAlias = npt.NDArray[np.int64]
+Rows: TypeAlias = npt.NDArray[np.void]
 
 NOWHERE = 0xFFFFFFFF
-"""The segment of a row that holds no record."""
+"""The place of a row that holds no record."""
 
 _EMPTY = -1
 _GONE = -2
@@ -31,17 +30,32 @@ _FEW_KEYS = 100
 
 
 class RecordTable:
-    """Rows `FIELDS` under keys of 32 bytes, in open addressing with linear probing.
+    """Rows of one type under keys of 32 bytes, in open addressing with linear probing.
 
     Rows lie in one array, the hash table holds their numbers; a row keeps its number while it lives. Whole keys are
-    compared. A batch costs a few numpy operations however large it is. About 90 to 150 bytes for a record. Not
-    thread-safe: the owner holds a lock.
+    compared. A batch costs a few numpy operations however large it is. 40 to 56 bytes for a record beside its row, and
+    up to a quarter of all in reserve. Not thread-safe: the owner holds a lock.
+
+    Parameters
+    ----------
+    fields : dtype
+        Of a row.
+    place : str
+        The field u4 that says where a record lies: any value but `NOWHERE`.
+
+    Attributes
+    ----------
+    at : Rows
+        The rows, by number.
+    count : int
+        Rows that hold a record.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fields: np.dtype[np.void], place: str) -> None:
+        self._place = place
         self._keys: KeyArray = np.zeros((_LEAST_ROWS, 4), dtype=np.uint64)
-        self.at: Rows = np.zeros(_LEAST_ROWS, dtype=FIELDS)
-        self.at["segment"] = NOWHERE
+        self.at: Rows = np.zeros(_LEAST_ROWS, dtype=fields)
+        self.at[place] = NOWHERE
         self._free: list[IndexArray] = []
         self._used_rows = 0  # rows below it were given out at some time
         self._slots = np.full(4 * _LEAST_ROWS, _EMPTY, dtype=np.int32)
@@ -103,7 +117,7 @@ class RecordTable:
             here = self._slots[places] == todo
             self._slots[places[here]] = _GONE
             todo, places = todo[~here], (places[~here] + 1) & (self._slots.size - 1)
-        self.at["segment"][rows] = NOWHERE
+        self.at[self._place][rows] = NOWHERE
         self._free.append(rows)
         if len(self._free) > _MOST_CHUNKS:
             self._free = [np.concatenate(self._free)]
@@ -112,11 +126,11 @@ class RecordTable:
 
     def live(self) -> IndexArray:
         """Numbers of all rows that hold a record, ascending."""
-        return np.flatnonzero(self.at["segment"][: self._used_rows] != NOWHERE)
+        return np.flatnonzero(self.at[self._place][: self._used_rows] != NOWHERE)
 
-    def of_segment(self, segment: int) -> IndexArray:
-        """Numbers of the rows in a segment, ascending."""
-        return np.flatnonzero(self.at["segment"][: self._used_rows] == segment)
+    def lying_at(self, place: int) -> IndexArray:
+        """Numbers of the rows with one place, ascending."""
+        return np.flatnonzero(self.at[self._place][: self._used_rows] == place)
 
     def keys(self, rows: IndexArray) -> KeyArray:
         """Keys [n, 4] of rows."""
@@ -156,8 +170,8 @@ class RecordTable:
         needed = self._used_rows + max(0, count - sum(rows.size for rows in self._free))
         if needed > self.at.size:
             size = max(needed, self.at.size + self.at.size // 4)
-            keys, at = np.zeros((size, 4), dtype=np.uint64), np.zeros(size, dtype=FIELDS)
-            at["segment"] = NOWHERE
+            keys, at = np.zeros((size, 4), dtype=np.uint64), np.zeros(size, dtype=self.at.dtype)
+            at[self._place] = NOWHERE
             keys[: self.at.size], at[: self.at.size] = self._keys, self.at
             self._keys, self.at = keys, at
         if 2 * (self.count + self._gone + count) > self._slots.size:
@@ -165,3 +179,8 @@ class RecordTable:
             self._slots = np.full(slots, _EMPTY, dtype=np.int32)
             self._gone = 0
             self._settle(self.live())
+
+
+def join_keys(keys: list[bytes] | tuple[bytes, ...]) -> KeyArray:
+    """Keys of 32 bytes each as words [n, 4]."""
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 4)
