@@ -247,7 +247,7 @@ def test_hits_are_leased_until_they_are_released() -> None:
         held = one.match(tokens, owner="me")
         assert store.stats().tiers["host"].leased_bytes > 0
         assert held.lease.owner == "me"
-        for start in range(1000, 3000, 8):
+        for start in range(1000, 4000, 8):
             other = list(range(start, start + 8))
             one.put(other, chunks_of(other))
         assert_loaded(held.load(), tokens)
@@ -255,7 +255,7 @@ def test_hits_are_leased_until_they_are_released() -> None:
         held.release()
         held.release()
         assert store.stats().tiers["host"].leased_bytes == 0
-        for start in range(3000, 5000, 8):
+        for start in range(4000, 8000, 8):
             other = list(range(start, start + 8))
             one.put(other, chunks_of(other))
         assert one.match(tokens).tokens < 80
