@@ -140,25 +140,23 @@ class HostRecords(RecordStore):
         return [right is True for right in results]
 
     @contextmanager
-    def view(self, key: bytes) -> Iterator[RecordView | None]:
-        """A payload where it lies, if it lies in one piece; it stays there until the block ends."""
+    def view(self, keys: Sequence[bytes]) -> Iterator[Sequence[RecordView]]:
+        """Payloads where they lie, as long as each lies in one piece; they stay there until the block ends."""
         with self._lock:
-            row = self._row(key)
-            entry = self._open(row) if row is not None else None
-            if entry is not None and len(entry.views) != 1:
-                self._close(entry)
-                entry = None
-            views = [] if entry is None else entry.views
-        if entry is None:
-            yield None
-            return
-        payload = torch.from_numpy(views[0])[: entry.payload_bytes]
-        found = RecordView(payload, partial(entry.verified, views), EXTENT_BYTES)
+            entries = self._open_leading(keys)
+            found = [_view(entry) for entry in entries]
         try:
             yield found
         finally:
             with self._lock:
-                self._finish([_Reading(entry, entry.payload_bytes, not found.damaged)])
+                for view, entry in zip(reversed(found), reversed(entries), strict=True):
+                    if not (view.damaged or view.served):
+                        self._close(entry)
+                self._finish(
+                    _Reading(entry, entry.payload_bytes, view.served)
+                    for view, entry in zip(reversed(found), reversed(entries), strict=True)
+                    if view.damaged or view.served
+                )
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""
@@ -342,6 +340,19 @@ class HostRecords(RecordStore):
         entry.readers += 1
         return entry
 
+    def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
+        """Begin to read leading records that are there and lie in one piece."""
+        entries: list[HostEntry] = []
+        for row in self._index.find(keys).tolist():
+            entry = self._open(row) if row >= 0 else None
+            if entry is None:
+                break
+            if len(entry.views) != 1:
+                self._close(entry)
+                break
+            entries.append(entry)
+        return entries
+
     def _close(self, entry: HostEntry) -> None:
         """End to read a record; whoever is the last to do so frees what was removed meanwhile."""
         entry.readers -= 1
@@ -403,6 +414,11 @@ def _payload_share(capacity_bytes: int) -> int:
 def _index_bytes(record: Record, place: Place | None = None) -> int:
     """What the index will take for a record; side by side, unless its place is known."""
     return index_bytes(record.payload_bytes, len(record.meta), 1 if place is None else len(place.spans))
+
+
+def _view(entry: HostEntry) -> RecordView:
+    (memory,) = views = entry.views
+    return RecordView(torch.from_numpy(memory)[: entry.payload_bytes], partial(entry.verified, views), EXTENT_BYTES)
 
 
 def _read(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:

@@ -187,23 +187,37 @@ def test_a_record_that_is_deleted_while_it_is_read_keeps_its_memory() -> None:
 def test_a_view_is_verified_and_holds_its_memory() -> None:
     with HostRecords(MIB) as store:
         store.put([sample_record(1, 400_000), sample_record(2, 0)])
-        with store.view(sample_key(1)) as found:
-            assert found is not None
+        with store.view([sample_key(1), sample_key(4), sample_key(1)]) as (found,):
             store.delete([sample_key(1)])
             assert store.put([sample_record(3, 900_000)])[0].state is PutState.REFUSED
             assert found.payload.numpy().tobytes() == sample_bytes(1, 0, 400_000)
+            assert not found.served
             assert found.verify()
+            assert found.served
         assert store.put([sample_record(3, 900_000)])[0].state is PutState.STORED
-        with store.view(sample_key(1)) as found:
-            assert found is None
+        with store.view([sample_key(1)]) as none:
+            assert not none
         flip_bit(store, sample_key(3), 8 * 700_000)
-        with store.view(sample_key(3)) as found:
-            assert found is not None
+        with store.view([sample_key(3)]) as (found,):
             assert [found.verify(stop) for stop in (1, 65_537, 655_360, 655_361, None, 1)] == [
                 *[True] * 3,
                 *[False] * 3,
             ]
         assert (store.stats().damaged, store.stats().hits, there(store, [3])) == (1, 1, [])
+
+
+def test_leading_records_are_viewed_together() -> None:
+    with HostRecords(4 * MIB) as store:
+        store.put([sample_record(number, 100_000) for number in range(5)])
+        store.delete([sample_key(3)])
+        keys = [sample_key(number) for number in range(5)]
+        with store.view(keys) as found:
+            assert [view.payload.numpy().tobytes() for view in found] == [sample_bytes(n, 0, 100_000) for n in range(3)]
+            assert [found[0].verify(), found[1].verify(1)] == [True, True]
+        stats = store.stats()
+        assert (stats.hits, stats.misses, stats.damaged) == (1, 0, 0), "only what was verified to its end was read"
+        assert store.delete(keys) == 4
+        assert store.put([sample_record(9, 3_900_000)])[0].state is PutState.STORED, "nothing is held"
 
 
 def test_lent_memory_costs_the_oldest_records() -> None:
