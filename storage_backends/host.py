@@ -65,6 +65,7 @@ class HostSlots(SlotBackend):
         self._starts: list[int] = self._bounds.tolist()
         self._in_use = np.zeros(self._bounds.size - 1, dtype=np.int64)
         self._slabs: dict[int, PinnedRegion] = {}
+        self._memory: dict[int, ByteRows] = {}  # theirs, as numpy sees it
         self._slots = SlotAllocator(capacity_slots)
         self._lock = threading.Lock()
         self._closed = False
@@ -166,11 +167,13 @@ class HostSlots(SlotBackend):
         if slab not in self._slabs:
             region = PinnedRegion(int(self._bounds[slab + 1] - self._bounds[slab]) * self.slot_bytes)
             self._slabs[slab] = region
+            self._memory[slab] = region.bytes.numpy()
             self._all_pinned &= region.pinned
 
     def _shrink(self) -> None:
         """Give wholly free slabs back; called with the lock held."""
         for slab in [slab for slab in self._slabs if not self._in_use[slab]]:
+            del self._memory[slab]
             self._slabs.pop(slab).close()
 
     def _span_views(self, span: Span) -> Iterator[ByteRows]:
@@ -179,8 +182,7 @@ class HostSlots(SlotBackend):
         while at < stop:
             slab = bisect_right(self._starts, at) - 1
             first, end = self._starts[slab], min(stop, self._starts[slab + 1])
-            memory: ByteRows = self._slabs[slab].bytes.numpy()
-            yield memory[(at - first) * self.slot_bytes : (end - first) * self.slot_bytes]
+            yield self._memory[slab][(at - first) * self.slot_bytes : (end - first) * self.slot_bytes]
             at = end
 
     def _parts(self, slots: IntArray, *, distinct: bool) -> Iterator[_Part]:
@@ -190,7 +192,7 @@ class HostSlots(SlotBackend):
             slots = self._slots.require_reserved(slots, distinct=distinct)
             slab_of = self._slab_of(slots)
             touched = np.unique(slab_of).tolist()
-            memory = {slab: self._slabs[slab].bytes.numpy().reshape(-1, self.slot_bytes) for slab in touched}
+            memory = {slab: self._memory[slab].reshape(-1, self.slot_bytes) for slab in touched}
         for slab in touched:
             inside = np.flatnonzero(slab_of == slab)
             yield _Part(memory[slab], compact(slots[inside] - self._bounds[slab]), compact(inside))

@@ -418,7 +418,7 @@ def _index_bytes(record: Record, place: Place | None = None) -> int:
 
 def _view(entry: HostEntry) -> RecordView:
     (memory,) = views = entry.views
-    return RecordView(torch.from_numpy(memory)[: entry.payload_bytes], partial(entry.verified, views), EXTENT_BYTES)
+    return RecordView(torch.from_numpy(memory[: entry.payload_bytes]), partial(entry.verified, views), EXTENT_BYTES)
 
 
 def _read(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:

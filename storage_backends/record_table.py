@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from typing import TypeAlias
 
@@ -27,6 +28,8 @@ _LAST_WORD = (1 << 64) - 1
 _WORDS = struct.Struct("<4Q")
 _KEY_BYTES = 32
 _FEW_KEYS = 100
+_MAPPED_BYTES = 1 << 20
+_KEY = np.dtype([("words", "<u8", (4,))])
 
 
 class RecordTable:
@@ -34,7 +37,7 @@ class RecordTable:
 
     Rows lie in one array, the hash table holds their numbers; a row keeps its number while it lives. Whole keys are
     compared. A batch costs a few numpy operations however large it is. 40 to 56 bytes for a record beside its row, and
-    up to a quarter of all in reserve. Not thread-safe: the owner holds a lock.
+    up to a quarter of all in reserve, which is touched only when it is used. Not thread-safe: the owner holds a lock.
 
     Parameters
     ----------
@@ -55,7 +58,6 @@ class RecordTable:
         self._place = place
         self._keys: KeyArray = np.zeros((_LEAST_ROWS, 4), dtype=np.uint64)
         self.at: Rows = np.zeros(_LEAST_ROWS, dtype=fields)
-        self.at[place] = NOWHERE
         self._free: list[IndexArray] = []
         self._used_rows = 0  # rows below it were given out at some time
         self._slots = np.full(4 * _LEAST_ROWS, _EMPTY, dtype=np.int32)
@@ -170,8 +172,7 @@ class RecordTable:
         needed = self._used_rows + max(0, count - sum(rows.size for rows in self._free))
         if needed > self.at.size:
             size = max(needed, self.at.size + self.at.size // 4)
-            keys, at = np.zeros((size, 4), dtype=np.uint64), np.zeros(size, dtype=self.at.dtype)
-            at[self._place] = NOWHERE
+            keys, at = _zeros(size, _KEY)["words"], _zeros(size, self.at.dtype)
             keys[: self.at.size], at[: self.at.size] = self._keys, self.at
             self._keys, self.at = keys, at
         if 2 * (self.count + self._gone + count) > self._slots.size:
@@ -179,6 +180,14 @@ class RecordTable:
             self._slots = np.full(slots, _EMPTY, dtype=np.int32)
             self._gone = 0
             self._settle(self.live())
+
+
+def _zeros(count: int, fields: np.dtype[np.void]) -> Rows:
+    """Zeroed rows: many of them in memory of their own, which goes back to the system once they outgrew it."""
+    nbytes = count * fields.itemsize
+    if nbytes < _MAPPED_BYTES:
+        return np.zeros(count, dtype=fields)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=fields, count=count)
 
 
 def join_keys(keys: list[bytes] | tuple[bytes, ...]) -> KeyArray:
