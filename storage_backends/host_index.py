@@ -101,8 +101,9 @@ class HostIndex:
     def lendable_rows(self) -> list[int]:
         """Rows of the records in the part that can be lent."""
         rows = self.rows()
-        units: IndexArray = self._table.at["unit"][rows]
-        return rows[units >= self._arena.lendable_from].tolist()
+        lendable: IndexArray = rows[self._table.at["unit"][rows] >= self._arena.lendable_from]
+        found: list[int] = lendable.tolist()
+        return found
 
     def key(self, row: int) -> bytes:
         """Key of a row."""
@@ -112,9 +113,9 @@ class HostIndex:
         """Bytes of a payload."""
         return int(self._table.at["payload"][row])
 
-    def digests(self, row: int) -> bytes:
+    def digests(self, row: int, payload_bytes: int) -> bytes:
         """Digests of a record's extents."""
-        return self._rest[row][: digest_bytes(self.payload_bytes(row))]
+        return self._rest[row][: digest_bytes(payload_bytes)]
 
     def place(self, row: int) -> Place:
         """Where a record lies."""
@@ -193,9 +194,9 @@ class HostIndex:
 
     def read(self, rows: Sequence[int]) -> None:
         """Count reads of records, which are uses, the last of them latest."""
-        for row in rows:
-            self._table.at["hits"][row] += 1
-        self.used(rows)
+        if rows:
+            np.add.at(self._table.at["hits"], rows, 1)
+            self.used(rows)
 
     def candidates(self) -> Iterator[int]:
         """Rows of records, the first to leave first; nothing may happen to the index while this is read."""

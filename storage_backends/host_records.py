@@ -149,14 +149,7 @@ class HostRecords(RecordStore):
             yield found
         finally:
             with self._lock:
-                for view, entry in zip(reversed(found), reversed(entries), strict=True):
-                    if not (view.damaged or view.served):
-                        self._close(entry)
-                self._finish(
-                    _Reading(entry, entry.payload_bytes, view.served)
-                    for view, entry in zip(reversed(found), reversed(entries), strict=True)
-                    if view.damaged or view.served
-                )
+                self._finish_views(found[::-1], entries[::-1])
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""
@@ -334,8 +327,8 @@ class HostRecords(RecordStore):
         """Begin to read a record."""
         entry = self._reading.get(row)
         if entry is None:
-            place = self._index.place(row)
-            size, digests = self._index.payload_bytes(row), self._index.digests(row)
+            place, size = self._index.place(row), self._index.payload_bytes(row)
+            digests = self._index.digests(row, size)
             entry = self._reading[row] = HostEntry(row, place, place.views, size, digests)
         entry.readers += 1
         return entry
@@ -378,6 +371,16 @@ class HostRecords(RecordStore):
                 damaged += [] if entry.removed else [entry.row]
         self._index.read(used)
         self._remove(list(dict.fromkeys(damaged)), evicted=False)
+
+    def _finish_views(self, found: Sequence[RecordView], entries: Sequence[HostEntry]) -> None:
+        """Count views that were read to their end or proved damaged; let go of the others."""
+        readings = []
+        for view, entry in zip(found, entries, strict=True):
+            if (served := view.served) or view.damaged:
+                readings.append(_Reading(entry, entry.payload_bytes, served))
+            else:
+                self._close(entry)
+        self._finish(readings)
 
     def _remove(self, rows: Sequence[int], *, evicted: bool) -> int:
         """Take distinct records out of sight, their memory too unless somebody reads it; how many."""

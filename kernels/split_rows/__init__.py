@@ -36,7 +36,7 @@ def _native_obstacle(device: torch.device) -> str | None:
 OPERATOR: Final = Operator[SplitRows](
     "split_rows",
     [
-        Candidate("native", _native, "past the caches, and the next rows are fetched meanwhile", _native_obstacle),
+        Candidate("native", _native, "page by page, past the caches", _native_obstacle),
         Candidate("blocked", lambda: blocked, "strided copies"),
         Candidate("reference", lambda: reference, "page by page"),
     ],
@@ -64,7 +64,6 @@ def plan_split(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, 
     InputError
         Shapes, types or sizes that do not fit together.
     """
-    size = keys.element_size()
     if (
         keys.dim() != 4
         or keys.shape[:3] != values.shape[:3]
@@ -73,7 +72,7 @@ def plan_split(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, 
         or keys.shape[2] % page_tokens
         or rows.dtype != torch.uint8
         or not rows.is_contiguous()
-        or rows.numel() != (keys.numel() + values.numel()) * size
+        or rows.numel() != keys.nbytes + values.nbytes
     ):
         raise InputError(
             f"keys [L, Hk, C, Dk] and values [L, Hk, C, Dv] of one type and device, C a multiple of {page_tokens}, "

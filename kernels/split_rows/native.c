@@ -1,4 +1,4 @@
-/* Rows of pages into keys and values: written past the caches, while the rows that come next are fetched. */
+/* Rows of pages into keys and values, written past the caches. */
 
 #include <stdint.h>
 #include <string.h>
@@ -34,23 +34,21 @@ static void copy(char *to, const char *from, int64_t bytes, int past_caches) {
 }
 
 /* Heads `first` to `stop`, counted through the layers, of rows [L][Hk][N] of a page's keys and then its values. Keys and
-   values lie page after page within a head; strides in bytes. Up to `end` the rows may be fetched ahead. */
-void kvtier_split_rows(const char *rows, const char *end, char *keys, char *values, int64_t first, int64_t stop,
-                       int64_t heads, int64_t pages, int64_t key_bytes, int64_t value_bytes, int64_t key_layer,
-                       int64_t key_head, int64_t value_layer, int64_t value_head, int past_caches) {
-    const int64_t row = key_bytes + value_bytes, ahead = (stop - first) * pages * row;
-    const char *from = rows + first * pages * row;
+   values lie page after page within a head; strides in bytes. */
+void kvtier_split_rows(const char *rows, char *keys, char *values, int64_t first, int64_t stop, int64_t heads,
+                       int64_t pages, int64_t key_bytes, int64_t value_bytes, int64_t key_layer, int64_t key_head,
+                       int64_t value_layer, int64_t value_head, int past_caches) {
+    const char *from = rows + first * pages * (key_bytes + value_bytes);
     for (int64_t at = first; at < stop; at++) {
         char *key = keys + at / heads * key_layer + at % heads * key_head;
         char *value = values + at / heads * value_layer + at % heads * value_head;
-        for (int64_t page = 0; page < pages; page++, from += row, key += key_bytes, value += value_bytes) {
-            for (const char *next = from + ahead; next < from + ahead + row && next < end; next += LINE)
-                __builtin_prefetch(next, 0, 2);
+        for (int64_t page = 0; page < pages; page++, key += key_bytes, value += value_bytes) {
             copy(key, from, key_bytes, past_caches);
             copy(value, from + key_bytes, value_bytes, past_caches);
+            from += key_bytes + value_bytes;
         }
     }
 #if defined(__SSE2__)
-    if (past_caches) _mm_sfence();
+    if (past_caches) _mm_sfence(); /* before anybody is told that they are there */
 #endif
 }

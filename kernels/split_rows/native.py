@@ -36,8 +36,7 @@ def plan(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_toke
     streamed = int(rows.numel() >= LEAST_STREAMED)
 
     def copy(first: int, stop: int) -> None:
-        start = rows.data_ptr()
-        split(start, start + rows.numel(), keys.data_ptr(), values.data_ptr(), first, stop, *shape, *strides, streamed)
+        split(rows.data_ptr(), keys.data_ptr(), values.data_ptr(), first, stop, *shape, *strides, streamed)
 
     return copy
 
@@ -49,5 +48,5 @@ def _served(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _function() -> Callable[..., None]:
-    arguments = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 10, ctypes.c_int]
+    arguments = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 10, ctypes.c_int]
     return function("split_rows", "kvtier_split_rows", arguments, None)

@@ -126,13 +126,12 @@ class ChunkCodec:
             Another number of layers, another shape or dtype.
         """
         for kind, tensors in (("k", chunk.k), ("v", chunk.v)):
+            if isinstance(tensors, torch.Tensor) and self._fits(kind, tensors, len(layers)):
+                continue
             if len(tensors) != len(layers):
                 raise InputError(f"{name}.{kind} must have {len(layers)} layers, got {len(tensors)}")
             if isinstance(tensors, torch.Tensor):
-                like = (tuple(tensors.shape[1:]), tensors.dtype)
-                if self._alike[kind] == like:
-                    continue
-                alike = [like] * len(layers)
+                alike = [(tuple(tensors.shape[1:]), tensors.dtype)] * len(layers)
             else:
                 alike = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
             for place, (layer, got) in enumerate(zip(layers, alike, strict=True)):
@@ -141,6 +140,11 @@ class ChunkCodec:
                         f"{name}.{kind}[{place}] must be {_spoken(self._wanted[kind][layer])} "
                         f"(KV heads, chunk_tokens, dim) for layer {layer}, got {_spoken(got)}"
                     )
+
+    def _fits(self, kind: str, tensor: torch.Tensor, layers: int) -> bool:
+        """Whether a tensor is that of so many layers, where all are alike; the quick answer for most chunks."""
+        alike = self._alike[kind]
+        return alike is not None and tensor.shape == (layers, *alike[0]) and tensor.dtype == alike[1]
 
     def encode(self, chunk: KVChunk, into: torch.Tensor) -> None:
         """Lay a checked chunk into uint8 [payload_bytes]."""
