@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
-from kvtier.storage_backends.extents import copy_verified, copy_with_digests, ranges_within, verified
+import torch
+
+from kvtier.storage_backends.extents import EXTENT_BYTES, copy_verified, copy_with_digests, ranges_within, verified
 from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
-from kvtier.storage_backends.records import ReadRequest, Record
+from kvtier.storage_backends.records import ReadRequest, Record, RecordView
 
-__all__ = ["HostEntry", "fill"]
+__all__ = ["HostEntry", "Reading", "fill", "read_verified"]
 
 
 @dataclass(slots=True, eq=False)
@@ -35,19 +39,30 @@ class HostEntry:
         """Say where it lies now; whoever reads it already goes on where it was."""
         self.place, self.views = place, place.views
 
-    def read(self, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-        """Copy bytes out: True when they are right, False when they are not, None when they were never there."""
-        ranges = ranges_within(request, self.payload_bytes)
-        if ranges is None:
-            return None
-        return copy_verified(views, self.digests, self.payload_bytes, ranges, request.into.numpy())
+    def view(self) -> RecordView:
+        """The payload where it lies now, in one piece."""
+        views = self.views
+        payload = torch.from_numpy(views[0][: self.payload_bytes])
+        return RecordView(payload, partial(verified, views, self.digests), EXTENT_BYTES)
 
-    def verified(self, views: Sequence[ByteRows], start: int, stop: int) -> bool:
-        """Whether the extents that begin from ``start`` up to ``stop`` are what they were, where they lie."""
-        return verified(views, self.digests, start, stop)
+
+class Reading(NamedTuple):
+    """A read that ended: of what, how many bytes, and whether they were right; None when they were never there."""
+
+    entry: HostEntry | None
+    nbytes: int
+    right: bool | None
 
 
 def fill(place: Place, record: Record) -> bytes:
     """Copy a payload to its place; the digests of its extents."""
     sources = [buffer.numpy() for buffer in record.buffers]
     return copy_with_digests(sources, place.views, record.payload_bytes)
+
+
+def read_verified(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
+    """Copy bytes out of ``views``: True when they are right, False when not, None when they were never there."""
+    ranges = None if entry is None else ranges_within(request, entry.payload_bytes)
+    if entry is None or ranges is None:
+        return None
+    return copy_verified(views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())

@@ -7,19 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import NamedTuple
-
-import torch
+from itertools import repeat
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
-from kvtier.storage_backends.extents import EXTENT_BYTES
 from kvtier.storage_backends.host_arena import HostArena, Place
-from kvtier.storage_backends.host_entry import HostEntry, fill
+from kvtier.storage_backends.host_entry import HostEntry, Reading, fill, read_verified
 from kvtier.storage_backends.host_index import HostIndex, index_bytes
 from kvtier.storage_backends.leases import LeaseBook
-from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.order import LeastRecentlyUsed
 from kvtier.storage_backends.record_counts import RecordCounts
 from kvtier.storage_backends.records import (
@@ -125,16 +121,14 @@ class HostRecords(RecordStore):
             rows = self._index.find([request.key for request in requests]).tolist()
             found = [self._open(row) if row >= 0 else None for row in rows]
             views = [entry.views if entry is not None else [] for entry in found]
-        jobs = [
-            partial(_read, entry, views, request) for entry, views, request in zip(found, views, requests, strict=True)
-        ]
+        jobs = list(map(partial, repeat(read_verified), found, views, requests))
         results: list[bool | None] = [None] * len(requests)
         try:
             results = self._workers.run(jobs, sum(request.into.numel() for request in requests))
         finally:
             with self._lock:
                 self._finish(
-                    _Reading(entry, request.into.numel(), right)
+                    Reading(entry, request.into.numel(), right)
                     for entry, request, right in reversed(list(zip(found, requests, results, strict=True)))
                 )
         return [right is True for right in results]
@@ -144,7 +138,7 @@ class HostRecords(RecordStore):
         """Payloads where they lie, as long as each lies in one piece; they stay there until the block ends."""
         with self._lock:
             entries = self._open_leading(keys)
-            found = [_view(entry) for entry in entries]
+            found = [entry.view() for entry in entries]
         try:
             yield found
         finally:
@@ -354,7 +348,7 @@ class HostRecords(RecordStore):
         elif not entry.readers:
             del self._reading[entry.row]
 
-    def _finish(self, readings: Iterable[_Reading]) -> None:
+    def _finish(self, readings: Iterable[Reading]) -> None:
         """Count reads and let go of their entries, the one used last at the end."""
         counts, used, damaged = self._counts, [], []
         for entry, nbytes, right in readings:
@@ -377,7 +371,7 @@ class HostRecords(RecordStore):
         readings = []
         for view, entry in zip(found, entries, strict=True):
             if (served := view.served) or view.damaged:
-                readings.append(_Reading(entry, entry.payload_bytes, served))
+                readings.append(Reading(entry, entry.payload_bytes, served))
             else:
                 self._close(entry)
         self._finish(readings)
@@ -402,14 +396,6 @@ class HostRecords(RecordStore):
             self._reading[row].moved(place)
 
 
-class _Reading(NamedTuple):
-    """A read that ended: of what, how many bytes, and whether they were right; None when they were never there."""
-
-    entry: HostEntry | None
-    nbytes: int
-    right: bool | None
-
-
 def _payload_share(capacity_bytes: int) -> int:
     return capacity_bytes - capacity_bytes // _INDEX_SHARE
 
@@ -417,12 +403,3 @@ def _payload_share(capacity_bytes: int) -> int:
 def _index_bytes(record: Record, place: Place | None = None) -> int:
     """What the index will take for a record; side by side, unless its place is known."""
     return index_bytes(record.payload_bytes, len(record.meta), 1 if place is None else len(place.spans))
-
-
-def _view(entry: HostEntry) -> RecordView:
-    (memory,) = views = entry.views
-    return RecordView(torch.from_numpy(memory[: entry.payload_bytes]), partial(entry.verified, views), EXTENT_BYTES)
-
-
-def _read(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-    return None if entry is None else entry.read(views, request)
