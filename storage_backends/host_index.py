@@ -15,7 +15,7 @@ from kvtier.storage_backends.names import Names
 from kvtier.storage_backends.record_table import IndexArray, RecordTable, join_keys
 from kvtier.storage_backends.records import Record, RecordInfo
 
-__all__ = ["HostIndex", "index_bytes"]
+__all__ = ["HostIndex", "index_bytes_of"]
 
 _FIELDS = np.dtype(
     [
@@ -37,10 +37,15 @@ _SPAN_BYTES = 128
 _SLACK = 64
 
 
-def index_bytes(payload_bytes: int, meta_bytes: int, spans: int) -> int:
+def _index_bytes(payload_bytes: int, meta_bytes: int, spans: int) -> int:
     """What the index takes for a record, its digests and metadata included."""
     pieces = _SPANS_BYTES + _SPAN_BYTES * spans if spans > 1 else 0
     return _ROW_BYTES + digest_bytes(payload_bytes) + meta_bytes + pieces
+
+
+def index_bytes_of(record: Record, place: Place | None = None) -> int:
+    """What the index will take for a record; side by side, unless its place is known."""
+    return _index_bytes(record.payload_bytes, len(record.meta), 1 if place is None else len(place.spans))
 
 
 class HostIndex:
@@ -129,7 +134,7 @@ class HostIndex:
         """What the index takes for a record."""
         pieces = self._pieces.get(row)
         meta_bytes = len(self._rest[row]) - digest_bytes(self.payload_bytes(row))
-        return index_bytes(self.payload_bytes(row), meta_bytes, 1 if pieces is None else len(pieces.spans))
+        return _index_bytes(self.payload_bytes(row), meta_bytes, 1 if pieces is None else len(pieces.spans))
 
     def held_bytes(self, row: int) -> int:
         """What a record takes in all, padding included."""

@@ -14,7 +14,7 @@ from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.host_arena import HostArena, Place
 from kvtier.storage_backends.host_entry import HostEntry, Reading, fill, read_verified
-from kvtier.storage_backends.host_index import HostIndex, index_bytes
+from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.order import LeastRecentlyUsed
 from kvtier.storage_backends.record_counts import RecordCounts
@@ -267,7 +267,7 @@ class HostRecords(RecordStore):
         except CapacityError as error:
             self._counts.failed += 1
             return str(error)
-        taken = _index_bytes(record, place)
+        taken = index_bytes_of(record, place)
         if place.spans[1:] and self._index_bytes + taken > self._room_bytes // _INDEX_SHARE:
             self._arena.release(place)
             return "the index has no room for a record in so many pieces"
@@ -277,7 +277,7 @@ class HostRecords(RecordStore):
     def _make_room(self, record: Record) -> str:
         """Evict until a record finds room; or say why not, with nothing evicted."""
         units, free = self._arena.units_for(record.payload_bytes), self._arena.free_units()
-        excess = self._index_bytes + _index_bytes(record) - self._room_bytes // _INDEX_SHARE
+        excess = self._index_bytes + index_bytes_of(record) - self._room_bytes // _INDEX_SHARE
         evictable, victims = self._evictable(), []
         while max(free.values()) < units or excess > 0:
             if (row := next(evictable, None)) is None:
@@ -302,7 +302,7 @@ class HostRecords(RecordStore):
         outcomes: dict[int, PutOutcome] = {}
         stored: list[int] = []
         for index, place in placed.items():
-            self._coming_bytes -= _index_bytes(records[index], place)
+            self._coming_bytes -= index_bytes_of(records[index], place)
             if self._row(records[index].key) is not None:
                 outcomes[index] = PutOutcome(PutState.EXISTS)
                 self._arena.release(place)
@@ -398,8 +398,3 @@ class HostRecords(RecordStore):
 
 def _payload_share(capacity_bytes: int) -> int:
     return capacity_bytes - capacity_bytes // _INDEX_SHARE
-
-
-def _index_bytes(record: Record, place: Place | None = None) -> int:
-    """What the index will take for a record; side by side, unless its place is known."""
-    return index_bytes(record.payload_bytes, len(record.meta), 1 if place is None else len(place.spans))

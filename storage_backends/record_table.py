@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ __all__ = ["NOWHERE", "IndexArray", "KeyArray", "RecordTable", "Rows", "join_key
 KeyArray: TypeAlias = npt.NDArray[np.uint64]
 IndexArray: TypeAlias = npt.NDArray[np.int64]
 Rows: TypeAlias = npt.NDArray[np.void]
+
+_S = TypeVar("_S", bound=np.generic)
 
 NOWHERE = 0xFFFFFFFF
 """The place of a row that holds no record."""
@@ -177,13 +179,14 @@ class RecordTable:
             self._keys, self.at = keys, at
         if 2 * (self.count + self._gone + count) > self._slots.size:
             slots = 1 << (2 * (self.count + count)).bit_length()
-            self._slots = np.full(slots, _EMPTY, dtype=np.int32)
+            self._slots = _zeros(slots, np.dtype(np.int32))
+            self._slots.fill(_EMPTY)
             self._gone = 0
             self._settle(self.live())
 
 
-def _zeros(count: int, fields: np.dtype[np.void]) -> Rows:
-    """Zeroed rows: many of them in memory of their own, which goes back to the system once they outgrew it."""
+def _zeros(count: int, fields: np.dtype[_S]) -> npt.NDArray[_S]:
+    """Zeroed elements: many of them in memory of their own, which goes back to the system once they outgrew it."""
     nbytes = count * fields.itemsize
     if nbytes < _MAPPED_BYTES:
         return np.zeros(count, dtype=fields)
