@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.storage_backends.order import RecordOrder
-
-__all__ = ["BoolArray", "EvictionOrder", "IdArray", "KeyedOrder"]
+__all__ = ["BoolArray", "EvictionOrder", "IdArray"]
 
 IdArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-_SLACK = 64
 
 
 class EvictionOrder(ABC):
@@ -72,108 +68,3 @@ class EvictionOrder(ABC):
     @abstractmethod
     def remembers(self, ids: IdArray) -> BoolArray:
         """Which of these ids [n] are in the tier, or left it and are still known."""
-
-
-class KeyedOrder(RecordOrder):
-    """An order over keys: what a cache of records tells of every event and asks for candidates.
-
-    Parameters
-    ----------
-    order : EvictionOrder
-        A fresh one, used by nobody else.
-
-    Notes
-    -----
-    A key costs an id as long as the order remembers it; ids of what it forgot are collected from time to time.
-    """
-
-    def __init__(self, order: EvictionOrder) -> None:
-        self._order = order
-        self._ids: dict[bytes, int] = {}
-        self._keys: list[bytes | None] = []
-        self._free: list[int] = []
-        self._awaited: bytes | None = None
-
-    @property
-    def residents(self) -> int:
-        """Keys in the tier."""
-        return self._order.residents
-
-    @property
-    def known(self) -> int:
-        """Keys that cost memory: those in the tier, those remembered, and those not collected yet."""
-        return len(self._ids)
-
-    def missed(self, key: bytes) -> None:
-        """A key was asked for and is not there; room will be made for it.
-
-        A cache that cannot say so may leave it out: the order learns of it when the key is added, one eviction late.
-        """
-        self._awaited = key
-        if key in self._ids:
-            self._order.miss(self._one(key))
-
-    def added(self, key: bytes, nbytes: int) -> None:
-        """A key came, with so many bytes; all keys count alike."""
-        del nbytes
-        if key in self._ids and self._awaited != key:
-            self._order.miss(self._one(key))
-        self._awaited = None
-        self._intern(key)
-        self._order.admit(self._one(key))
-        if len(self._ids) > 2 * self._order.residents + _SLACK:
-            self._collect()
-
-    def used(self, key: bytes) -> None:
-        """A key was read or leased."""
-        if key in self._ids:
-            self._order.hit(self._one(key))
-
-    def removed(self, key: bytes, *, evicted: bool) -> None:
-        """A key went: for room, or because it was deleted and is to be forgotten."""
-        if key not in self._ids:
-            return
-        one = self._one(key)
-        if evicted:
-            self._order.evict(one)
-        else:
-            self._order.forget(one)
-            self._release(one)
-
-    def candidates(self) -> Iterator[bytes]:
-        """Keys that are there, the first to leave first; nothing may happen to the order while this is read."""
-        seen: set[int] = set()
-        count = 1  # an order moves its hand by as many as it is asked for
-        while len(seen) < self._order.residents:
-            more = [index for index in self._order.victims(count).tolist() if index not in seen]
-            seen.update(more)
-            yield from self._named(more)
-            count *= 4
-
-    def _one(self, key: bytes) -> IdArray:
-        return np.array([self._ids[key]], dtype=np.int64)
-
-    def _named(self, ids: Iterable[int]) -> list[bytes]:
-        found = (self._keys[index] for index in ids)
-        return [key for key in found if key is not None]
-
-    def _intern(self, key: bytes) -> None:
-        if key in self._ids:
-            return
-        if not self._free:
-            self._free.append(len(self._keys))
-            self._keys.append(None)
-        index = self._ids[key] = self._free.pop()
-        self._keys[index] = key
-
-    def _collect(self) -> None:
-        """Take ids back from keys that the order no longer knows."""
-        ids = np.array(list(self._ids.values()), dtype=np.int64)
-        self._release(ids[~self._order.remembers(ids)])
-
-    def _release(self, ids: IdArray) -> None:
-        for index in ids.tolist():
-            for key in self._named([index]):
-                del self._ids[key]
-            self._keys[index] = None
-            self._free.append(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,16 +12,23 @@ import torch
 from kvtier.errors import CapacityError, StorageError
 from kvtier.storage_backends.base import Capabilities, SlotBackend, check_rows, check_sizes
 from kvtier.storage_backends.memory import PAGE_BYTES, ByteRows, PinnedRegion, copy_rows, round_up
-from kvtier.storage_backends.slots import IntArray, Rows, SlotAllocator, compact
+from kvtier.storage_backends.slots import IntArray, Rows, SlotAllocator, compact, is_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["HostSlots"]
+__all__ = ["HostSlots", "Span", "spans_of"]
 
 _MAX_SLABS = 16
 _GROWTH = 4  # a slab adds a quarter of what lies below it
 _FIRST_SLAB_BYTES = 1 << 20
+
+
+class Span(NamedTuple):
+    """Neighbouring slots from ``first`` up to ``stop``."""
+
+    first: int
+    stop: int
 
 
 class _Part(NamedTuple):
@@ -54,8 +62,10 @@ class HostSlots(SlotBackend):
         self.slot_bytes = slot_bytes
         self.capacity_slots = capacity_slots
         self._bounds = _slab_bounds(slot_bytes, capacity_slots)
+        self._starts: list[int] = self._bounds.tolist()
         self._in_use = np.zeros(self._bounds.size - 1, dtype=np.int64)
         self._slabs: dict[int, PinnedRegion] = {}
+        self._memory: dict[int, ByteRows] = {}  # theirs, as numpy sees it
         self._slots = SlotAllocator(capacity_slots)
         self._lock = threading.Lock()
         self._closed = False
@@ -108,16 +118,14 @@ class HostSlots(SlotBackend):
         for part in self._parts(slots, distinct=False):
             copy_rows(part.slab, part.local, rows, part.rows)
 
-    def views(self, slots: IntArray) -> list[ByteRows]:
-        """The memory of reserved, ascending slots as flat uint8 arrays, one for each run of neighbours in a slab.
+    def views(self, spans: Sequence[Span]) -> list[ByteRows]:
+        """The memory of reserved slots as flat uint8 arrays, one for each span, more where a span leaves a slab.
 
-        They may be used until the slots are released.
+        They may be used until the slots are released, and keep their memory when the slots are closed.
         """
-        return [
-            part.slab[local].reshape(-1)
-            for part in self._parts(slots, distinct=True)
-            for local in ([part.local] if isinstance(part.local, slice) else _runs(part.local))
-        ]
+        with self._lock:
+            self._require_open()
+            return [view for span in spans for view in self._span_views(span)]
 
     @property
     def free_slots(self) -> int:
@@ -159,12 +167,23 @@ class HostSlots(SlotBackend):
         if slab not in self._slabs:
             region = PinnedRegion(int(self._bounds[slab + 1] - self._bounds[slab]) * self.slot_bytes)
             self._slabs[slab] = region
+            self._memory[slab] = region.bytes.numpy()
             self._all_pinned &= region.pinned
 
     def _shrink(self) -> None:
         """Give wholly free slabs back; called with the lock held."""
         for slab in [slab for slab in self._slabs if not self._in_use[slab]]:
+            del self._memory[slab]
             self._slabs.pop(slab).close()
+
+    def _span_views(self, span: Span) -> Iterator[ByteRows]:
+        """Cut a span at the slab borders; called with the lock held."""
+        at, stop = span
+        while at < stop:
+            slab = bisect_right(self._starts, at) - 1
+            first, end = self._starts[slab], min(stop, self._starts[slab + 1])
+            yield self._memory[slab][(at - first) * self.slot_bytes : (end - first) * self.slot_bytes]
+            at = end
 
     def _parts(self, slots: IntArray, *, distinct: bool) -> Iterator[_Part]:
         """Cut a transfer at the slab borders."""
@@ -173,16 +192,20 @@ class HostSlots(SlotBackend):
             slots = self._slots.require_reserved(slots, distinct=distinct)
             slab_of = self._slab_of(slots)
             touched = np.unique(slab_of).tolist()
-            memory = {slab: self._slabs[slab].bytes.numpy().reshape(-1, self.slot_bytes) for slab in touched}
+            memory = {slab: self._memory[slab].reshape(-1, self.slot_bytes) for slab in touched}
         for slab in touched:
             inside = np.flatnonzero(slab_of == slab)
             yield _Part(memory[slab], compact(slots[inside] - self._bounds[slab]), compact(inside))
 
 
-def _runs(ascending: IntArray) -> list[slice]:
-    """Cut ascending indices into slices of neighbours."""
-    breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
-    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(ascending, breaks)]
+def spans_of(ascending: IntArray) -> list[Span]:
+    """Ascending slots as spans of neighbours."""
+    if is_run(ascending):
+        return [Span(int(ascending[0]), int(ascending[-1]) + 1)] if ascending.size else []
+    breaks = np.flatnonzero(np.diff(ascending) != 1)
+    firsts = ascending[np.concatenate([[0], breaks + 1])]
+    lasts = ascending[np.concatenate([breaks, [ascending.size - 1]])]
+    return [Span(first, last + 1) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 
 def _slab_bounds(slot_bytes: int, capacity_slots: int) -> IntArray:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from kvtier.errors import ConfigError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.extents import copy_vectors
-from kvtier.storage_backends.host import HostSlots
+from kvtier.storage_backends.host import HostSlots, Span, spans_of
 from kvtier.storage_backends.memory import PAGE_BYTES, ByteRows, round_up
-from kvtier.storage_backends.slots import IntArray
 from kvtier.types import format_bytes
 
 __all__ = ["HostArena", "Place"]
@@ -17,18 +18,21 @@ __all__ = ["HostArena", "Place"]
 _MAX_UNITS = 1 << 20  # finding room scans the units: a millisecond for this many
 
 
-@dataclass(slots=True, eq=False)
-class Place:
-    """Units of one part, and their memory as flat vectors in order."""
+class Place(NamedTuple):
+    """Units of one part, as spans in order; none for no bytes."""
 
     part: HostSlots
-    units: IntArray
-    views: list[ByteRows]
+    spans: tuple[Span, ...]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes, padding included."""
-        return self.units.size * self.part.slot_bytes
+    def units(self) -> int:
+        """How many."""
+        return sum(stop - first for first, stop in self.spans)
+
+    @property
+    def views(self) -> list[ByteRows]:
+        """Their memory as flat vectors in order; it lasts as long as they are used, whatever becomes of the part."""
+        return self.part.views(self.spans)
 
 
 class HostArena:
@@ -46,6 +50,8 @@ class HostArena:
     ----------
     kept : HostSlots
         The part that is never lent.
+    lendable_from : int
+        Number of the first unit of the other.
 
     Raises
     ------
@@ -63,6 +69,7 @@ class HostArena:
                 f"got {format_bytes(kept_bytes)}"
             )
         self.kept = HostSlots(self.unit_bytes, kept_units)
+        self.lendable_from = kept_units
         self._lendable: HostSlots | None = None
         self.take_back()
 
@@ -90,22 +97,31 @@ class HostArena:
         """
         count = self.units_for(nbytes)
         part = next((part for part in self._parts() if part.free_slots >= count), self.kept)
-        units = part.reserve(count)
-        return Place(part, units, part.views(units))
+        return Place(part, tuple(spans_of(part.reserve(count))))
 
     def release(self, place: Place) -> None:
         """Give a place back."""
-        place.views = []
-        if not self.is_gone(place):
-            place.part.release(place.units)
+        if place.spans and not self.is_gone(place):
+            place.part.release(np.concatenate([np.arange(first, stop) for first, stop in place.spans]))
 
     def units_for(self, nbytes: int) -> int:
         """Units that a place takes."""
         return -(-nbytes // self.unit_bytes)
 
-    def is_lendable(self, place: Place) -> bool:
-        """Whether a place lies in the part that can be lent."""
-        return place.part is self._lendable
+    def number_of(self, place: Place) -> int:
+        """Number of a place's first unit, counted through both parts."""
+        first = place.spans[0].first if place.spans else 0
+        return first if place.part is self.kept else first + self.lendable_from
+
+    def part_of(self, number: int) -> HostSlots:
+        """The part in which the unit of a number lies, which is there."""
+        return self.kept if self._lendable is None or number < self.lendable_from else self._lendable
+
+    def place_of(self, number: int, count: int) -> Place:
+        """The place of ``count`` units side by side from a number on."""
+        part = self.part_of(number)
+        first = number if part is self.kept else number - self.lendable_from
+        return Place(part, (Span(first, first + count),) if count else ())
 
     def is_gone(self, place: Place) -> bool:
         """Whether the part of a place was lent or closed."""
@@ -130,8 +146,7 @@ class HostArena:
         CapacityError
             There is no room.
         """
-        units = self.kept.reserve(place.units.size)
-        copy = Place(self.kept, units, self.kept.views(units))
+        copy = Place(self.kept, tuple(spans_of(self.kept.reserve(place.units))))
         copy_vectors(place.views, copy.views)
         return copy
 

@@ -1,72 +1,68 @@
-"""One record in host memory: where it lies, the digests of its extents, and who is reading it."""
+"""One record in host memory while it is read: where it lies, the digests of its extents, and how many read it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
-from kvtier.storage_backends.extents import copy_verified, copy_with_digests, digest_bytes, ranges_within, verified
+import torch
+
+from kvtier.storage_backends.extents import EXTENT_BYTES, copy_verified, copy_with_digests, ranges_within, verified
 from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
-from kvtier.storage_backends.records import ReadRequest, Record, RecordInfo
+from kvtier.storage_backends.records import ReadRequest, Record, RecordView
 
-__all__ = ["HostEntry", "index_bytes", "info_of"]
-
-_ENTRY_BYTES = 1152  # what Python keeps for a record, beside its digests and metadata
+__all__ = ["HostEntry", "Reading", "fill", "read_verified"]
 
 
 @dataclass(slots=True, eq=False)
 class HostEntry:
-    """A record in memory. Its place outlives its removal for as long as somebody reads it."""
+    """A record that somebody reads. Its place outlives its removal for as long as they do.
 
-    info: RecordInfo
+    Attributes
+    ----------
+    row : int
+        Its row in the index, unless it was removed.
+    """
+
+    row: int
     place: Place
-    digests: bytes = b""
-    hits: int = 0
+    views: list[ByteRows]
+    payload_bytes: int
+    digests: bytes
     readers: int = 0
     removed: bool = False
 
-    def fill(self, record: Record) -> None:
-        """Copy the payload in and digest it."""
-        sources = [buffer.numpy() for buffer in record.buffers]
-        self.digests = copy_with_digests(sources, self.place.views, self.info.payload_bytes)
+    def moved(self, place: Place) -> None:
+        """Say where it lies now; whoever reads it already goes on where it was."""
+        self.place, self.views = place, place.views
 
-    def read(self, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-        """Copy bytes out: True when they are right, False when they are not, None when they were never there."""
-        ranges = ranges_within(request, self.info.payload_bytes)
-        if ranges is None:
-            return None
-        return copy_verified(views, self.digests, self.info.payload_bytes, ranges, request.into.numpy())
-
-    def verified(self, views: Sequence[ByteRows], start: int, stop: int) -> bool:
-        """Whether the extents that begin from ``start`` up to ``stop`` are what they were, where they lie."""
-        return verified(views, self.digests, start, stop)
-
-    @property
-    def index_bytes(self) -> int:
-        """What the index takes for it."""
-        return index_bytes(self.info)
-
-    @property
-    def held_bytes(self) -> int:
-        """What it takes in all, padding included."""
-        return self.place.nbytes + self.index_bytes
+    def view(self) -> RecordView:
+        """The payload where it lies now, in one piece."""
+        views = self.views
+        payload = torch.from_numpy(views[0][: self.payload_bytes])
+        return RecordView(payload, partial(verified, views, self.digests), EXTENT_BYTES)
 
 
-def index_bytes(info: RecordInfo) -> int:
-    """What the index takes for a record."""
-    return _ENTRY_BYTES + digest_bytes(info.payload_bytes) + len(info.meta)
+class Reading(NamedTuple):
+    """A read that ended: of what, how many bytes, and whether they were right; None when they were never there."""
+
+    entry: HostEntry | None
+    nbytes: int
+    right: bool | None
 
 
-def info_of(record: Record) -> RecordInfo:
-    """What will be known of a record once it is stored; its sequence number comes then."""
-    return RecordInfo(
-        key=record.key,
-        namespace=record.namespace,
-        tenant=record.tenant,
-        payload_bytes=record.payload_bytes,
-        meta=record.meta,
-        sequence=0,
-        created=time.time(),
-    )
+def fill(place: Place, record: Record) -> bytes:
+    """Copy a payload to its place; the digests of its extents."""
+    sources = [buffer.numpy() for buffer in record.buffers]
+    return copy_with_digests(sources, place.views, record.payload_bytes)
+
+
+def read_verified(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
+    """Copy bytes out of ``views``: True when they are right, False when not, None when they were never there."""
+    ranges = None if entry is None else ranges_within(request, entry.payload_bytes)
+    if entry is None or ranges is None:
+        return None
+    return copy_verified(views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-
-import numpy as np
-import torch
+from itertools import repeat
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
-from kvtier.storage_backends.extents import EXTENT_BYTES
-from kvtier.storage_backends.host_arena import HostArena
-from kvtier.storage_backends.host_entry import HostEntry, index_bytes, info_of
+from kvtier.storage_backends.eviction import EvictionOrder
+from kvtier.storage_backends.host_arena import HostArena, Place
+from kvtier.storage_backends.host_entry import HostEntry, Reading, fill, read_verified
+from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
-from kvtier.storage_backends.memory import ByteRows
-from kvtier.storage_backends.order import LeastRecentlyUsed, RecordOrder
+from kvtier.storage_backends.order import LeastRecentlyUsed
 from kvtier.storage_backends.record_counts import RecordCounts
 from kvtier.storage_backends.records import (
     BoolArray,
@@ -52,7 +49,7 @@ class HostRecords(RecordStore):
         The hard bound, of which one part in 32 is for the index.
     lendable_bytes : int
         Of these, what `lend` gives up.
-    order : RecordOrder, optional
+    order : EvictionOrder, optional
         Which record leaves first; least recently used by default. Reads and leases are uses.
     workers : Workers, optional
         Threads for large copies; closed with the store.
@@ -73,115 +70,99 @@ class HostRecords(RecordStore):
         capacity_bytes: int,
         *,
         lendable_bytes: int = 0,
-        order: RecordOrder | None = None,
+        order: EvictionOrder | None = None,
         workers: Workers | None = None,
     ) -> None:
         self._capacity_bytes = capacity_bytes
         self._lendable_bytes = lendable_bytes
         self._lent_bytes = 0
         self._arena = HostArena(_payload_share(capacity_bytes - lendable_bytes), _payload_share(lendable_bytes))
-        self._order = order or LeastRecentlyUsed()
+        self._index = HostIndex(self._arena, order or LeastRecentlyUsed())
+        self._coming_bytes = 0  # what the index will take for records that are being copied in
+        self._reading: dict[int, HostEntry] = {}  # by row: records that somebody reads
         self._workers = workers or Workers()
         self._lock = threading.Lock()
-        self._entries: dict[bytes, HostEntry] = {}
-        self._tenants: dict[str, int] = {}
-        self._index_bytes = 0
         self._leases = LeaseBook()
-        self._sequence = itertools.count(1)
         self._counts = RecordCounts()
         self._closed = False
 
     def put(self, records: Sequence[Record]) -> list[PutOutcome]:
         """Copy records in; one that finds no room beside what is leased is refused."""
         outcomes: dict[int, PutOutcome] = {}
-        placed: dict[int, HostEntry] = {}
+        placed: dict[int, Place] = {}
         with self._lock:
             coming: set[bytes] = set()
             for index, record in enumerate(records):
-                if record.key in self._entries or record.key in coming:
+                if record.key in coming or self._row(record.key) is not None:
                     outcomes[index] = PutOutcome(PutState.EXISTS)
                     continue
-                entry = self._place(record)
-                if isinstance(entry, str):
-                    outcomes[index] = PutOutcome(PutState.REFUSED, entry)
+                place = self._place(record)
+                if isinstance(place, str):
+                    outcomes[index] = PutOutcome(PutState.REFUSED, place)
                     self._counts.refused += 1
                 else:
-                    placed[index] = entry
+                    placed[index] = place
                     coming.add(record.key)
-        jobs = [partial(entry.fill, records[index]) for index, entry in placed.items()]
-        self._workers.run(jobs, sum(entry.info.payload_bytes for entry in placed.values()))
+        jobs = [partial(fill, place, records[index]) for index, place in placed.items()]
+        filled = self._workers.run(jobs, sum(records[index].payload_bytes for index in placed))
         with self._lock:
-            for index, entry in placed.items():
-                outcomes[index] = self._publish(entry)
-            for entry in reversed(placed.values()):
-                if not entry.removed:
-                    self._order.added(entry.info.key, entry.held_bytes)
+            digests = dict(zip(placed, filled, strict=True))
+            outcomes |= self._publish(records, placed, digests)
         return [outcomes[index] for index in range(len(records))]
 
     def contains(self, keys: Sequence[bytes]) -> BoolArray:
         """Which keys have a record [n]."""
         with self._lock:
-            return np.fromiter((key in self._entries for key in keys), dtype=np.bool_, count=len(keys))
+            return self._index.find(keys) >= 0
 
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Copy bytes out, each extent verified; a record with a wrong one is dropped."""
         with self._lock:
-            found = [self._entries.get(request.key) for request in requests]
-            views = [entry.place.views if entry is not None else [] for entry in found]
-            for entry in found:
-                if entry is not None:
-                    entry.readers += 1
-        jobs = [
-            partial(_read, entry, views, request) for entry, views, request in zip(found, views, requests, strict=True)
-        ]
+            rows = self._index.find([request.key for request in requests]).tolist()
+            found = [self._open(row) if row >= 0 else None for row in rows]
+            views = [entry.views if entry is not None else [] for entry in found]
+        jobs = list(map(partial, repeat(read_verified), found, views, requests))
         results: list[bool | None] = [None] * len(requests)
         try:
             results = self._workers.run(jobs, sum(request.into.numel() for request in requests))
         finally:
             with self._lock:
-                for entry, request, right in reversed(list(zip(found, requests, results, strict=True))):
-                    self._finish_read(entry, request, right)
+                self._finish(
+                    Reading(entry, request.into.numel(), right)
+                    for entry, request, right in reversed(list(zip(found, requests, results, strict=True)))
+                )
         return [right is True for right in results]
 
     @contextmanager
-    def view(self, key: bytes) -> Iterator[RecordView | None]:
-        """A payload where it lies, if it lies in one piece; it stays there until the block ends."""
+    def view(self, keys: Sequence[bytes]) -> Iterator[Sequence[RecordView]]:
+        """Payloads where they lie, as long as each lies in one piece; they stay there until the block ends."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or len(entry.place.views) != 1:
-                entry = None
-            else:
-                entry.readers += 1
-                views = entry.place.views
-        if entry is None:
-            yield None
-            return
-        payload = torch.from_numpy(views[0])[: entry.info.payload_bytes]
-        found = RecordView(payload, partial(entry.verified, views), EXTENT_BYTES)
+            entries = self._open_leading(keys)
+            found = [entry.view() for entry in entries]
         try:
             yield found
         finally:
             with self._lock:
-                self._finish_read(entry, ReadRequest(key, payload), not found.damaged)
+                self._finish_views(found[::-1], entries[::-1])
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""
         with self._lock:
-            there = [key for key in keys if key in self._entries]
-            for key in reversed(there):
-                self._order.used(key)
+            rows = self._index.find(keys).tolist()
+            there = [key for key, row in zip(keys, rows, strict=True) if row >= 0]
+            self._index.used([row for row in reversed(rows) if row >= 0])
             return self._leases.take(there, owner=owner, seconds=seconds)
 
     def info(self, key: bytes) -> RecordInfo | None:
         """What is known of a record."""
         with self._lock:
-            entry = self._entries.get(key)
-            return None if entry is None else replace(entry.info, hits=entry.hits)
+            row = self._row(key)
+            return None if row is None else self._index.info(row)
 
     def scan(self) -> Iterator[RecordInfo]:
         """Every record, in the order they were stored."""
         with self._lock:
-            keys = list(self._entries)
+            keys = [self._index.key(row) for row in self._index.rows().tolist()]
         for key in keys:
             if (info := self.info(key)) is not None:
                 yield info
@@ -189,26 +170,27 @@ class HostRecords(RecordStore):
     def delete(self, keys: Sequence[bytes]) -> int:
         """Forget records, leased or not; how many there were."""
         with self._lock:
-            return sum(self._remove(key, evicted=False) for key in keys)
+            rows = self._index.find(list(dict.fromkeys(keys))).tolist()
+            return self._remove([row for row in rows if row >= 0], evicted=False)
 
     def clear(self, tenant: str | None = None) -> int:
         """Forget every record of a tenant, or all; how many there were."""
         with self._lock:
-            keys = [key for key, entry in self._entries.items() if tenant in (None, entry.info.tenant)]
-            return sum(self._remove(key, evicted=False) for key in keys)
+            rows = self._index.rows() if tenant is None else self._index.rows_of(tenant)
+            return self._remove(rows.tolist(), evicted=False)
 
     def stats(self) -> RecordStats:
         """Counters and bytes, consistent with each other."""
         with self._lock:
-            leased = [self._entries[key] for key in self._leases.keys() if key in self._entries]  # noqa: SIM118
+            leased = [row for row in self._index.find(self._leases.keys()).tolist() if row >= 0]
             return RecordStats(
-                records=len(self._entries),
-                live_bytes=sum(self._tenants.values()),
+                records=len(self._index),
+                live_bytes=self._index.tenant_bytes.total(),
                 held_bytes=self._arena.held_bytes + self._index_bytes,
                 capacity_bytes=self._room_bytes,
-                leased_bytes=sum(entry.held_bytes for entry in leased),
+                leased_bytes=sum(map(self._index.held_bytes, leased)),
                 degraded="closed" if self._closed else "",
-                tenants=dict(self._tenants),
+                tenants=dict(self._index.tenant_bytes),
                 **asdict(self._counts),
             )
 
@@ -223,8 +205,7 @@ class HostRecords(RecordStore):
         """Give all memory back; calls under way end with the memory they began with."""
         with self._lock:
             self._closed = True
-            for key in list(self._entries):
-                self._remove(key, evicted=False)
+            self._remove(self._index.rows().tolist(), evicted=False)
             self._arena.close()
         self._workers.close()
 
@@ -237,20 +218,19 @@ class HostRecords(RecordStore):
             Leases hold more than what is left; nothing changed.
         """
         with self._lock:
-            moving = [entry for entry in self._entries.values() if self._arena.is_lendable(entry.place)]
-            missing = sum(entry.place.units.size for entry in moving) - self._arena.kept.free_slots
+            moving = self._index.lendable_rows()
+            missing = sum(self._index.place(row).units for row in moving) - self._arena.kept.free_slots
             excess = self._index_bytes - (self._capacity_bytes - self._lendable_bytes) // _INDEX_SHARE
             evictable, victims = self._evictable(), []
             while missing > 0 or excess > 0:
-                if (entry := next(evictable, None)) is None:
+                if (row := next(evictable, None)) is None:
                     raise CapacityError("records under lease fill the host tier; release the hits that hold them")
-                victims.append(entry)
-                missing -= entry.place.units.size
-                excess -= entry.index_bytes
-            self._evict(victims)
-            for entry in moving:
-                if not entry.removed:
-                    entry.place = self._arena.moved(entry.place)
+                victims.append(row)
+                missing -= self._index.place(row).units
+                excess -= self._index.index_bytes(row)
+            self._remove(victims, evicted=True)
+            for row in set(moving).difference(victims):
+                self._move(row)
             self._arena.lend()
             self._lent_bytes = self._lendable_bytes
             return self._lent_bytes
@@ -266,105 +246,155 @@ class HostRecords(RecordStore):
     def _room_bytes(self) -> int:
         return self._capacity_bytes - self._lent_bytes
 
-    def _place(self, record: Record) -> HostEntry | str:
-        """A place for a record, or why there is none; called with the lock held."""
-        info = info_of(record)
-        if reason := "the host tier is closed" if self._closed else self._make_room(info):
+    @property
+    def _index_bytes(self) -> int:
+        return self._index.nbytes + self._coming_bytes
+
+    def _row(self, key: bytes) -> int | None:
+        """The row of a key; called with the lock held, as all that follow are."""
+        row = int(self._index.find([key])[0])
+        return None if row < 0 else row
+
+    def _place(self, record: Record) -> Place | str:
+        """A place for a record, or why there is none."""
+        if self._closed:
+            return "the host tier is closed"
+        self._index.missed(record.key)
+        if reason := self._make_room(record):
             return reason
         try:
-            place = self._arena.reserve(info.payload_bytes)
+            place = self._arena.reserve(record.payload_bytes)
         except CapacityError as error:
             self._counts.failed += 1
             return str(error)
-        entry = HostEntry(info, place)
-        self._index_bytes += entry.index_bytes
-        return entry
+        taken = index_bytes_of(record, place)
+        if place.spans[1:] and self._index_bytes + taken > self._room_bytes // _INDEX_SHARE:
+            self._arena.release(place)
+            return "the index has no room for a record in so many pieces"
+        self._coming_bytes += taken
+        return place
 
-    def _make_room(self, info: RecordInfo) -> str:
-        """Evict until a record finds room; or say why not, with nothing evicted. Called with the lock held."""
-        units, free = self._arena.units_for(info.payload_bytes), self._arena.free_units()
-        excess = self._index_bytes + index_bytes(info) - self._room_bytes // _INDEX_SHARE
+    def _make_room(self, record: Record) -> str:
+        """Evict until a record finds room; or say why not, with nothing evicted."""
+        units, free = self._arena.units_for(record.payload_bytes), self._arena.free_units()
+        excess = self._index_bytes + index_bytes_of(record) - self._room_bytes // _INDEX_SHARE
         evictable, victims = self._evictable(), []
         while max(free.values()) < units or excess > 0:
-            if (entry := next(evictable, None)) is None:
+            if (row := next(evictable, None)) is None:
                 return f"no room in {format_bytes(self._room_bytes)} of host memory beside what is leased or in use"
-            victims.append(entry)
-            free[entry.place.part] += entry.place.units.size
-            excess -= entry.index_bytes
-        self._evict(victims)
+            place = self._index.place(row)
+            victims.append(row)
+            free[place.part] += place.units
+            excess -= self._index.index_bytes(row)
+        self._remove(victims, evicted=True)
         return ""
 
-    def _evictable(self) -> Iterator[HostEntry]:
-        """Records that may leave, the first to leave first; nothing may be removed while this is read."""
-        for key in self._order.candidates():
-            entry = self._entries[key]
-            if not entry.readers and not self._leases.holds(key):
-                yield entry
+    def _evictable(self) -> Iterator[int]:
+        """Rows of records that may leave, the first to leave first; nothing may be removed while this is read."""
+        for row in self._index.candidates():
+            if row not in self._reading and not self._leases.holds(self._index.key(row)):
+                yield row
 
-    def _evict(self, victims: Sequence[HostEntry]) -> None:
-        for entry in victims:
-            self._remove(entry.info.key, evicted=True)
+    def _publish(
+        self, records: Sequence[Record], placed: Mapping[int, Place], digests: Mapping[int, bytes]
+    ) -> dict[int, PutOutcome]:
+        """Let filled records be seen."""
+        outcomes: dict[int, PutOutcome] = {}
+        stored: list[int] = []
+        for index, place in placed.items():
+            self._coming_bytes -= index_bytes_of(records[index], place)
+            if self._row(records[index].key) is not None:
+                outcomes[index] = PutOutcome(PutState.EXISTS)
+                self._arena.release(place)
+            elif self._closed or self._arena.is_gone(place):
+                outcomes[index] = PutOutcome(PutState.REFUSED, "the host tier was closed or lent meanwhile")
+                self._counts.refused += 1
+            else:
+                outcomes[index] = PutOutcome(PutState.STORED)
+                stored.append(index)
+        self._counts.stored += len(stored)
+        self._counts.written_bytes += sum(records[index].payload_bytes for index in stored)
+        self._index.add([(records[index], placed[index], digests[index]) for index in stored])
+        return outcomes
 
-    def _publish(self, entry: HostEntry) -> PutOutcome:
-        """Let a filled entry be seen; called with the lock held."""
-        key, counts = entry.info.key, self._counts
-        if self._closed or self._arena.is_gone(entry.place) or key in self._entries:
-            entry.removed = True
-            self._free(entry)
-            if key in self._entries:
-                return PutOutcome(PutState.EXISTS)
-            counts.refused += 1
-            return PutOutcome(PutState.REFUSED, "the host tier was closed or lent meanwhile")
-        entry.info = replace(entry.info, sequence=next(self._sequence))
-        self._entries[key] = entry
-        self._tenants[entry.info.tenant] = self._tenants.get(entry.info.tenant, 0) + entry.held_bytes
-        counts.stored += 1
-        counts.written_bytes += entry.info.payload_bytes
-        return PutOutcome(PutState.STORED)
-
-    def _finish_read(self, entry: HostEntry | None, request: ReadRequest, right: bool | None) -> None:
-        """Count a read and let go of its entry; called with the lock held."""
-        if entry is not None:
-            entry.readers -= 1
-            if entry.removed:
-                self._free(entry)
-        if entry is None or not right:
-            self._counts.misses += 1
-        else:
-            self._counts.hits += 1
-            self._counts.read_bytes += request.into.numel()
-            entry.hits += 1
-            if not entry.removed:
-                self._order.used(request.key)
-        if entry is not None and right is False:
-            self._counts.damaged += 1
-            if not entry.removed:
-                self._remove(request.key, evicted=False)
-
-    def _remove(self, key: bytes, *, evicted: bool) -> bool:
-        """Take a record out of sight; called with the lock held."""
-        entry = self._entries.pop(key, None)
+    def _open(self, row: int) -> HostEntry:
+        """Begin to read a record."""
+        entry = self._reading.get(row)
         if entry is None:
-            return False
-        entry.removed = True
-        self._order.removed(key, evicted=evicted)
-        self._counts.evicted += evicted
-        left = self._tenants.pop(entry.info.tenant) - entry.held_bytes
-        if left:
-            self._tenants[entry.info.tenant] = left
-        self._free(entry)
-        return True
+            place, size = self._index.place(row), self._index.payload_bytes(row)
+            digests = self._index.digests(row, size)
+            entry = self._reading[row] = HostEntry(row, place, place.views, size, digests)
+        entry.readers += 1
+        return entry
 
-    def _free(self, entry: HostEntry) -> None:
-        """Give a removed entry's memory back, unless somebody reads it; called with the lock held."""
-        if entry.readers == 0:
-            self._index_bytes -= entry.index_bytes
+    def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
+        """Begin to read leading records that are there and lie in one piece."""
+        entries: list[HostEntry] = []
+        for row in self._index.find(keys).tolist():
+            entry = self._open(row) if row >= 0 else None
+            if entry is None:
+                break
+            if len(entry.views) != 1:
+                self._close(entry)
+                break
+            entries.append(entry)
+        return entries
+
+    def _close(self, entry: HostEntry) -> None:
+        """End to read a record; whoever is the last to do so frees what was removed meanwhile."""
+        entry.readers -= 1
+        if not entry.readers and entry.removed:
             self._arena.release(entry.place)
+        elif not entry.readers:
+            del self._reading[entry.row]
+
+    def _finish(self, readings: Iterable[Reading]) -> None:
+        """Count reads and let go of their entries, the one used last at the end."""
+        counts, used, damaged = self._counts, [], []
+        for entry, nbytes, right in readings:
+            if entry is not None:
+                self._close(entry)
+            if entry is None or not right:
+                counts.misses += 1
+            else:
+                counts.hits += 1
+                counts.read_bytes += nbytes
+                used += [] if entry.removed else [entry.row]
+            if entry is not None and right is False:
+                counts.damaged += 1
+                damaged += [] if entry.removed else [entry.row]
+        self._index.read(used)
+        self._remove(list(dict.fromkeys(damaged)), evicted=False)
+
+    def _finish_views(self, found: Sequence[RecordView], entries: Sequence[HostEntry]) -> None:
+        """Count views that were read to their end or proved damaged; let go of the others."""
+        readings = []
+        for view, entry in zip(found, entries, strict=True):
+            if (served := view.served) or view.damaged:
+                readings.append(Reading(entry, entry.payload_bytes, served))
+            else:
+                self._close(entry)
+        self._finish(readings)
+
+    def _remove(self, rows: Sequence[int], *, evicted: bool) -> int:
+        """Take distinct records out of sight, their memory too unless somebody reads it; how many."""
+        for row in rows:
+            entry = self._reading.pop(row, None)
+            if entry is None:
+                self._arena.release(self._index.place(row))
+            else:
+                entry.removed = True
+        self._index.remove(rows, evicted=evicted)
+        self._counts.evicted += len(rows) if evicted else 0
+        return len(rows)
+
+    def _move(self, row: int) -> None:
+        """Move a record out of the part that will be lent."""
+        place = self._arena.moved(self._index.place(row))
+        self._index.move(row, place)
+        if row in self._reading:
+            self._reading[row].moved(place)
 
 
 def _payload_share(capacity_bytes: int) -> int:
     return capacity_bytes - capacity_bytes // _INDEX_SHARE
-
-
-def _read(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-    return None if entry is None else entry.read(views, request)

@@ -1,54 +1,44 @@
-"""Which record leaves memory first: told of every event, asked for candidates."""
+"""Least recently used: the order in which a tier gives up what it holds, unless it is told another."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterator
+from kvtier.storage_backends.eviction import BoolArray, EvictionOrder, IdArray
+from kvtier.storage_backends.id_queue import IdQueue
 
-__all__ = ["LeastRecentlyUsed", "RecordOrder"]
-
-
-class RecordOrder(ABC):
-    """An order of eviction. The owner holds its lock around every call and keeps leased records itself."""
-
-    @abstractmethod
-    def added(self, key: bytes, nbytes: int) -> None:
-        """A record came."""
-
-    @abstractmethod
-    def used(self, key: bytes) -> None:
-        """A record was read or leased."""
-
-    @abstractmethod
-    def removed(self, key: bytes, *, evicted: bool) -> None:
-        """A record went: for room, or because it was deleted or found damaged."""
-
-    @abstractmethod
-    def candidates(self) -> Iterator[bytes]:
-        """Keys that are there, the first to leave first; the order is not told of events while this is read."""
+__all__ = ["LeastRecentlyUsed"]
 
 
-class LeastRecentlyUsed(RecordOrder):
-    """The record unused for longest leaves first."""
+class LeastRecentlyUsed(EvictionOrder):
+    """What was unused for longest leaves first; one queue by last use."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._queue = IdQueue()
 
-    def added(self, key: bytes, nbytes: int) -> None:
-        """The newest."""
-        del nbytes
-        self._keys[key] = None
+    @property
+    def residents(self) -> int:
+        """How many ids are in the tier."""
+        return self._queue.size
 
-    def used(self, key: bytes) -> None:
-        """The newest again."""
-        self._keys.move_to_end(key)
+    def admit(self, ids: IdArray) -> None:
+        """They are the newest."""
+        self._queue.push(ids)
 
-    def removed(self, key: bytes, *, evicted: bool) -> None:
-        """Forgotten."""
-        del evicted
-        del self._keys[key]
+    def hit(self, ids: IdArray) -> None:
+        """They are the newest again."""
+        self._queue.push(ids[self._queue.holds(ids)])
 
-    def candidates(self) -> Iterator[bytes]:
-        """From the oldest on."""
-        return iter(self._keys)
+    def victims(self, count: int, allowed: BoolArray | None = None) -> IdArray:
+        """The oldest."""
+        return self._queue.first(count, allowed)
+
+    def evict(self, ids: IdArray) -> None:
+        """They are forgotten."""
+        self._queue.drop(ids)
+
+    def forget(self, ids: IdArray) -> None:
+        """They are forgotten."""
+        self._queue.drop(ids)
+
+    def remembers(self, ids: IdArray) -> BoolArray:
+        """Which are in the tier."""
+        return self._queue.holds(ids)

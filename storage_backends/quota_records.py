@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -11,7 +10,7 @@ from itertools import compress
 from kvtier.storage_backends.leases import JoinedLease, LeaseBook
 from kvtier.storage_backends.memory import PAGE_BYTES, round_up
 from kvtier.storage_backends.record_wrappers import WrappedRecords
-from kvtier.storage_backends.records import Lease, PutOutcome, PutState, Record, RecordStats, RecordStore
+from kvtier.storage_backends.records import KEY_BYTES, Lease, PutOutcome, PutState, Record, RecordStats, RecordStore
 from kvtier.types import format_bytes
 
 __all__ = ["QuotaRecords"]
@@ -43,10 +42,11 @@ class QuotaRecords(WrappedRecords):
         self._leases = LeaseBook()
         self._refused = 0
         self._dropped = 0
-        self._by_age: dict[str, deque[bytes]] = {tenant: deque() for tenant in quotas}
+        # Keys end to end, the oldest first: bytes are taken off the front of a bytearray without moving the rest.
+        self._by_age: dict[str, bytearray] = {tenant: bytearray() for tenant in quotas}
         for info in inner.scan() if quotas else ():
             if info.tenant in quotas:
-                self._by_age[info.tenant].append(info.key)
+                self._by_age[info.tenant] += info.key
 
     def put(self, records: Sequence[Record]) -> list[PutOutcome]:
         """Put what fits into the quotas, after making room."""
@@ -96,7 +96,7 @@ class QuotaRecords(WrappedRecords):
         """Note the age of what was stored, and cut what took more than was expected."""
         for record, result in zip(reversed(records), reversed(results), strict=True):
             if result.state is PutState.STORED and record.tenant in self._quotas:
-                self._by_age[record.tenant].append(record.key)
+                self._by_age[record.tenant] += record.key
         for tenant in {record.tenant for record in records} & self._quotas.keys():
             self._trim(tenant, self._quotas[tenant])
             self._forget_missing(tenant)
@@ -116,21 +116,23 @@ class QuotaRecords(WrappedRecords):
         victims: list[bytes] = []
         leased: list[bytes] = []
         while nbytes > 0 and ages:
-            key = ages.popleft()
+            key = bytes(ages[:KEY_BYTES])
+            del ages[:KEY_BYTES]
             info = self.inner.info(key)
             if info is not None and self._leases.holds(key):
                 leased.append(key)
             elif info is not None:
                 victims.append(key)
                 nbytes -= info.payload_bytes
-        ages.extendleft(reversed(leased))
+        ages[:0] = b"".join(leased)
         return victims
 
     def _forget_missing(self, tenant: str) -> None:
         """Drop keys that the inner store let go, once they are many."""
         ages = self._by_age[tenant]
-        if len(ages) > 2 * self.inner.stats().records + _SLACK_KEYS:
-            self._by_age[tenant] = deque(compress(ages, self.inner.contains(list(ages))))
+        if len(ages) > KEY_BYTES * (2 * self.inner.stats().records + _SLACK_KEYS):
+            keys = [bytes(ages[at : at + KEY_BYTES]) for at in range(0, len(ages), KEY_BYTES)]
+            self._by_age[tenant] = bytearray().join(compress(keys, self.inner.contains(keys)))
 
     def _refusal(self, tenant: str) -> PutOutcome:
         quota = format_bytes(self._quotas[tenant])

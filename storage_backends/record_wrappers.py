@@ -40,9 +40,9 @@ class WrappedRecords(RecordStore):
         """Read from the inner store."""
         return self.inner.read(requests)
 
-    def view(self, key: bytes) -> AbstractContextManager[RecordView | None]:
+    def view(self, keys: Sequence[bytes]) -> AbstractContextManager[Sequence[RecordView]]:
         """View in the inner store."""
-        return self.inner.view(key)
+        return self.inner.view(keys)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Lease in the inner store."""

@@ -244,6 +244,11 @@ class RecordView:
         self._extent_bytes = extent_bytes
         self._verified = 0
 
+    @property
+    def served(self) -> bool:
+        """Whether all of it was verified, and is as it was put."""
+        return not self.damaged and self._verified == self.payload.numel()
+
     def verify(self, stop: int | None = None) -> bool:
         """Whether every byte before ``stop``, the end by default, is as it was put; each extent is read once."""
         end = self.payload.numel()
@@ -283,13 +288,13 @@ class RecordStore(ABC):
         False is a miss, for any reason at all; ``into`` is then undefined and must not be used.
         """
 
-    def view(self, key: bytes) -> AbstractContextManager[RecordView | None]:
-        """A whole payload where it lies, to be copied within the ``with`` block; None when it cannot be had.
+    def view(self, keys: Sequence[bytes]) -> AbstractContextManager[Sequence[RecordView]]:
+        """Whole payloads where they lie, to be copied within the ``with`` block: the leading ones that can be had.
 
-        Only stores in memory have any; it saves them a copy. Whoever gets None calls `read`.
+        Only stores in memory have any; it saves them a copy. Whoever gets too few calls `read`.
         """
-        del key
-        return nullcontext(None)
+        del keys
+        return nullcontext(())
 
     @abstractmethod
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:

@@ -118,14 +118,15 @@ class TieredRecords(RecordStore):
         return served
 
     @contextmanager
-    def view(self, key: bytes) -> Iterator[RecordView | None]:
+    def view(self, keys: Sequence[bytes]) -> Iterator[Sequence[RecordView]]:
         """View in the highest tier."""
-        with self.tiers[0].view(key) as found:
+        with self.tiers[0].view(keys) as found:
             yield found
-            if found is not None and not found.damaged:
-                nbytes = found.payload.numel()
-                self.rates[0].learn(nbytes, found.seconds)
-                self._count(hits=1, read_bytes=nbytes)
+            served = [view for view in found if view.served]
+            if served:
+                nbytes = sum(view.payload.numel() for view in served)
+                self.rates[0].learn(nbytes, sum(view.seconds for view in served))
+                self._count(hits=len(served), read_bytes=nbytes)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Lease every copy of those of ``keys`` that exist."""

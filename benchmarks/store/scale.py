@@ -20,7 +20,9 @@ from benchmarks.store import fio
 from benchmarks.store.competitors import forget
 from benchmarks.store.keys import key_of, records_of
 from benchmarks.store.settings import Settings
-from kvtier.storage_backends.records import PutState
+from kvtier.storage_backends.extents import digest_bytes
+from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.records import PutState, RecordStore
 from kvtier.storage_backends.segment import SegmentOptions, SegmentRecords
 
 __all__ = ["measure"]
@@ -28,6 +30,7 @@ __all__ = ["measure"]
 _BATCH: Final = 1000
 _LOOKUPS: Final = 200
 _BLOCK: Final = 4096
+_MOST_IN_MEMORY: Final = 500_000
 _INDEX: Final = "index.sqlite*"
 
 
@@ -41,7 +44,33 @@ def measure(settings: Settings) -> dict[str, Any]:
         found["rebuild"] = _rebuild(settings, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return found
+    return found | _in_memory(settings)
+
+
+def _in_memory(settings: Settings) -> dict[str, Any]:
+    """The same small records in host memory: what they take beside their payload and digest, and look-ups."""
+    count, size = min(settings.records, _MOST_IN_MEMORY), settings.record_bytes
+    print(f"scale: {count} records of {size} bytes in memory", file=sys.stderr, flush=True)
+    payload = torch.randint(0, 256, (_BATCH, size), dtype=torch.uint8)
+    with HostRecords(4 * _BATCH * size) as store:
+        store.put(records_of(list(payload), 0))  # what is loaded and kept with the first put is no record's
+    gc.collect()
+    before = _resident_bytes()
+    with HostRecords(2 * count * size) as store:
+        for first in range(0, count, _BATCH):
+            store.put(records_of(list(payload[: count - first]), first))
+        gc.collect()
+        resident = _resident_bytes() - before - count * (size + digest_bytes(size))
+        if store.stats().records != count:
+            raise BenchmarkError(f"host memory must take all {count} records, it has {store.stats().records}")
+        present = _lookup_us(store, random.Random(0).sample(range(count), min(count, _LOOKUPS * _BATCH)))  # noqa: S311
+        absent = _lookup_us(store, range(count, count + _LOOKUPS * _BATCH))
+    return {
+        "host_records": count,
+        "host_resident_bytes_a_record": resident / count,
+        "host_lookup_us_a_key_present": present,
+        "host_lookup_us_a_key_absent": absent,
+    }
 
 
 def _many(settings: Settings, directory: Path) -> dict[str, Any]:
@@ -88,7 +117,7 @@ def _fill(directory: Path, options: SegmentOptions, count: int, size: int) -> fl
     return seconds
 
 
-def _lookup_us(store: SegmentRecords, numbers: Sequence[int]) -> float:
+def _lookup_us(store: RecordStore, numbers: Sequence[int]) -> float:
     """Microseconds a key, the median of batches."""
     batches = [[key_of(number) for number in numbers[at : at + _BATCH]] for at in range(0, len(numbers), _BATCH)]
     waits = []

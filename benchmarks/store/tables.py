@@ -78,7 +78,8 @@ def _host_lines(host: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str]
         return
     for row in host["rows"]:
         yield f"{row['name']}, records of {format_bytes(host['record_bytes'])}", f"{row['gb_per_s']:.1f} GB/s", ""
-    yield "host tier of memcpy", _ratio(host["vs_memcpy"]), "0.7x"
+    yield "host tier of memcpy, records", _ratio(host["vs_memcpy"]), "0.7x"
+    yield "host tier of memcpy, chunks into place", _ratio(host["typed_vs_memcpy"]), "0.7x"
 
 
 def _scale_lines(scale: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str]]:
@@ -99,6 +100,7 @@ def _scale_lines(scale: Mapping[str, Any] | None) -> Iterator[tuple[str, str, st
     yield "memory a record, table alone", f"{scale['table_bytes_a_record']:.0f} B", ""
     yield f"opening {count} records with a good index", f"{scale['reopen_seconds']:.2f} s", "5 s"
     yield f"put of {format_bytes(scale['record_bytes'])}, relaxed", f"{scale['put_us_a_record']:.0f} us a record", ""
+    yield from _in_memory_lines(scale)
     rebuild = scale["rebuild"]
     what = f"rebuild of {rebuild['records']:,} records of {format_bytes(rebuild['record_bytes'])}, every byte verified"
     measured = f"{rebuild['bytes_a_second'] / 1e9:.2f} GB/s"
@@ -106,6 +108,14 @@ def _scale_lines(scale: Mapping[str, Any] | None) -> Iterator[tuple[str, str, st
         plain = f"{rebuild['fio_bytes_a_second'] / 1e9:.2f} GB/s ({rebuild['fio_best']})"
         measured += f"\n{_ratio(rebuild['vs_fio'])} of fio's {plain}"
     yield what, measured, "fio's"
+
+
+def _in_memory_lines(scale: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    batch = f"{scale['lookup_batch']:,}"
+    what = f"among {scale['host_records']:,} in memory, batches of {batch}"
+    yield f"look-up {what}, present", f"{scale['host_lookup_us_a_key_present']:.2f} us a key", "3 us"
+    yield f"look-up {what}, absent", f"{scale['host_lookup_us_a_key_absent']:.2f} us a key", "3 us"
+    yield "memory a record in memory, payload excluded", f"{scale['host_resident_bytes_a_record']:.0f} B", "200 B"
 
 
 def _rates(summary: Mapping[str, Any]) -> str:

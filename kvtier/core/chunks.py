@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kvtier.errors import InputError
+from kvtier.kernels.split_rows import CopyHeads, plan_split
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ByteRange
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
@@ -28,7 +29,7 @@ _Like: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
 
 _Bytes = TypeVar("_Bytes", torch.Tensor, ByteRows)
 
-_STEP_BYTES = 256 << 10  # verified, then copied out of the cache
+_STEP_BYTES = 1 << 20  # verified, then copied out of the cache; each step costs some 5 us beside
 
 
 class KVChunk(NamedTuple):
@@ -66,6 +67,12 @@ class _Step(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Layers and heads."""
         return (self.places.stop - self.places.start, self.heads.stop - self.heads.start)
+
+    def numbers(self, *, together: bool) -> tuple[int, int]:
+        """Its first head and the one after its last, counted through the layers of the chunk, or in its own layer."""
+        before = self.places.start * self.layer.num_kv_heads if together else 0
+        last = (self.places.stop - self.places.start - 1) * self.layer.num_kv_heads
+        return before + self.heads.start, before + last + self.heads.stop
 
     def of(self, tensors: LayerTensors) -> torch.Tensor:
         """Its part of a chunk, [L, Hk, C, D]."""
@@ -106,6 +113,8 @@ class ChunkCodec:
             "k": [_like(layer, tokens, layer.key_dim) for layer in layout.layers],
             "v": [_like(layer, tokens, layer.value_dim) for layer in layout.layers],
         }
+        # What all layers are like, where they are.
+        self._alike = {kind: wanted[0] if len(set(wanted)) == 1 else None for kind, wanted in self._wanted.items()}
         self._plans: dict[tuple[tuple[int, ...], bool], list[_Step]] = {}
 
     def check(self, chunk: KVChunk, layers: Sequence[int], name: str) -> None:
@@ -117,6 +126,8 @@ class ChunkCodec:
             Another number of layers, another shape or dtype.
         """
         for kind, tensors in (("k", chunk.k), ("v", chunk.v)):
+            if isinstance(tensors, torch.Tensor) and self._fits(kind, tensors, len(layers)):
+                continue
             if len(tensors) != len(layers):
                 raise InputError(f"{name}.{kind} must have {len(layers)} layers, got {len(tensors)}")
             if isinstance(tensors, torch.Tensor):
@@ -129,6 +140,11 @@ class ChunkCodec:
                         f"{name}.{kind}[{place}] must be {_spoken(self._wanted[kind][layer])} "
                         f"(KV heads, chunk_tokens, dim) for layer {layer}, got {_spoken(got)}"
                     )
+
+    def _fits(self, kind: str, tensor: torch.Tensor, layers: int) -> bool:
+        """Whether a tensor is that of so many layers, where all are alike; the quick answer for most chunks."""
+        alike = self._alike[kind]
+        return alike is not None and tensor.shape == (layers, *alike[0]) and tensor.dtype == alike[1]
 
     def encode(self, chunk: KVChunk, into: torch.Tensor) -> None:
         """Lay a checked chunk into uint8 [payload_bytes]."""
@@ -149,15 +165,22 @@ class ChunkCodec:
 
     def decoding(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> Iterator[int]:
         """The same in steps that a cache holds: before each, up to which byte of the payload it reads."""
-        host = self._on_host(payload, into)
+        copy: CopyHeads | None = None
+        together = _together(into)
         for step in self._steps(layers, into):
+            if copy is None or (not together and step.heads.start == 0):
+                copy = self._split(payload, step, into)
             yield step.stop
-            if host is not None:
-                step.on_host(host.keys)[...], step.on_host(host.values)[...] = self._pages(host.payload, step)
-                continue
-            keys, values = self._pages(payload, step)
-            _read(keys, step.of(into.k))
-            _read(values, step.of(into.v))
+            copy(*step.numbers(together=together))
+
+    def _split(self, payload: torch.Tensor, step: _Step, into: KVChunk) -> CopyHeads:
+        """How heads are copied out of a payload: those of all layers, or of the layer that a step begins."""
+        k, v, page_tokens = into.k, into.v, self.layout.page_tokens
+        if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+            return plan_split(payload, k, v, page_tokens=page_tokens)
+        rows = payload[step.start : step.start + step.layer.token_bytes * self.layout.chunk_tokens]
+        keys, values = (tensors[step.places.start].unsqueeze(0) for tensors in into)
+        return plan_split(rows, keys, values, page_tokens=page_tokens)
 
     def ranges(self, layers: Sequence[int]) -> tuple[ByteRange, ...]:
         """Where ascending ``layers`` lie in a payload; neighbours are one range."""
@@ -187,7 +210,7 @@ class ChunkCodec:
 
     def _steps(self, layers: Sequence[int], chunk: KVChunk) -> list[_Step]:
         """Copies that a chunk of ``layers`` takes: of several small layers that lie together, or some heads of one."""
-        together = isinstance(chunk.k, torch.Tensor) and isinstance(chunk.v, torch.Tensor)
+        together = _together(chunk)
         key = (tuple(layers), together)
         if key not in self._plans:
             self._plans = {key: _steps_of(self.layout, key[0], together=together)}  # the last one is enough
@@ -208,6 +231,11 @@ class ChunkCodec:
         rows = payload[step.start : step.stop].reshape(*shape[:3], page * (key_bytes + value_bytes))
         keys, values = rows[..., : page * key_bytes], rows[..., page * key_bytes :]
         return keys.reshape(*shape, key_bytes), values.reshape(*shape, value_bytes)
+
+
+def _together(chunk: KVChunk) -> bool:
+    """Whether all layers are in one tensor."""
+    return isinstance(chunk.k, torch.Tensor) and isinstance(chunk.v, torch.Tensor)
 
 
 def _spoken(like: _Like) -> str:
@@ -260,17 +288,6 @@ def _write(tensor: torch.Tensor, pages: torch.Tensor) -> None:
     if rows.stride(-1) != 1:
         rows = rows.clone(memory_format=torch.contiguous_format)
     pages.copy_(_bytes_by_page(rows, pages))
-
-
-def _read(pages: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy bytes [L, Hk, N, P, bytes of D] to [L, Hk, C, D]."""
-    rows = tensor.detach()
-    if rows.stride(-1) == 1:
-        _bytes_by_page(rows, pages).copy_(pages)
-    else:
-        straight = torch.empty(rows.shape, dtype=rows.dtype)
-        _bytes_by_page(straight, pages).copy_(pages)
-        rows.copy_(straight)
 
 
 def _bytes_by_page(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

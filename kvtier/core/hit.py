@@ -13,7 +13,7 @@ import torch
 from kvtier.core.chunks import KVChunk
 from kvtier.core.load_worth import LoadDecision
 from kvtier.errors import CapacityError, InputError
-from kvtier.storage_backends.records import ByteRange, Lease, ReadRequest
+from kvtier.storage_backends.records import ByteRange, Lease, ReadRequest, RecordView
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from kvtier.core.namespace import Namespace
 
 __all__ = ["Hit"]
-
-_VIEWED_AT_ONCE = 16
 
 
 class Hit:
@@ -127,31 +125,20 @@ class Hit:
         return done
 
     def _decode_in_place(self, keys: Sequence[bytes], layers: Sequence[int], targets: Sequence[KVChunk]) -> int:
-        """Decode chunks from where they lie, in threads if there are many; how many leading ones lie in memory."""
-        codec, workers, done = self._space.codec, self._space.store.workers, 0
-        if not self._decode_view(keys[0], layers, targets[0]):
-            return 0
-        for first in range(1, len(keys), _VIEWED_AT_ONCE):
-            some = slice(first, first + _VIEWED_AT_ONCE)
-            pairs = zip(keys[some], targets[some], strict=False)
-            jobs = [partial(self._decode_view, key, layers, target) for key, target in pairs]
-            right = workers.run(jobs, len(jobs) * codec.payload_bytes)
-            done += right.index(False) if False in right else len(right)
-            if False in right:
-                break
-        return 1 + done
+        """Decode leading chunks from where they lie in memory, in threads if there are many; how many are right."""
+        with self._space.store.records.view(keys) as found:
+            pairs = zip(found, targets, strict=False)
+            jobs = [partial(self._decode_view, view, layers, target) for view, target in pairs]
+            right = self._space.store.workers.run(jobs, len(jobs) * self._space.codec.payload_bytes)
+        return right.index(False) if False in right else len(right)
 
-    def _decode_view(self, key: bytes, layers: Sequence[int], target: KVChunk) -> bool:
-        """Decode a chunk from where it lies, if it lies in memory and proves right."""
-        with self._space.store.records.view(key) as found:
-            if found is None:
-                return False
-            start = time.perf_counter()
-            right = all(found.verify(stop) for stop in self._space.codec.decoding(found.payload, layers, target))
-            if right:
-                seconds = time.perf_counter() - start - found.seconds
-                self._space.store.decoding.learn(found.payload.numel(), seconds)
-            return right
+    def _decode_view(self, found: RecordView, layers: Sequence[int], target: KVChunk) -> bool:
+        """Decode a chunk from where it lies, if it proves right."""
+        start = time.perf_counter()
+        right = all(found.verify(stop) for stop in self._space.codec.decoding(found.payload, layers, target))
+        if right:
+            self._space.store.decoding.learn(found.payload.numel(), time.perf_counter() - start - found.seconds)
+        return right
 
     def _decode_by_way_of(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,7 +38,6 @@ _FIRST_GUESS = {"host": (20e-6, 4e9), "nvme": (200e-6, 1e9)}
 """Latency in seconds and bytes per second, until reads say better."""
 
 _FIRST_DECODING = 4e9
-_MOST_WORKERS = 4
 
 
 def open_store(
@@ -81,7 +79,7 @@ class Store:
     decoding : TransferRate
         How fast payloads become tensors.
     workers : Workers
-        Decode chunks from where they lie in memory; verifying and copying by pages is more work than memory is slow.
+        Decode chunks from where they lie in memory.
     staging : Staging
         Buffers that records pass through.
 
@@ -97,7 +95,7 @@ class Store:
         self.config = config
         self.counters = Counters()
         self.staging = Staging()
-        self.workers = Workers(min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+        self.workers = Workers()
         self.decoding = TransferRate(latency=0.0, bandwidth=_FIRST_DECODING)
         quotas = {name: tenant.quota for name, tenant in config.tenants.items() if tenant.quota is not None}
         with ExitStack() as undo:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtier.core.policy import PlacementPolicy
-from kvtier.policies.placement.id_queue import Fill, IdQueue
 from kvtier.storage_backends.eviction import BoolArray, EvictionOrder, IdArray
+from kvtier.storage_backends.id_queue import Fill, IdQueue
 
 __all__ = ["ARC"]
 

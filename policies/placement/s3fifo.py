@@ -9,8 +9,8 @@ import numpy as np
 
 from kvtier.core.policy import PlacementPolicy
 from kvtier.errors import PolicyError
-from kvtier.policies.placement.id_queue import Fill, IdQueue, reach
 from kvtier.storage_backends.eviction import BoolArray, EvictionOrder, IdArray
+from kvtier.storage_backends.id_queue import Fill, IdQueue, reach
 
 __all__ = ["S3FIFO"]
 

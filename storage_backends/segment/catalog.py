@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvtier.record import SegmentKind
+from kvtier.storage_backends.names import Names
 from kvtier.storage_backends.record_counts import RecordCounts
+from kvtier.storage_backends.record_table import NOWHERE, IndexArray, KeyArray, RecordTable
 from kvtier.storage_backends.records import BoolArray
-from kvtier.storage_backends.segment.changes import Changes, Names, SegmentMark
+from kvtier.storage_backends.segment.changes import Changes, SegmentMark
 from kvtier.storage_backends.segment.leases import LeaseBook, SegmentLease
 from kvtier.storage_backends.segment.pool import Segment
-from kvtier.storage_backends.segment.rows import GRAVE, HEAT, ROW, Rows, join_keys, record_bytes
-from kvtier.storage_backends.segment.table import NOWHERE, IndexArray, KeyArray, RecordTable
+from kvtier.storage_backends.segment.rows import FIELDS, GRAVE, HEAT, ROW, Rows, join_keys, record_bytes
 
 __all__ = ["Catalog"]
 
@@ -37,7 +38,7 @@ class Catalog:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.drained = threading.Condition(self.lock)
-        self.table = RecordTable()
+        self.table = RecordTable(FIELDS, "segment")
         self.tenants = Names()
         self.namespaces = Names()
         self.counters = RecordCounts()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvtier.storage_backends.record_table import NOWHERE, IndexArray, RecordTable
 from kvtier.storage_backends.records import Lease
-from kvtier.storage_backends.segment.table import NOWHERE, IndexArray, RecordTable
 
 __all__ = ["LeaseBook", "SegmentLease"]
 

@@ -150,7 +150,7 @@ def _keep_capacity(pool: SegmentPool, catalog: Catalog) -> None:
         if not cache:
             return
         oldest = min(cache, key=lambda segment: segment.epoch)
-        rows = catalog.table.of_segment(oldest.number)
+        rows = catalog.table.lying_at(oldest.number)
         catalog.counters.evicted += rows.size
         catalog.remove(np.asarray(rows), forever=False)
         catalog.drop_segment(oldest.number)

@@ -10,12 +10,12 @@ import torch
 
 from kvtier.errors import InputError
 from kvtier.record import BLOCK_BYTES
+from kvtier.storage_backends.record_table import NOWHERE, IndexArray
 from kvtier.storage_backends.records import ReadRequest, RecordInfo
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.reader import Fetch, Found, whole
-from kvtier.storage_backends.segment.table import NOWHERE, IndexArray
 
 __all__ = ["pin_rows", "put_aside", "read_infos", "read_requests", "unpin"]
 

@@ -103,7 +103,7 @@ class Reclaimer:
             if not kept or victim.number in catalog.leased_segments():
                 victim.leaving = False
                 return False
-            rows = catalog.table.of_segment(victim.number)
+            rows = catalog.table.lying_at(victim.number)
             catalog.remove(rows, forever=False)
             catalog.counters.evicted += rows.size
             catalog.drained.wait_for(lambda: not victim.pins)
@@ -116,7 +116,7 @@ class Reclaimer:
     def _carry(self, victim: Segment, budget: int) -> None:
         """Copy records that were read since they were written, most read first, while they fit into ``budget``."""
         with self._catalog.lock:
-            rows = self._catalog.table.of_segment(victim.number)
+            rows = self._catalog.table.lying_at(victim.number)
             at = self._catalog.table.at[rows]
             hot = rows[at["touched"] == 1]
             hot = hot[np.argsort(-self._catalog.table.at["hits"][hot].astype(np.int64), kind="stable")]

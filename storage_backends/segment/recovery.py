@@ -13,12 +13,12 @@ import numpy as np
 
 from kvtier.record import SUPERBLOCK_BYTES, SegmentKind, Superblock
 from kvtier.storage_backends.engines import IOEngine
+from kvtier.storage_backends.record_table import KeyArray
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.index import IndexContents
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows, join_keys, pack_row, rows_of
 from kvtier.storage_backends.segment.scan import ScannedRecord, SegmentScan, scan_segment
-from kvtier.storage_backends.segment.table import KeyArray
 
 __all__ = ["Progress", "RecoveryReport", "adopt_segments", "choose_store", "recover"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtier.record import BLOCK_BYTES, RecordHeader
+from kvtier.storage_backends.record_table import Rows, join_keys
 
 __all__ = ["FIELDS", "GRAVE", "HEAT", "ROW", "Rows", "join_keys", "pack_row", "record_bytes", "rows_of"]
 
@@ -32,8 +32,6 @@ ROW = np.dtype([("key", "<u8", (4,)), ("at", FIELDS)])
 GRAVE = np.dtype([("key", "<u8", (4,)), ("before", "<u8")])
 _ROW = struct.Struct("<32sQIIIIIIIHBB")
 HEAT = np.dtype([("key", "<u8", (4,)), ("hits", "<u4")])
-
-Rows: TypeAlias = npt.NDArray[np.void]
 
 
 def pack_row(header: RecordHeader, segment: int, offset: int, tenant: int, namespace: int) -> bytes:
@@ -64,8 +62,3 @@ def record_bytes(at: Rows) -> npt.NDArray[np.int64]:
     payload = (at["payload"].astype(np.int64) + (BLOCK_BYTES - 1)) // BLOCK_BYTES
     blocks: npt.NDArray[np.int64] = (payload + at["header"]) * BLOCK_BYTES
     return blocks
-
-
-def join_keys(keys: list[bytes] | tuple[bytes, ...]) -> npt.NDArray[np.uint64]:
-    """Keys of 32 bytes each as words [n, 4]."""
-    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 4)

@@ -14,6 +14,7 @@ from kvtier.record import BLOCK_BYTES, KEY_BYTES, Grave, SegmentKind
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.engines import IOEngine, PosixEngine
 from kvtier.storage_backends.engines.gate import Gate
+from kvtier.storage_backends.record_table import IndexArray
 from kvtier.storage_backends.records import (
     BoolArray,
     PutOutcome,
@@ -39,7 +40,6 @@ from kvtier.storage_backends.segment.reading import read_infos, read_requests
 from kvtier.storage_backends.segment.reclaim import Reclaimer
 from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport
 from kvtier.storage_backends.segment.statistics import collect_stats
-from kvtier.storage_backends.segment.table import IndexArray
 from kvtier.storage_backends.segment.verify import StoreSummary, VerifyReport, summarise, verify_records
 from kvtier.types import format_bytes
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from kvtier.storage_backends.memory import empty_aligned
+from kvtier.storage_backends.record_table import NOWHERE, IndexArray
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.reader import Found
 from kvtier.storage_backends.segment.reading import pin_rows, put_aside, unpin
 from kvtier.storage_backends.segment.recovery import Progress
 from kvtier.storage_backends.segment.rows import Rows, record_bytes
-from kvtier.storage_backends.segment.table import NOWHERE, IndexArray
 
 __all__ = ["HotRecord", "Share", "StoreSummary", "VerifyReport", "summarise", "verify_records"]
 

@@ -15,6 +15,7 @@ from kvtier.core.chunks import KVChunk
 from kvtier.core.store import Store, open_store
 from kvtier.storage_backends.host_records import HostRecords
 from kvtier.testing.faults.files import damage_files
+from kvtier.testing.faults.memory import host_memory
 from kvtier.types import KVLayout
 
 MIB = 1 << 20
@@ -51,7 +52,7 @@ def hurt_host(store: Store, rng: random.Random) -> int:
     host = store.tiers[0]
     assert isinstance(host, HostRecords)
     number, key = rng.choice([*enumerate(store.namespace(model="m", layout=LAYOUT).keys(TOKENS))])
-    view = host._entries[key].place.views[0]
+    view = host_memory(host, key)[0]
     view[rng.randrange(LAYOUT.token_bytes * 64) % view.size] ^= 1 << rng.randrange(8)
     return number
 

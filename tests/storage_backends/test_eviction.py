@@ -1,4 +1,4 @@
-"""Orders over keys: the same victims as over ids, and no memory for keys that are forgotten."""
+"""Records in host memory leave in the order of any placer, and what an order forgot costs no memory."""
 
 from __future__ import annotations
 
@@ -8,106 +8,80 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier import registry
-from kvtier.storage_backends.eviction import KeyedOrder
 from kvtier.storage_backends.host_records import HostRecords
+from kvtier.storage_backends.order import LeastRecentlyUsed
 from kvtier.storage_backends.records import ReadRequest, Record
 from kvtier.testing.placement_laws import SmallTier, Step, Trace, traces
 
-PLACERS = st.sampled_from(["lru", "arc", "s3fifo", "lfu"]).map(registry.policies.resolve)
+NAMES = ["lru", "arc", "s3fifo", "lfu"]
+PLACERS = st.sampled_from(NAMES).map(registry.policies.resolve)
+PAYLOAD = torch.arange(1 << 16).to(torch.uint8)
 
 
-class KeyedTier:
-    """A tier over keys; ``SmallTier`` is the same over numbers."""
+class RecordTier:
+    """A host tier with room for so many records; ``SmallTier`` is the same over numbers."""
 
-    def __init__(self, order: KeyedOrder, capacity: int, *, tells_misses: bool = True) -> None:
-        self.order, self.capacity, self.tells_misses = order, capacity, tells_misses
-        self.held: set[bytes] = set()
-        self.left: list[bytes] = []
+    def __init__(self, placer: type, capacity: int) -> None:
+        self.order = placer().order()
+        self.store = HostRecords(-(-capacity * PAYLOAD.numel() * 32 // 31), order=self.order)
+        self.left: list[int] = []
+
+    def held(self) -> set[int]:
+        return {int.from_bytes(info.key, "big") for info in self.store.scan()}
 
     def step(self, step: Step) -> None:
-        key, protected = b"%d" % step.used[0], {b"%d" % index for index in (*step.protected, *step.used)}
-        if key in self.held:
-            self.order.used(key)
-        else:
-            if self.tells_misses:
-                self.order.missed(key)
-            if len(self.held) == self.capacity:
-                self.evict_one(protected)
-            if len(self.held) < self.capacity:
-                self.order.added(key, 100)
-                self.held.add(key)
-        for index in step.deleted:
-            self.order.removed(b"%d" % index, evicted=False)
-            self.held.discard(b"%d" % index)
-
-    def evict_one(self, protected: set[bytes]) -> None:
-        victim = next((key for key in self.order.candidates() if key not in protected), None)
-        if victim is not None:
-            self.order.removed(victim, evicted=True)
-            self.held.remove(victim)
-            self.left.append(victim)
+        before, key = self.held(), key_of(step.used[0])
+        with self.store.lease(list(map(key_of, step.protected)), owner="test", seconds=60):
+            if step.used[0] in before:
+                into = torch.empty_like(PAYLOAD)
+                assert self.store.read([ReadRequest(key, into)]) == [True]
+                assert into.equal(PAYLOAD)
+            else:
+                self.store.put([Record(key=key, namespace=bytes(32), buffers=[PAYLOAD])])
+        self.left += sorted(before - self.held())
+        self.store.delete(list(map(key_of, step.deleted)))
 
 
-@given(trace=traces(batch=1, protect=False), placer=PLACERS)
-def test_keys_leave_as_their_numbers_would(trace: Trace, placer: type) -> None:
+def key_of(number: int) -> bytes:
+    return number.to_bytes(32, "big")
+
+
+@given(trace=traces(batch=1, protect=False, delete=False), placer=PLACERS)
+def test_records_leave_as_their_numbers_would(trace: Trace, placer: type) -> None:
     numbers = SmallTier(placer().order(), trace.capacity).run(trace)
-    keys = KeyedTier(KeyedOrder(placer().order()), trace.capacity)
+    records = RecordTier(placer, trace.capacity)
     for step in trace.steps:
-        keys.step(step)
+        records.step(step)
 
-    assert keys.order.residents == len(keys.held)
-    assert [int(key) for key in keys.left] == numbers.left
-    assert {int(key) for key in keys.held} == numbers.held
+    assert records.left == numbers.left
+    assert records.held() == numbers.held
 
 
-@given(trace=traces(batch=1), placer=PLACERS, tells=st.booleans())
-def test_candidates_are_all_that_is_there_once(trace: Trace, placer: type, tells: bool) -> None:
-    tier = KeyedTier(KeyedOrder(placer().order()), trace.capacity, tells_misses=tells)
+@given(trace=traces(batch=1), placer=PLACERS)
+def test_an_order_knows_what_is_there(trace: Trace, placer: type) -> None:
+    tier = RecordTier(placer, trace.capacity)
     for step in trace.steps:
         tier.step(step)
 
-        assert sorted(tier.order.candidates()) == sorted(tier.held)
-        assert len(tier.held) <= trace.capacity
+        held = tier.held()
+        assert tier.store.stats().records == tier.order.residents == len(held) <= trace.capacity
+        assert sorted(map(tier.store._index.key, tier.store._index.candidates())) == sorted(map(key_of, held))
 
 
-@pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "lfu"])
-def test_more_candidates_than_are_asked_for_at_once(name: str) -> None:
-    order = KeyedOrder(registry.policies.resolve(name)().order())
-    for index in range(200):
-        order.added(b"%d" % index, 100)
-    for index in range(0, 200, 3):
-        order.used(b"%d" % index)
-        order.used(b"%d" % index)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_order_forgot_costs_nothing(name: str) -> None:
+    tier = RecordTier(registry.policies.resolve(name), 50)
+    for number in range(1500):
+        tier.store.put([Record(key=key_of(number), namespace=bytes(32), buffers=[PAYLOAD[:8192], PAYLOAD[8192:]])])
 
-    assert sorted(map(int, order.candidates())) == list(range(200))
-
-
-@pytest.mark.parametrize("name", ["lru", "arc", "s3fifo", "lfu"])
-def test_keys_that_are_forgotten_cost_nothing(name: str) -> None:
-    order = KeyedOrder(registry.policies.resolve(name)().order())
-    for index in range(2000):
-        if index >= 50:
-            order.removed(next(order.candidates()), evicted=True)
-        order.added(b"%d" % index, 100)
-
-    assert order.residents == 50
-    assert order.known <= 2 * 50 + 65
-
-
-def test_unknown_keys_are_ignored() -> None:
-    order = KeyedOrder(registry.policies.resolve("lru")().order())
-    order.used(b"nowhere")
-    order.missed(b"nowhere")
-    order.removed(b"nowhere", evicted=True)
-    order.removed(b"nowhere", evicted=False)
-
-    assert order.known == order.residents == 0
-    assert list(order.candidates()) == []
+    assert tier.order.residents == 50
+    assert tier.store._index._table.count <= 2 * 50 + 65
+    assert tier.store._index._table.held_bytes < 64_000
 
 
 @pytest.mark.parametrize(("name", "survives"), [("lru", False), ("arc", True), ("s3fifo", True), ("lfu", True)])
-def test_records_in_host_memory_leave_in_the_order_of_a_placer(name: str, survives: bool) -> None:
-    order = KeyedOrder(registry.policies.resolve(name)().order())
+def test_a_hot_record_survives_a_scan(name: str, survives: bool) -> None:
+    order = registry.policies.resolve(name)().order()
     payload = torch.zeros(100_000, dtype=torch.uint8)
     with HostRecords(4 << 20, order=order) as store:
         hot = b"h" * 32
@@ -115,7 +89,11 @@ def test_records_in_host_memory_leave_in_the_order_of_a_placer(name: str, surviv
             if number in (0, 1, 2, 3):
                 store.put([Record(key=hot, namespace=bytes(32), buffers=[payload])])
                 assert store.read([ReadRequest(hot, payload.clone())]) == [True]
-            store.put([Record(key=bytes(31) + bytes([number]), namespace=bytes(32), buffers=[payload])])
+            store.put([Record(key=key_of(number), namespace=bytes(32), buffers=[payload])])
 
         assert store.contains([hot]).tolist() == [survives]
         assert store.stats().records == order.residents < 121
+
+
+def test_the_default_is_least_recently_used() -> None:
+    assert isinstance(registry.policies.resolve("lru")().order(), LeastRecentlyUsed)

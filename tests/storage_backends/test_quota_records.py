@@ -14,6 +14,7 @@ from kvtier.storage_backends.host_records import HostRecords
 from kvtier.storage_backends.quota_records import QuotaRecords
 from kvtier.storage_backends.record_wrappers import ReadOnlyRecords
 from kvtier.storage_backends.records import PutState, RecordStore
+from kvtier.testing.faults.memory import host_memory
 from kvtier.testing.record_laws import Fault, OpenStore, RecordStoreLaws
 from kvtier.testing.record_samples import fetch, sample_bytes, sample_key, sample_record
 
@@ -23,9 +24,9 @@ MIB = 1 << 20
 def flip_any(store: RecordStore | None, _directory: Path, rng: random.Random) -> None:
     assert isinstance(store, QuotaRecords)
     assert isinstance(store.inner, HostRecords)
-    entries = [entry for entry in store.inner._entries.values() if entry.info.payload_bytes]
-    if entries:
-        rng.choice(entries).place.views[0][0] ^= 0xFF
+    keys = [info.key for info in store.scan() if info.payload_bytes]
+    if keys:
+        host_memory(store.inner, rng.choice(keys))[0][0] ^= 0xFF
 
 
 class TestQuotaRecords(RecordStoreLaws):

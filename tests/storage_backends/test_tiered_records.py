@@ -18,6 +18,7 @@ from kvtier.storage_backends.rates import TransferRate
 from kvtier.storage_backends.records import ByteRange, PutOutcome, PutState, ReadRequest, Record, RecordStore
 from kvtier.storage_backends.tiered_records import TieredRecords
 from kvtier.testing.faults.files import damage_files
+from kvtier.testing.faults.memory import host_memory
 from kvtier.testing.record_laws import Fault, OpenStore, RecordStoreLaws
 from kvtier.testing.record_samples import fetch, sample_bytes, sample_key, sample_record
 from kvtier.testing.reference_records import ReferenceRecords
@@ -38,10 +39,11 @@ class Files(ReferenceRecords):
 def hurt_memory(store: RecordStore | None, _directory: Path, rng: random.Random) -> None:
     """Change one byte of one copy in memory, if there is one."""
     if isinstance(store, TieredRecords) and isinstance(store.tiers[0], HostRecords):
-        entries = [entry for entry in store.tiers[0]._entries.values() if entry.info.payload_bytes]
-        if entries:
-            entry = rng.choice(entries)
-            entry.place.views[0][rng.randrange(min(entry.info.payload_bytes, entry.place.views[0].size))] ^= 0x40
+        infos = [info for info in store.tiers[0].scan() if info.payload_bytes]
+        if infos:
+            info = rng.choice(infos)
+            view = host_memory(store.tiers[0], info.key)[0]
+            view[rng.randrange(min(info.payload_bytes, view.size))] ^= 0x40
 
 
 def hurt_files(_store: RecordStore | None, directory: Path, rng: random.Random) -> None:
@@ -146,7 +148,7 @@ def test_a_damaged_copy_is_read_from_the_other_tier(
         assert isinstance(host, HostRecords)
         (path,) = directory.iterdir()
         if "above" in damage:
-            host._entries[sample_key(1)].place.views[0][rng.randrange(70_000)] ^= 1 << rng.randrange(8)
+            host_memory(host, sample_key(1))[0][rng.randrange(70_000)] ^= 1 << rng.randrange(8)
         if "below" in damage:
             data = bytearray(path.read_bytes())
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

@@ -1,12 +1,18 @@
-"""A queue of ids as arrays: the list that placement policies are made of, without an object per page."""
+"""A queue of ids as arrays: the list that orders of eviction are made of, without an object for each id."""
 
 from __future__ import annotations
 
+from typing import TypeAlias, TypeVar
+
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.storage_backends.eviction import BoolArray, IdArray
 
 __all__ = ["Fill", "IdQueue", "reach"]
+
+_SmallArray: TypeAlias = npt.NDArray[np.int32]
+_Ints = TypeVar("_Ints", npt.NDArray[np.int32], npt.NDArray[np.int64])
 
 _LEAST = 64
 
@@ -15,7 +21,7 @@ class IdQueue:
     """Distinct ids, the oldest first.
 
     A log of arrivals and, of each id, its place in the log: an entry counts only if its id is still placed there. So
-    moving n ids to the end costs n writes, and the oldest are found by reading from the start.
+    moving n ids to the end costs n writes, and the oldest are found by reading from the start. 12 to 14 bytes an id.
 
     Attributes
     ----------
@@ -26,8 +32,8 @@ class IdQueue:
     __slots__ = ("_log", "_place", "_start", "_stop", "size")
 
     def __init__(self) -> None:
-        self._log: IdArray = np.empty(_LEAST, dtype=np.int64)
-        self._place: IdArray = np.full(_LEAST, -1, dtype=np.int64)
+        self._log: _SmallArray = np.empty(_LEAST, dtype=np.int32)
+        self._place: _SmallArray = np.full(_LEAST, -1, dtype=np.int32)
         self._start = self._stop = self.size = 0
 
     def holds(self, ids: IdArray) -> BoolArray:
@@ -61,7 +67,7 @@ class IdQueue:
             alive = self._place[window] == np.arange(place, place + window.size)
             if place == self._start:
                 self._start += int(alive.argmax()) if alive.any() else window.size
-            ids = window[alive]
+            ids = window[alive].astype(np.int64)
             found.append((ids if allowed is None else ids[allowed[ids]])[:count])
             count -= found[-1].size
             place, width = place + window.size, 2 * width
@@ -70,7 +76,7 @@ class IdQueue:
     def _tidy(self, more: int) -> None:
         """Leave out what moved or left, with room for ``more`` and as much again."""
         ids = self.first(self._stop - self._start)
-        self._log = np.empty(max(_LEAST, 2 * (ids.size + more)), dtype=np.int64)
+        self._log = np.empty(max(_LEAST, 2 * (ids.size + more)), dtype=np.int32)
         self._log[: ids.size] = ids
         self._place[ids] = np.arange(ids.size)
         self._start, self._stop = 0, ids.size
@@ -101,11 +107,11 @@ class Fill:
             self.capacity, self._grown = residents, False
 
 
-def reach(values: IdArray, ids: IdArray, fill: int) -> IdArray:
+def reach(values: _Ints, ids: IdArray, fill: int) -> _Ints:
     """An array by id that has a place for each of these ids [n], new ones filled with ``fill``."""
     need = int(ids.max()) + 1 if ids.size else 0
     if need <= values.size:
         return values
-    grown = np.full(max(need, values.size + values.size // 2), fill, dtype=np.int64)
+    grown = np.full(max(need, values.size + values.size // 2), fill, dtype=values.dtype)
     grown[: values.size] = values
     return grown

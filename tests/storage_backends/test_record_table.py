@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from kvtier.storage_backends.segment.rows import FIELDS, Rows, join_keys
-from kvtier.storage_backends.segment.table import RecordTable
+from kvtier.storage_backends.record_table import RecordTable, Rows, join_keys
+from kvtier.storage_backends.segment.rows import FIELDS
 
 
 def key_of(number: int, *, alike: bool) -> bytes:
@@ -24,7 +24,7 @@ def rows(*sequences: int) -> Rows:
 class TableMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.table = RecordTable()
+        self.table = RecordTable(FIELDS, "segment")
         self.model: dict[bytes, int] = {}
         self.clock = 0
 
@@ -55,7 +55,7 @@ class TableMachine(RuleBasedStateMachine):
         there = found[found >= 0]
         expected = [self.model[key] for key in keys if key in self.model]
         assert self.table.at["sequence"][there].tolist() == expected
-        assert self.table.count == len(set(self.model)) == self.table.live().size == self.table.of_segment(1).size
+        assert self.table.count == len(set(self.model)) == self.table.live().size == self.table.lying_at(1).size
 
 
 def test_any_sequence_of_calls_agrees_with_a_dict() -> None:
@@ -64,7 +64,7 @@ def test_any_sequence_of_calls_agrees_with_a_dict() -> None:
 
 @given(count=st.integers(0, 3000))
 def test_memory_stays_in_bounds(count: int) -> None:
-    table = RecordTable()
+    table = RecordTable(FIELDS, "segment")
     for at in range(0, count, 100):
         batch = range(at, min(count, at + 100))
         table.insert(join_keys([number.to_bytes(32, "little") for number in batch]), rows(*batch))
@@ -73,7 +73,7 @@ def test_memory_stays_in_bounds(count: int) -> None:
 
 @pytest.mark.parametrize("rounds", [300])
 def test_records_that_come_and_go_cost_no_more(rounds: int) -> None:
-    table = RecordTable()
+    table = RecordTable(FIELDS, "segment")
     for turn in range(rounds):
         batch = range(turn * 50, turn * 50 + 50)
         table.insert(join_keys([number.to_bytes(32, "little") for number in batch]), rows(*batch))
