@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kvtier.core.attention import Queries, key_votes
@@ -65,12 +66,10 @@ def _worst(scores: torch.Tensor, protected: torch.Tensor) -> IntArray | None:
 
     That is the last of the least; None where one cannot tell it by a look at scores that are not protected.
     """
-    ranked = scores.masked_fill(protected, torch.inf).flip(-1)
-    least, place = ranked.min(dim=-1)
-    if not least.isfinite().all():
-        return None
-    worst: IntArray = (scores.shape[-1] - 1 - place[0]).cpu().numpy()
-    return worst
+    # On the host: a look at some thousand numbers is done before torch has woken its threads.
+    ranked = scores[0].masked_fill(protected[0], torch.inf).cpu().numpy()
+    worst: IntArray = scores.shape[-1] - 1 - ranked[:, ::-1].argmin(axis=1)
+    return worst if np.isfinite(ranked[np.arange(worst.size), worst]).all() else None
 
 
 def _stats(sequence: KeptSequence, turn: torch.Tensor, latest: torch.Tensor | None, policy: SelectionPolicy) -> Stats:
