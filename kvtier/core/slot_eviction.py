@@ -7,7 +7,7 @@ import torch
 
 from kvtier.core.attention import Queries, key_votes
 from kvtier.core.kept import KeptSequence
-from kvtier.core.policy import IntArray, MergePlan, Need, SelectionPolicy
+from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, SelectionPolicy
 from kvtier.core.stats import SlotView, Stats
 from kvtier.types import GroupReduce
 
@@ -35,17 +35,15 @@ def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: Sel
     turn = sequence.in_order()
     stats, view = _stats(sequence, turn, latest, policy), _view(sequence, turn, policy)
     scores = policy.score(view, stats)
-    worst = _worst(scores, view.protected) if excess == 1 and _drops_the_worst(policy) else None
-    if worst is not None:
-        sequence.drop(worst)
+    worst = _worst(scores, view.protected) if excess == 1 and _ranks_only(policy) else None
+    if worst is None:
+        plan = policy.select(scores, view, sequence.budget)
+        _merge(sequence, turn, policy.merge(view, plan))
+        sequence.keep(turn.gather(1, plan.keep[0]))
         return
-    plan = policy.select(scores, view, sequence.budget)
-    merge = policy.merge(view, plan)
-    if merge is not None:
-        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
-        sequence.merge(MergePlan(src, dst, merge.weight))
-    sequence.memory = None if merge is None else merge.memory
-    sequence.keep(turn.gather(1, plan.keep[0]))
+    if policy.merges_steps:
+        _merge(sequence, turn, policy.merge(view, _all_but(worst, scores)))
+    sequence.drop(worst)
 
 
 def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Tensor:
@@ -56,9 +54,23 @@ def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Te
     return grouped.amax(2) if how == "max" else grouped.sum(2)
 
 
-def _drops_the_worst(policy: SelectionPolicy) -> bool:
-    """Whether a policy leaves it to the runtime to choose by its scores, and merges nothing."""
-    return type(policy).select is SelectionPolicy.select and not policy.merges_steps
+def _ranks_only(policy: SelectionPolicy) -> bool:
+    """Whether a policy leaves it to the runtime to choose by its scores."""
+    return type(policy).select is SelectionPolicy.select
+
+
+def _all_but(worst: IntArray, scores: torch.Tensor) -> KeepPlan:
+    """The plan that drops one slot of each KV head [Hk], of as many as there are scores [1, Hk, n]."""
+    left = torch.arange(scores.shape[-1] - 1, device=scores.device)
+    return KeepPlan((left + (left >= torch.from_numpy(worst).to(scores.device)[:, None]))[None])
+
+
+def _merge(sequence: KeptSequence, turn: torch.Tensor, merge: MergePlan | None) -> None:
+    """Fold slots as a plan says, whose slots are in the order ``turn`` [Hk, n] of positions."""
+    if merge is not None:
+        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
+        sequence.merge(MergePlan(src, dst, merge.weight))
+    sequence.memory = None if merge is None else merge.memory
 
 
 def _worst(scores: torch.Tensor, protected: torch.Tensor) -> IntArray | None:
