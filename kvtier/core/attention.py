@@ -114,19 +114,26 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
 
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
     """Attention of these queries summed per key [1, Hq, slots], from their saved ``lse`` [1, Hq, Tq]."""
+    all_seen = not isinstance(sequence, RaggedSequence) and queries.see_all(sequence)
+    positions = None if all_seen else positions_of(sequence)
+    in_place = _in_place(sequence)
+    if in_place is not None and len(in_place) == 1:
+        return _votes_for(in_place[0], sequence, queries, lse, positions)
     votes = torch.empty(1, queries.query.shape[1], sequence.length, dtype=lse.dtype, device=lse.device)
-    positions = positions_of(sequence)
     with segments_of(sequence) as segments:
         for segment in segments:
-            votes[:, :, segment.start : segment.stop] = column_sums(
-                _meeting(sequence, segment, queries),
-                lse,
-                segment.keys,
-                scale=queries.scale,
-                softcap=queries.softcap,
-                visible=queries.visibility(positions[:, segment.start : segment.stop]),
-            )
+            found = _votes_for(segment, sequence, queries, lse, positions)
+            votes[:, :, segment.start : segment.stop] = found
     return votes
+
+
+def _votes_for(
+    segment: Segment, sequence: AnySequence, queries: Queries, lse: torch.Tensor, positions: IntArray | None
+) -> torch.Tensor:
+    """``key_votes`` of one segment, by the positions [1 or Hk, slots] of all slots or, for None, all seen."""
+    seen = None if positions is None else queries.visibility(positions[:, segment.start : segment.stop])
+    query = _meeting(sequence, segment, queries)
+    return column_sums(query, lse, segment.keys, scale=queries.scale, softcap=queries.softcap, visible=seen)
 
 
 def _meeting(sequence: AnySequence, segment: Segment, queries: Queries) -> torch.Tensor:
@@ -141,7 +148,9 @@ def _in_place(sequence: AnySequence) -> Sequence[Segment] | None:
     """All slots as views where they lie; None when some must be fetched."""
     if isinstance(sequence, RaggedSequence):
         return None
-    return sequence.segments_in_place() if isinstance(sequence, LayerSequence) else list(sequence.segments())
+    if isinstance(sequence, LayerSequence):
+        return sequence.segments_in_place()
+    return sequence.segments() if isinstance(sequence, KeptSequence) else list(sequence.segments())
 
 
 def _over(

@@ -18,8 +18,9 @@ from kvtier.core.policy import Need, Scope, SelectionPolicy
 from kvtier.core.prompt import PromptTracker
 from kvtier.core.ragged import RaggedSequence
 from kvtier.core.ring import WindowSequence
-from kvtier.core.selection import PromptWindow, evict_rows, evict_step, sums_of
+from kvtier.core.selection import PromptWindow, evict_rows, sums_of
 from kvtier.core.sequence import LayerSequence
+from kvtier.core.slot_eviction import evict_step
 from kvtier.core.step import Row, Step
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from kvtier.core.merging import fold_slots
 from kvtier.core.policy import IntArray, MergePlan
 from kvtier.core.rotation import turned
 from kvtier.core.sequence import Segment
+from kvtier.core.slot_order import SlotOrder
 from kvtier.errors import SessionStateError
 from kvtier.types import Rope
 
@@ -24,22 +26,31 @@ _SLACK = 16
 _MOST_STRETCHES = 4
 
 
+class _Views(NamedTuple):
+    """Of buffers filled to some length: the newest slot K [1, Hk, 1, Dk], V [1, Hk, 1, Dv], and all of them."""
+
+    newest: tuple[torch.Tensor, torch.Tensor]
+    held: Segment
+
+
 @dataclass(slots=True)
 class KeptSequence:
     """Tokens that a policy kept, each KV head its own, always on the device.
 
     Never sealed, so never in pages, sketched or demoted. A dropped token's slot is taken by the newest one: slots are
-    in no order, and ``positions`` say which token each holds.
+    in no order, and ``order`` says which token each holds.
 
     Attributes
     ----------
     keys, values : Tensor
         Buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` slots mean something.
-    positions : array
-        Logical positions [Hk, length] int64.
+    order : SlotOrder
+        Which token each slot holds.
     votes : Tensor
         Attention that each slot has received since its token came, summed over queries, per query head
         [Hq, capacity] fp32; the running column sums.
+    voted : bool
+        Whether any votes were counted; zeros need not follow their tokens.
     seen : int
         Tokens ever appended and not cropped.
     budget : int
@@ -54,8 +65,9 @@ class KeptSequence:
     group: LayerGroup
     keys: torch.Tensor
     values: torch.Tensor
-    positions: IntArray
+    order: SlotOrder
     votes: torch.Tensor
+    voted: bool = False
     last_position: int | None = None
     seen: int = 0
     evicted: bool = False
@@ -63,6 +75,7 @@ class KeptSequence:
     budget: int = 0
     memory: torch.Tensor | None = None
     compact: Rope | None = None
+    _views: _Views | None = None
 
     @classmethod
     def of(
@@ -74,12 +87,17 @@ class KeptSequence:
         held_keys, held_values = _buffers(group, room)
         held_keys[:, :count], held_values[:, :count] = keys, values
         votes, last = _no_votes(group, room), int(positions.max(initial=-1))
-        return cls(group, held_keys, held_values, positions.copy(), votes, last_position=last, seen=count)
+        return cls(group, held_keys, held_values, SlotOrder(positions), votes, last_position=last, seen=count)
+
+    @property
+    def positions(self) -> IntArray:
+        """Logical positions [Hk, length] of what the slots hold; a view."""
+        return self.order.positions
 
     @property
     def length(self) -> int:
         """Slots held by each KV head."""
-        return self.positions.shape[1]
+        return self.order.length
 
     @property
     def capacity(self) -> int:
@@ -96,41 +114,72 @@ class KeptSequence:
         added, held = keys.shape[2], self.length
         if held + added > self.capacity:
             self._resize(held + added + _SLACK)
-        self.keys[:, held : held + added], self.values[:, held : held + added] = keys[0], values[0]
-        self.votes[:, held : held + added] = 0.0
-        fresh = np.broadcast_to(positions, (self.group.heads, added))
-        self.positions = np.concatenate([self.positions, fresh], axis=1)
+        if added == 1:
+            newest_keys, newest_values = self._views_at(held + 1).newest
+            newest_keys.copy_(keys)
+            newest_values.copy_(values)
+        else:
+            self.keys[:, held : held + added], self.values[:, held : held + added] = keys[0], values[0]
+        if self.voted:
+            self.votes[:, held : held + added] = 0.0
+        self.order.extend(positions)
         self.last_position = int(positions[0, -1])
         self.seen += added
         self.version = object()
 
-    def segments(self) -> Iterator[Segment]:
+    def segments(self) -> Sequence[Segment]:
         """All slots, as one view; where positions are compact, as one for every stretch that is rotated alike."""
         if not self.length:
-            return
-        keys, values = self.keys[None, :, : self.length], self.values[None, :, : self.length]
-        if self.compact is None:
-            yield Segment(0, self.length, keys, values)
-            return
-        ahead = self.positions - _ranks(self.positions)
+            return []
+        whole = self._views_at(self.length).held
+        return [whole] if self.compact is None else self._stretches(self.compact, whole)
+
+    def _stretches(self, rope: Rope, whole: Segment) -> list[Segment]:
+        in_order = self.order.ascending - np.arange(self.length)
+        ahead = np.empty_like(in_order)
+        np.put_along_axis(ahead, self.order.slots, in_order, axis=1)
         cuts = np.flatnonzero((np.diff(ahead, axis=1) != 0).any(axis=0)) + 1
+        _, _, keys, values, _ = whole
         if cuts.size >= _MOST_STRETCHES or (ahead != ahead[0]).any():
-            yield Segment(0, self.length, self._turned_back(self.compact, keys, ahead), values)
-            return
-        for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), self.length], strict=True):
-            yield Segment(start, stop, keys[:, :, start:stop], values[:, :, start:stop], int(ahead[0, start]))
+            return [Segment(0, self.length, self._turned_back(rope, keys, ahead), values)]
+        return [
+            Segment(start, stop, keys[:, :, start:stop], values[:, :, start:stop], int(ahead[0, start]))
+            for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), self.length], strict=True)
+        ]
 
     def ahead(self, positions: IntArray) -> IntArray:
         """How many positions queries at ``positions`` [n], whose tokens are held, lie before their compact ones."""
-        return positions - np.searchsorted(np.sort(self.positions[0]), positions)
+        return positions - np.searchsorted(self.order.ascending[0], positions)
 
     def in_order(self) -> torch.Tensor:
-        """The slots of each KV head in the order of their positions [Hk, length]."""
-        return torch.from_numpy(np.argsort(self.positions, axis=1, kind="stable")).to(self.keys.device)
+        """The slots of each KV head in the order of their positions [Hk, length], until the next change."""
+        return torch.from_numpy(self.order.slots).to(self.keys.device)
 
     def vote(self, sums: torch.Tensor) -> None:
         """Add attention [Hq, length] that the slots received."""
         self.votes[:, : self.length] += sums
+        self.voted = True
+
+    def drop(self, ranks: IntArray) -> None:
+        """Leave all but one token of each KV head, the one that is ``ranks`` [Hk] in the order of positions.
+
+        As ``keep`` of the others, without a look at each slot: what every step of most policies does.
+        """
+        last = self.length - 1
+        freed = self.order.remove(ranks)
+        slot = int(freed[0])
+        if (freed == slot).all():
+            # As where age alone decides.
+            self.keys[:, slot], self.values[:, slot] = self.keys[:, last], self.values[:, last]
+        else:
+            place = torch.from_numpy(freed + self.group.head_rows[:, 0] * self.capacity).to(self.keys.device)
+            for part in (self.keys, self.values):
+                part.view(-1, part.shape[2]).index_copy_(0, place, part[:, last].clone())
+        if self.voted:
+            votes = self.votes.view(self.group.heads, -1, self.capacity)
+            into = torch.from_numpy(freed).to(votes.device)[:, None, None].expand(-1, votes.shape[1], 1)
+            votes.scatter_(2, into, votes.narrow(2, last, 1).clone())
+        self.evicted, self.version = True, object()
 
     def keep(self, slots: torch.Tensor) -> None:
         """Leave only these slots [Hk, K], ascending; those at the end move into the places of the dropped."""
@@ -148,8 +197,9 @@ class KeptSequence:
         votes = self.votes.view(self.group.heads, -1, self.capacity)
         votes[head, :, target] = votes[head, :, origin]
         heads, targets, origins = (index.cpu().numpy() for index in (head, target, origin))
-        self.positions[heads, targets] = self.positions[heads, origins]
-        self.positions = self.positions[:, :count].copy()
+        positions = self.positions
+        positions[heads, targets] = positions[heads, origins]
+        self.order = SlotOrder(positions[:, :count])
         self.evicted, self.version = True, object()
         if self.capacity > count + 4 * _SLACK:
             self._resize(count + _SLACK)
@@ -170,8 +220,9 @@ class KeptSequence:
             group=self.group,
             keys=keys,
             values=values,
-            positions=self.positions.copy(),
+            order=self.order.fork(),
             votes=self.votes.clone(),
+            voted=self.voted,
             last_position=self.last_position,
             seen=self.seen,
             evicted=self.evicted,
@@ -192,7 +243,7 @@ class KeptSequence:
     def crop(self, remove: int) -> None:
         """Forget the newest ``remove`` tokens; nothing was evicted, so they are the last slots."""
         if remove:
-            self.positions = self.positions[:, : self.length - remove]
+            self.order.truncate(self.length - remove)
             self.seen -= remove
             self.last_position = int(self.positions.max()) if self.length else None
             self.version = object()
@@ -201,7 +252,7 @@ class KeptSequence:
         """Give the buffers back; the sequence must not be used again."""
         self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * self.capacity)
         self.keys, self.values, self.votes = self.keys[:, :0], self.values[:, :0], self.votes[:, :0]
-        self.positions = self.positions[:, :0]
+        self.order, self._views = SlotOrder(self.positions[:, :0]), None
 
     def _turned_back(self, rope: Rope, keys: torch.Tensor, ahead: IntArray) -> torch.Tensor:
         """Keys [1, Hk, n, Dk] at their compact positions, counted while they live."""
@@ -216,15 +267,17 @@ class KeptSequence:
         votes = _no_votes(self.group, capacity)
         for new, now in ((keys, self.keys), (values, self.values), (votes, self.votes)):
             new[:, :held] = now[:, :held]
-        self.keys, self.values, self.votes = keys, values, votes
+        self.keys, self.values, self.votes, self._views = keys, values, votes, None
         self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * old)
 
-
-def _ranks(positions: IntArray) -> IntArray:
-    """Places [Hk, n] of distinct positions in their order, head by head."""
-    ranks = np.empty_like(positions)
-    np.put_along_axis(ranks, np.argsort(positions, axis=1), np.arange(positions.shape[1])[None], axis=1)
-    return ranks
+    def _views_at(self, length: int) -> _Views:
+        """Kept for the next step, which ends at the same length: to make a view costs as much as to copy a token."""
+        views = self._views
+        if views is None or views.held.stop != length:
+            keys, values = self.keys[None, :, :length], self.values[None, :, :length]
+            newest = keys[:, :, length - 1 :], values[:, :, length - 1 :]
+            views = self._views = _Views(newest, Segment(0, length, keys, values))
+        return views
 
 
 def kept_bytes(group: LayerGroup, tokens: int) -> int:

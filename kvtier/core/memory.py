@@ -195,14 +195,16 @@ class Memory:
         depth = len(self.layout.layers) if probing is None else probing
         tokens = held + coming
         for group in self._groups:
-            count, page = sum(layer < depth for layer in group.layers), group.page_tokens
-            kept = tokens if keep is None else min(tokens, max(keep[layer] for layer in group.layers))
+            layers, page = [layer for layer in group.layers if layer < depth], group.page_tokens
+            budgets = [tokens if keep is None else min(tokens, keep[layer]) for layer in layers]
+            count, kept = len(layers), max(budgets, default=0)
             evicting = kept < tokens
-            arriving, left = -(-coming // page), -(-kept // page)
-            columns = arriving + count * left if evicting and chunk >= coming else count * arriving
+            arriving, left = -(-coming // page), [-(-budget // page) for budget in budgets]
+            columns = arriving + sum(left) if evicting and chunk >= coming else count * arriving
             used = group.arena.total_frames - group.arena.free_frames
-            group.planned_frames = used + group.heads * rows * (columns + count * (left // _HEADROOM + block // page))
-            group.expected_pages = left + block // page
+            headroom = sum(pages // _HEADROOM + block // page for pages in left)
+            group.planned_frames = used + group.heads * rows * (columns + headroom)
+            group.expected_pages = -(-kept // page) + block // page
             staging = group.staging_bytes(2 * group.staging_columns) + (
                 kept * group.layer.token_bytes if evicting else 0
             )

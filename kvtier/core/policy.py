@@ -254,6 +254,15 @@ class SelectionPolicy(Policy):
         kept = torch.topk(rank, min(keep, total), dim=-1).indices
         return KeepPlan(torch.sort(kept, dim=-1).values)
 
+    def next_out(self, positions: IntArray) -> IntArray | None:
+        """What each KV head drops [Hk] when it holds one token too many, of ascending positions [Hk, n] alone.
+
+        A short way for policies that ask for no statistics: it must be what ``select`` would drop, and nothing may be
+        merged. None, the default, has ``score`` and ``select`` asked.
+        """
+        del positions
+        return None
+
     def least(self, keep: int) -> int:
         """Tokens that every KV head of a layer keeps at least, of ``keep`` on average: all of it by default."""
         return keep

@@ -1,4 +1,4 @@
-"""Eviction: statistics of a prompt or a step, a policy's plan, and the slots that are left, merged if it says so."""
+"""Eviction after a prompt: its statistics, a policy's plan, and the slots that are left, merged if it says so."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from kvtier.core.moments import Moments
 from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, Phase, PositionMode, SelectionPolicy
 from kvtier.core.ragged import UNSEEN, RaggedSequence
 from kvtier.core.sequence import LayerSequence
+from kvtier.core.slot_eviction import evict_slots, group_reduce
 from kvtier.core.stats import SlotView, Stats
-from kvtier.types import GroupReduce, Rope
+from kvtier.types import Rope
 
-__all__ = ["Observed", "PromptWindow", "evict_rows", "evict_slots", "evict_step", "group_reduce", "sums_of"]
+__all__ = ["Observed", "PromptWindow", "evict_rows", "group_reduce", "sums_of"]
 
 _PURPOSE = "statistics"
 
@@ -112,41 +113,6 @@ def evict_rows(
     return result
 
 
-def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy) -> None:
-    """After a decode step: count the attention of its queries, and evict what is beyond the sequence's budget."""
-    sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
-    if sums is not None:
-        sequence.vote(sums)
-    evict_slots(sequence, sums, policy)
-
-
-def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
-    """Leave each KV head its budget, by all attention so far and that of the latest queries [Hq, n]; merge the rest."""
-    if sequence.length <= sequence.budget:
-        return
-    turn, stats = sequence.in_order(), Stats()
-    if policy.needs:
-        running = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
-        window = None if latest is None else _ordered(latest, turn, policy.group_reduce)
-        stats = Stats(window_attention=window, column_sums=running)
-    view = _view_of_slots(sequence, turn, policy)
-    plan = policy.select(policy.score(view, stats), view, sequence.budget)
-    merge = policy.merge(view, plan)
-    if merge is not None:
-        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
-        sequence.merge(MergePlan(src, dst, merge.weight))
-    sequence.memory = None if merge is None else merge.memory
-    sequence.keep(turn.gather(1, plan.keep[0]))
-
-
-def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Tensor:
-    """Reduce query heads [B, Hq, ...] to KV heads [B, Hk, ...]."""
-    grouped = values.view(values.shape[0], heads, -1, *values.shape[2:])
-    if how == "mean":
-        return grouped.mean(2)
-    return grouped.amax(2) if how == "max" else grouped.sum(2)
-
-
 def sums_of(sequence: Evictable, queries: Queries, lse: torch.Tensor) -> torch.Tensor:
     """Attention [Hq, slots] that every slot received from these queries; counted as device memory while it lives."""
     ledger, nbytes = sequence.group.ledger, queries.query.shape[1] * sequence.length * lse.element_size()
@@ -203,31 +169,11 @@ def _view(sequence: Paged, policy: SelectionPolicy, turn: torch.Tensor | None) -
     )
 
 
-def _view_of_slots(sequence: KeptSequence, turn: torch.Tensor, policy: SelectionPolicy) -> SlotView:
-    """Slots in the order ``turn`` [Hk, n] of their positions."""
-    ordered = np.take_along_axis(sequence.positions, turn.cpu().numpy(), axis=1)
-    positions = torch.from_numpy(ordered).to(turn.device)[None]
-    heads = torch.arange(turn.shape[0], device=turn.device)[:, None]
-    norms = sequence.values[heads, turn][None].float().norm(dim=-1) if Need.VALUE_NORMS in policy.needs else None
-    return SlotView(
-        positions=positions,
-        protected=policy.protected(positions),
-        keys=sequence.keys[heads, turn][None] if Need.KEYS in policy.needs else None,
-        value_norms=norms,
-        memory=sequence.memory,
-    )
-
-
 def _turned(values: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
     """Values of slots [1, Hk, T] or [1, Hk, T, D] in the order ``turn`` [Hk, T]."""
     if turn is None:
         return values
     return values[:, torch.arange(turn.shape[0], device=turn.device)[:, None], turn]
-
-
-def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torch.Tensor:
-    """Values of query heads [Hq, n], reduced to KV heads and in the order of positions: [1, Hk, n]."""
-    return group_reduce(values[None], turn.shape[0], how).gather(2, turn[None])
 
 
 def _evicted(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import KeepPlan
 from kvtier.core.session import Session
+from kvtier.core.slot_order import SlotOrder
 from kvtier.core.stats import SlotView
 from kvtier.errors import CapacityError, CompositionError, SessionStateError
 from kvtier.policies.eviction.d2o import D2O
@@ -221,6 +222,7 @@ def test_the_order_of_slots_in_memory_does_not_matter(text: str) -> None:
 def shuffle(sequence: KeptSequence, seed: int) -> None:
     """Put the slots of each head in another order, with all that belongs to them."""
     random = np.random.default_rng(seed)
+    positions = sequence.positions.copy()
     group = sequence.votes.shape[0] // sequence.keys.shape[0]
     for head in range(sequence.keys.shape[0]):
         order = random.permutation(sequence.length)
@@ -229,7 +231,8 @@ def shuffle(sequence: KeptSequence, seed: int) -> None:
             part[head, held] = part[head, order].clone()
         queries = slice(head * group, (head + 1) * group)
         sequence.votes[queries, held] = sequence.votes[queries][:, order].clone()
-        sequence.positions[head] = sequence.positions[head, order].copy()
+        positions[head] = positions[head, order]
+    sequence.order = SlotOrder(positions)
 
 
 @pytest.mark.parametrize("sinks", [0, 3])

@@ -1,0 +1,116 @@
+"""Eviction while decoding: what a step's attention adds, and the slots that leave a `KeptSequence` after it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kvtier.core.attention import Queries, key_votes
+from kvtier.core.kept import KeptSequence
+from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, SelectionPolicy
+from kvtier.core.stats import SlotView, Stats
+from kvtier.types import GroupReduce
+
+__all__ = ["evict_slots", "evict_step", "group_reduce"]
+
+
+def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy) -> None:
+    """After a decode step: count the attention of its queries, and evict what is beyond the sequence's budget."""
+    sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
+    if sums is not None and Need.COLUMN_SUMS in policy.needs:
+        sequence.vote(sums)
+    evict_slots(sequence, sums, policy)
+
+
+def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
+    """Leave each KV head its budget, by all attention so far and that of the latest queries [Hq, n]; merge the rest."""
+    excess = sequence.length - sequence.budget
+    if excess <= 0:
+        return
+    oldest = policy.next_out(sequence.order.ascending) if excess == 1 else None
+    if oldest is not None:
+        sequence.drop(oldest)
+        return
+    turn = sequence.in_order()
+    stats, view = _stats(sequence, turn, latest, policy), _view(sequence, turn, policy)
+    scores = policy.score(view, stats)
+    worst = _worst(scores, view.protected) if excess == 1 and _ranks_only(policy) else None
+    if worst is None:
+        plan = policy.select(scores, view, sequence.budget)
+        _merge(sequence, turn, policy.merge(view, plan))
+        sequence.keep(turn.gather(1, plan.keep[0]))
+        return
+    if policy.merges_steps:
+        _merge(sequence, turn, policy.merge(view, _all_but(worst, scores)))
+    sequence.drop(worst)
+
+
+def group_reduce(values: torch.Tensor, heads: int, how: GroupReduce) -> torch.Tensor:
+    """Reduce query heads [B, Hq, ...] to KV heads [B, Hk, ...]."""
+    grouped = values.view(values.shape[0], heads, -1, *values.shape[2:])
+    if how == "mean":
+        return grouped.mean(2)
+    return grouped.amax(2) if how == "max" else grouped.sum(2)
+
+
+def _ranks_only(policy: SelectionPolicy) -> bool:
+    """Whether a policy leaves it to the runtime to choose by its scores."""
+    return type(policy).select is SelectionPolicy.select
+
+
+def _all_but(worst: IntArray, scores: torch.Tensor) -> KeepPlan:
+    """The plan that drops one slot of each KV head [Hk], of as many as there are scores [1, Hk, n]."""
+    left = torch.arange(scores.shape[-1] - 1, device=scores.device)
+    return KeepPlan((left + (left >= torch.from_numpy(worst).to(scores.device)[:, None]))[None])
+
+
+def _merge(sequence: KeptSequence, turn: torch.Tensor, merge: MergePlan | None) -> None:
+    """Fold slots as a plan says, whose slots are in the order ``turn`` [Hk, n] of positions."""
+    if merge is not None:
+        src, dst = (turn.gather(1, slots[0])[None] for slots in (merge.src, merge.dst))
+        sequence.merge(MergePlan(src, dst, merge.weight))
+    sequence.memory = None if merge is None else merge.memory
+
+
+def _worst(scores: torch.Tensor, protected: torch.Tensor) -> IntArray | None:
+    """The slot of each KV head [Hk] that `SelectionPolicy.select` drops when one must leave, by scores [1, Hk, n].
+
+    That is the last of the least; None where one cannot tell it by a look at scores that are not protected.
+    """
+    # On the host: a look at some thousand numbers is done before torch has woken its threads.
+    ranked = scores[0].masked_fill(protected[0], torch.inf).cpu().numpy()
+    worst: IntArray = scores.shape[-1] - 1 - ranked[:, ::-1].argmin(axis=1)
+    return worst if np.isfinite(ranked[np.arange(worst.size), worst]).all() else None
+
+
+def _stats(sequence: KeptSequence, turn: torch.Tensor, latest: torch.Tensor | None, policy: SelectionPolicy) -> Stats:
+    """What the policy declared a need for, in the order ``turn`` [Hk, n] of positions."""
+    sums = window = None
+    if Need.COLUMN_SUMS in policy.needs:
+        sums = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
+    if Need.WINDOW_ATTENTION in policy.needs and latest is not None:
+        window = _ordered(latest, turn, policy.group_reduce)
+    return Stats(window_attention=window, column_sums=sums)
+
+
+def _view(sequence: KeptSequence, turn: torch.Tensor, policy: SelectionPolicy) -> SlotView:
+    """Slots in the order ``turn`` [Hk, n] of their positions."""
+    positions = torch.from_numpy(sequence.order.ascending).to(turn.device)[None]
+    keys = norms = None
+    if Need.KEYS in policy.needs or Need.VALUE_NORMS in policy.needs:
+        heads = torch.arange(turn.shape[0], device=turn.device)[:, None]
+        keys = sequence.keys[heads, turn][None] if Need.KEYS in policy.needs else None
+        if Need.VALUE_NORMS in policy.needs:
+            norms = sequence.values[heads, turn][None].float().norm(dim=-1)
+    return SlotView(
+        positions=positions,
+        protected=policy.protected(positions),
+        keys=keys,
+        value_norms=norms,
+        memory=sequence.memory,
+    )
+
+
+def _ordered(values: torch.Tensor, turn: torch.Tensor, how: GroupReduce) -> torch.Tensor:
+    """Values of query heads [Hq, n], reduced to KV heads and in the order of positions: [1, Hk, n]."""
+    return group_reduce(values[None], turn.shape[0], how).gather(2, turn[None])
