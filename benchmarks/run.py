@@ -17,7 +17,8 @@ SCHEMA: Final = 1
 
 
 def _make_importable() -> None:
-    """Let ``import benchmarks`` find this folder; the root stays off sys.path, where its ``kernels/`` would shadow."""
+    """Let ``import benchmarks`` find this folder; neither it nor the root is on sys.path: ``kernels/`` shadows."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     if "benchmarks" in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(

@@ -19,7 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["HERE", "KVPRESS", "PEERS", "EnvironmentBuildError", "Peer", "command", "install", "installed", "packages"]
+from benchmarks.peers.process import command_of
+
+__all__ = [
+    "HERE",
+    "KVPRESS",
+    "PEERS",
+    "EnvironmentBuildError",
+    "Peer",
+    "command",
+    "install",
+    "installed",
+    "packages",
+    "serving",
+]
 
 HERE: Final = Path(__file__).resolve().parent
 _CACHE: Final = Path(os.environ.get("KVTIER_PEERS", HERE.parent.parent / ".peers"))
@@ -113,8 +126,12 @@ def install(peer: Peer) -> None:
 def command(peer: Peer) -> tuple[list[str], dict[str, str]]:
     """Command line that serves a peer, and what its environment variables need besides ours."""
     place = _place(peer)
-    words = [str(_python(place)), "-P", str(HERE / "serve.py"), str(HERE / peer.folder / peer.runner)]
-    return words, {"UNPACKED": str(place / _UNPACKED)}
+    return serving(_python(place), HERE / peer.folder / peer.runner), {"UNPACKED": str(place / _UNPACKED)}
+
+
+def serving(python: Path | str, runner: Path) -> list[str]:
+    """Command line that serves the store of a runner."""
+    return command_of(python, HERE / "serve.py", runner)
 
 
 def packages(peer: Peer) -> Path:

@@ -1,25 +1,23 @@
-"""Serve one store over standard input and output, a JSON object a line, in the environment that the store needs.
+"""Put and get by one store, in the environment that it needs; whatever is timed is timed here, for all alike.
 
-``python -P serve.py RUNNER.py``: the runner has a class ``Store``; whatever is timed is timed here, for all alike.
-`benchmarks.peers.client` asks.
+`answering.py` loads it, and a runner with a class ``Store``; `benchmarks.peers.client` asks.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
 import mmap
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol, TextIO, cast
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+RUNS: Final = "Store"
+"""The class of a runner that a `Server` is made from."""
 
 SEED: Final = 20260101
 """Every process makes the same pieces, so that one can check what another, killed one has stored."""
@@ -180,37 +178,3 @@ def _random(buffer: Bytes) -> None:
 
 def _zero(buffer: Bytes) -> None:
     buffer.fill(0)
-
-
-def _load(path: Path) -> Callable[..., Store]:
-    spec = importlib.util.spec_from_file_location("runner", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return cast("Callable[..., Store]", module.Store)
-
-
-def _answers() -> TextIO:
-    """The pipe to the driver; whatever else is printed, by any library, goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
-def main() -> None:
-    """Answer until the input ends."""
-    answers = _answers()
-    server: Server | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            server = server or Server(_load(Path(sys.argv[1])))
-            answer = getattr(server, request.pop("do"))(**request)
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is a result
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

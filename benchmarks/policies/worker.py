@@ -1,23 +1,22 @@
-"""Run methods on one model in the environment that they need, a JSON object a line; whatever is timed is timed here.
+"""Run methods on one model in the environment that they need; whatever is timed is timed here.
 
-``python -P worker.py RUNNER.py``: the runner has a class ``Runner``, made from a folder with a model, that opens a
-`Generation` for a method. `benchmarks.policies.side` asks.
+`answering.py` loads it, and a runner with a class ``Runner``, made from a folder with a model, that opens a
+`Generation` for a method; `benchmarks.policies.side` asks.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Final, Protocol
 
 import torch
+
+RUNS: Final = "Runner"
+"""The class of a runner that a `Server` is made from."""
 
 
 class Generation(Protocol):
@@ -90,36 +89,3 @@ def _timed(function: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) 
     begun = time.perf_counter()
     logits = function(ids)
     return time.perf_counter() - begun, logits
-
-
-def _load(path: Path) -> Callable[[Path], Runner]:
-    spec = importlib.util.spec_from_file_location("runner", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return cast("Callable[[Path], Runner]", module.Runner)
-
-
-def _answers() -> TextIO:
-    """The pipe to the driver; whatever else is printed, by any library, goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
-def main() -> None:
-    """Answer until the input ends."""
-    answers = _answers()
-    server = Server(_load(Path(sys.argv[1])))
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(server, request.pop("do"))(**request)
-        except Exception as error:  # noqa: BLE001 - whatever a method raises is a result
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

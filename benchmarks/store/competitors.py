@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from benchmarks.peers import environments
-from benchmarks.peers.client import Client, PeerError
+from benchmarks.peers.client import Client
+from benchmarks.peers.process import PeerError
 from benchmarks.store import fio
 from benchmarks.store.settings import Settings, Visit
 
@@ -115,8 +116,7 @@ def fios(settings: Settings) -> list[FioAt]:
 def starts(settings: Settings) -> Iterator[tuple[str, tuple[list[str], dict[str, str], Mapping[str, object]] | str]]:
     """Each store by name, and how its process is started, or why it cannot be."""
     runner = environments.HERE / "kvtier_records" / "runner.py"
-    serve = str(environments.HERE / "serve.py")
-    yield KVTIER, ([sys.executable, "-P", serve, str(runner)], {}, {})
+    yield KVTIER, (environments.serving(sys.executable, runner), {}, {})
     for name in settings.peers:
         peer = environments.PEERS[name]
         reason = environments.installed(peer)

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.peers.client import Answer, Client, PeerError, Pieces
+from benchmarks.peers.client import Answer, Client, Pieces
+from benchmarks.peers.process import PeerError
 from benchmarks.store.competitors import starts
 from benchmarks.store.settings import KIB, Settings
 

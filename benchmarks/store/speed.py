@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.peers.client import PeerError
+from benchmarks.peers.process import PeerError
 from benchmarks.store import fio
 from benchmarks.store.competitors import KVTIER, Competitor, fios, served
 from benchmarks.store.settings import Settings, Visit

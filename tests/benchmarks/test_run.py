@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not RUN.exists(), reason="a source distribution 
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    # As README says, with the script's folder on sys.path: its kernels/ must not hide the package of that name.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, RUN, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
