@@ -22,8 +22,8 @@ _MOST_WINDOW_BYTES = 8 << 20
 class Feed:
     """Carries out straight jobs in the queue, with their hooks in the calling thread; other jobs in threads.
 
-    Reads go through a window of bytes under way that opens by twice what arrives: drives that share their time among all
-    requests, or tell of them together, would end the first with the last, and all digests would come after that.
+    Reads go through a window of bytes under way that opens by twice what arrives: drives that share their time among
+    all requests, or tell of them together, would end the first with the last, and all digests would come after that.
 
     Parameters
     ----------
