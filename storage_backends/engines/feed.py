@@ -16,14 +16,14 @@ from kvtier.storage_backends.engines.posix_file import PosixFile
 __all__ = ["Feed"]
 
 _FIRST_WINDOW_BYTES = 1 << 20
-_MOST_WINDOW_BYTES = 6 << 20
+_MOST_WINDOW_BYTES = 8 << 20
 
 
 class Feed:
     """Carries out straight jobs in the queue, with their hooks in the calling thread; other jobs in threads.
 
-    Reads go through a window of bytes under way that opens as they arrive: drives that share their time among all
-    requests, or tell of them together, would end the first with the last, and all digests would come after that.
+    Reads go through a window of bytes under way that opens by twice what arrives: drives that share their time among
+    all requests, or tell of them together, would end the first with the last, and all digests would come after that.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class Feed:
             job = self._under_way.pop(token)
             self._bytes -= job.nbytes
             if self._window < _MOST_WINDOW_BYTES:
-                self._window = min(_MOST_WINDOW_BYTES, self._window + job.nbytes)
+                self._window = min(_MOST_WINDOW_BYTES, self._window + 2 * job.nbytes)
             self._ended.append((job, result == job.nbytes))
         if self._ended and not (told and self._has_room):
             job, whole = self._ended.popleft()

@@ -138,8 +138,7 @@ class _Round:
         self._gap_bytes = gap_bytes
         self._owners: list[_Piece | None] = []
         self._unknown: list[Fetch] = []
-        self._between: dict[int, torch.Tensor] = {}
-        self._blocks = torch.empty(0, dtype=torch.uint8)
+        self._between = self._last_gap = self._blocks = torch.empty(0, dtype=torch.uint8)
 
     def run(self, engine: IOEngine) -> None:
         """Read and verify."""
@@ -187,10 +186,12 @@ class _Round:
         return taken
 
     def _gap(self, size: int) -> torch.Tensor:
-        """Memory for what lies between pieces: nobody looks at it, so all gaps of one size share it."""
-        if size not in self._between:
-            self._between[size] = empty_aligned(size)
-        return self._between[size]
+        """Memory for what lies between pieces: nobody looks at it, so all gaps share it."""
+        if not self._between.numel():
+            self._between = empty_aligned(self._gap_bytes)
+        if self._last_gap.numel() != size:
+            self._last_gap = self._between[:size]
+        return self._last_gap
 
     def _arrived(self, index: int) -> None:
         """Take the digests of what was read, and copy what is wanted of it."""
