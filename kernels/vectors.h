@@ -121,6 +121,17 @@ INLINE vf exp_of(vf x) {
     return (vf)((vi)(p * two) & ~under);
 }
 
+/* The same down to the least subnormal number, to some 1e-5 there: for what is ranked, not only summed. */
+INLINE vf small_exp_of(vf x) {
+    const vi small = x < splat(-87.0f);
+    vf e = exp_of(x);
+    if (any(small)) {
+        vf scaled = exp_of(x + 44.3614195558364998f) * 0x1p-64f; /* 64 ln 2 */
+        e = (vf)(((vi)scaled & small) | ((vi)e & ~small));
+    }
+    return e;
+}
+
 /* softcap * tanh(x / softcap), by exp of what is not positive. */
 INLINE vf capped(vf x, float softcap) {
     vi negative = x < 0.0f;

@@ -99,7 +99,7 @@ static void pack(const Problem *p, int64_t head, int64_t first, int lanes, int p
 INLINE vf weights_of(vf products, const Problem *p, vf lse) {
     vf x = products * p->scale;
     if (p->softcap > 0.0f) x = capped(x, p->softcap);
-    return exp_of(x - lse);
+    return small_exp_of(x - lse);
 }
 
 /* Which queries at `places` see keys at `at`. */

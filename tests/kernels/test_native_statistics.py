@@ -91,6 +91,20 @@ def votes(draw: st.DrawFn) -> Votes:
 
 
 @needs_native
+@pytest.mark.parametrize("queries", [1, 40])
+def test_votes_below_the_least_normal_number_are_still_ranked(queries: int) -> None:
+    q = torch.zeros(1, 1, queries, 16)
+    q[..., 0] = 1.0
+    k = torch.zeros(1, 1, 9, 16)
+    k[..., 0] = -torch.arange(86.0, 103.0, 2.0)
+
+    got = sums.column_sums(q, torch.zeros(1, 1, queries), k, scale=1.0, softcap=None, visible=None)
+
+    torch.testing.assert_close(got, queries * k[..., 0].double().exp().float(), rtol=1e-4, atol=queries * 2.0**-149)
+    assert (got.diff() < 0).all()
+
+
+@needs_native
 @given(problem=votes(), threads=threads)
 def test_column_sums(problem: Votes, threads: int) -> None:
     with alone(threads):
