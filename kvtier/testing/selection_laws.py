@@ -151,10 +151,12 @@ class SelectionCase:
 
 
 @st.composite
-def selection_cases(draw: st.DrawFn, *, least_keep: int = 1, most_slots: int = 40) -> SelectionCase:
+def selection_cases(
+    draw: st.DrawFn, *, least_keep: int = 1, least_slots: int = 1, most_slots: int = 40
+) -> SelectionCase:
     """Cases of up to 3 rows, 3 KV heads of 1, 2 or 4 query heads, with many ties, gaps and budgets beyond the slots."""
     rows, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
-    slots = draw(st.integers(1, most_slots))
+    slots = draw(st.integers(least_slots, most_slots))
     levels = draw(st.sampled_from([1, 2, 4, 250]))
     # Query heads of very different strength, so that one cannot speak for another.
     strength = 4.0 ** -draw_levels(draw, (rows, heads * group, 1), 3)
@@ -186,6 +188,15 @@ def _cases(suite: SelectionLaws, policy: SelectionPolicy) -> st.SearchStrategy[S
     del suite
     least = least_budget(policy)
     return selection_cases(least_keep=least, most_slots=least + 24)
+
+
+def _one_too_many(suite: SelectionLaws, policy: SelectionPolicy) -> st.SearchStrategy[SelectionCase]:
+    """Cases whose budget is one slot less than there are."""
+    del suite
+    slots = least_budget(policy) + 1
+    return selection_cases(least_slots=slots, most_slots=slots + 24).map(
+        lambda case: replace(case, keep=case.slots - 1)
+    )
 
 
 class SelectionLaws(PolicyLaws):
@@ -333,6 +344,21 @@ class SelectionLaws(PolicyLaws):
         plans = {how: single.keeps(_reducing(policy, how)).rows() for how in ("mean", "max", "sum")}
         for how, plan in plans.items():
             require(plan == plans["mean"], f"mean and {how} of a single query head keep other slots")
+
+    @law("S18", "what leaves by its position alone is what a selection drops, and is not merged", case=_one_too_many)
+    def test_what_leaves_by_position_is_what_is_dropped(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        claimed(type(policy).next_out is not SelectionPolicy.next_out, f"{policy.name} leaves it to its scores")
+        plan = case.keeps(policy)
+        merges = policy.merge(case.view(policy), plan) is not None
+        for row, heads in enumerate(plan.rows()):
+            named = policy.next_out(case.positions[row].numpy())
+            if named is None:
+                continue
+            require(not merges, "what leaves by its position is dropped, and the policy would merge it")
+            require(named.shape == (len(heads),), f"{len(heads)} KV heads drop a slot each, got shape {named.shape}")
+            for head, slots in enumerate(heads):
+                gone = sorted(set(range(case.slots)) - set(slots))
+                require(gone == [int(named[head])], f"row {row}, KV head {head} drops {gone} and names {named[head]}")
 
 
 def _reducing(policy: SelectionPolicy, how: str) -> SelectionPolicy:

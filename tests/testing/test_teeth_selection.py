@@ -6,17 +6,21 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from kvtier.core.policy import (
+    IntArray,
     KeepPlan,
+    MergePlan,
     Need,
     Policy,
     SelectionPolicy,
 )
 from kvtier.core.stats import SlotView, Stats
 from kvtier.policies.eviction.heads import share_heads
+from kvtier.policies.eviction.streamingllm import StreamingLLM
 from kvtier.testing.check import check_policy
 from kvtier.types import GroupReduce
 
@@ -175,7 +179,48 @@ class SharesNothing(Shared):
         return share_heads(scores, view, keep, keep)
 
 
-@pytest.mark.parametrize("right", [Voted(), Shared()])
+class Aged(StreamingLLM):
+    """The sinks and the newest, told by position; right, and the base of the wrong ones."""
+
+    name: ClassVar[str] = "aged"
+
+
+class NamesASink(Aged):
+    """The slot that holds the oldest token, whatever protects it."""
+
+    def next_out(self, positions: IntArray) -> IntArray:
+        return 0 * super().next_out(positions)
+
+
+class NamesTheNext(Aged):
+    """One slot further than the first behind the sinks."""
+
+    def next_out(self, positions: IntArray) -> IntArray:
+        return 1 + super().next_out(positions)
+
+
+class CountsTheSinks(Aged):
+    """As many slots as there are sinks, though a later prompt has none or a few."""
+
+    def next_out(self, positions: IntArray) -> IntArray:
+        return np.full(positions.shape[0], self.sinks)
+
+
+class LooksAtHeadZero(Aged):
+    """What leaves the first KV head leaves all of them."""
+
+    def next_out(self, positions: IntArray) -> IntArray:
+        return np.broadcast_to(super().next_out(positions)[:1], positions.shape[:1])
+
+
+class MergesWhatItNames(Aged):
+    """The runtime, which asks for a slot alone, merges nothing."""
+
+    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan:
+        return MergePlan(plan.keep[..., :1], plan.keep[..., :1], torch.ones(*plan.keep.shape[:2], 1))
+
+
+@pytest.mark.parametrize("right", [Voted(), Shared(), Aged(sinks=2)])
 def test_a_right_policy_breaks_no_law(right: SelectionPolicy) -> None:
     verdicts = list(check_policy(right, examples=15))
 
@@ -204,6 +249,11 @@ def test_a_right_policy_breaks_no_law(right: SelectionPolicy) -> None:
         (SharesOverTheBatch(), "S1", r"row 0: \d+ slots must stay in all, \d+ do: \[.*\]"),
         (SharesNothing(), "S10", r"row \d keeps a slot of score 0.* beyond its head's least, and drops one of"),
         (RoundsLayers(), "S11", r"1 tokens in each of 1 layers, 2 in all"),
+        (NamesASink(sinks=1), "S18", r"row 0, KV head 0 drops \[1\] and names 0"),
+        (NamesTheNext(sinks=1), "S18", r"row 0, KV head 0 drops \[1\] and names 2"),
+        (CountsTheSinks(sinks=1), "S18", r"row 0, KV head 0 drops \[0\] and names 1"),
+        (LooksAtHeadZero(sinks=1), "S18", r"row 0, KV head 1 drops \[\d\] and names \d"),
+        (MergesWhatItNames(sinks=1), "S18", r"is dropped, and the policy would merge it"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else "",
 )
@@ -212,3 +262,10 @@ def test_wrong_selections_are_caught(wrong: Policy, code: str, words: str) -> No
 
     assert verdict.holds is False
     assert re.search(words, verdict.found), verdict.found
+
+
+@pytest.mark.parametrize("wrong", [NamesASink(sinks=1), NamesTheNext(sinks=1)])
+def test_no_other_law_sees_what_is_named_by_position(wrong: Policy) -> None:
+    broken = [verdict.code for verdict in check_policy(wrong, examples=15) if verdict.holds is False]
+
+    assert broken == ["S18"]
