@@ -9,7 +9,6 @@ __all__ = ["next_pages"]
 
 _ROOM = 8  # an eighth of its pages, if that is more than ROOM_BLOCKS
 _SHORT_BLOCKS = 4
-_IDLE = 4  # more than a quarter free, and no memory is added to lay pages in one run
 
 
 def next_pages(store: PageStore, columns: int, held: IntArray, *, since: int | None = None) -> IntArray:
@@ -57,9 +56,12 @@ def _modest_run(store: PageStore, columns: int, held: IntArray, since: int) -> I
     most = max(ROOM_BLOCKS * store.block_pages, (held.shape[1] + columns) // _ROOM)
     room = min(max(2 * since - wanted, store.block_pages), most)
     frames = arena.allocate_run(heads, wanted, spare=room)
-    if frames is None and arena.free_frames <= arena.total_frames // _IDLE:
-        arena.grow(store.growth(heads * wanted, wanted + room))
-        frames = arena.allocate_run(heads, wanted, spare=room)
+    if frames is None:
+        added = store.growth(heads * wanted, wanted + room)
+        # Where more than that is free already, it is in pieces, and more memory would be no answer.
+        if arena.free_frames <= added:
+            arena.grow(added)
+            frames = arena.allocate_run(heads, wanted, spare=room)
     if frames is None:
         store.free_frames(heads * columns)
         return arena.allocate(heads, columns)
