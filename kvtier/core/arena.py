@@ -155,13 +155,10 @@ class Arena:
         """
         if heads * columns > self.free_frames:
             raise CapacityError(f"{heads * columns} page frames were needed, {self.free_frames} are free")
-        frames = np.empty((heads, columns), dtype=np.int64)
-        roomy = self._roomy_run(heads, columns, spare) if spare else None
+        roomy = self.allocate_run(heads, columns, spare=spare) if spare else None
         if roomy is not None:
-            first, width = roomy
-            frames[:] = first + np.arange(heads)[:, None] * width + np.arange(columns)
-            self._take(frames.ravel())
-            return frames
+            return roomy
+        frames: IntArray = np.empty((heads, columns), dtype=np.int64)
         done = 0
         while done < columns:
             first, taken = self._longest_run(heads, columns - done)
@@ -171,6 +168,16 @@ class Arena:
             frames[:, done : done + taken] = first + np.arange(heads)[:, None] * taken + np.arange(taken)
             self._take(frames[:, done : done + taken].ravel())
             done += taken
+        return frames
+
+    def allocate_run(self, heads: int, columns: int, *, spare: int) -> IntArray | None:
+        """The same as one run with some of the ``spare`` columns behind every head; None where none is free."""
+        roomy = self._roomy_run(heads, columns, spare)
+        if roomy is None:
+            return None
+        first, width = roomy
+        frames: IntArray = first + np.arange(heads)[:, None] * width + np.arange(columns)
+        self._take(frames.ravel())
         return frames
 
     def extend(self, frames: IntArray, columns: int) -> IntArray | None:
@@ -339,10 +346,10 @@ class Arena:
     def _roomy_run(self, heads: int, columns: int, spare: int) -> tuple[int, int] | None:
         """First frame, and frames a head, of a run with up to ``spare`` columns more; None when none has any more.
 
-        What lies before it keeps as many frames to grow into.
+        What lies before it keeps as many frames to grow into. Of two as roomy the newer slab's: older ones may empty.
         """
         best: tuple[int, int] | None = None
-        for slab in self._slabs:
+        for slab in reversed(self._slabs):
             first, taken = self._longest_run(1, heads * (columns + spare) + spare, (slab,))
             before = 0 if first == slab.first else spare
             width = min(columns + spare, (taken - before) // heads)

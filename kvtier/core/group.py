@@ -13,7 +13,7 @@ from kvtier.core.ledger import Ledger
 from kvtier.core.lower import LowerTiers
 from kvtier.core.pages import PageTable
 from kvtier.core.policy import IntArray, PlacementPolicy, RetrievalPolicy
-from kvtier.core.tier import ROOM_BLOCKS, PageStore
+from kvtier.core.tier import PageStore
 from kvtier.core.transfer import TransferEngine
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
@@ -122,10 +122,9 @@ class LayerGroup:
             return 0
         return pages * self.heads * self.retrieval.sketch_bytes(self.layer.key_dim, DTYPE_BYTES[self.layer.dtype])
 
-    def one_run_each(self) -> int:
-        """Frames with which one sequence of every layer goes on in a run of its own, with room to grow."""
-        blocks = (ROOM_BLOCKS + 1) * self.block_tokens // self.page_tokens
-        return len(self.layers) * self.heads * blocks
+    def one_run_each(self, columns: int) -> int:
+        """Frames with which one sequence of every layer goes on in a run of its own of ``columns``."""
+        return len(self.layers) * self.heads * columns
 
     def new_tail(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """An uninitialised tail K [Hk, tokens, Dk], V [Hk, tokens, Dv], counted."""
@@ -138,13 +137,16 @@ class LayerGroup:
         """A tail of this many tokens was dropped."""
         self.ledger.give("tails", self.tail_bytes(tokens))
 
-    def _growth(self, short: int) -> int:
-        """Frames to add when ``short`` are missing: what is planned, at least an eighth, within the room for pages."""
+    def _growth(self, short: int, columns: int) -> int:
+        """Frames to add when ``short`` are missing: what is planned, at least an eighth, within the room for pages.
+
+        Without a budget every layer gets a run of ``columns``, if that is more.
+        """
         held = self.arena.total_frames
         wanted = max(short, self.planned_frames - held, held // 8)
         room = self.ledger.page_room()
         if room is None:
-            return max(wanted, self.one_run_each())
+            return max(wanted, self.one_run_each(columns))
         frames = min(wanted, max(0, room) // self.arena.frame_bytes)
         worthwhile = frames >= short or frames >= max(held // 8, self.heads)
         return frames if worthwhile else 0

@@ -222,8 +222,7 @@ class Memory:
         self._reserve(session, {})
         for group in self._groups:
             group.store.settle()
-            for slab in group.arena.empty_slabs():
-                group.arena.drop(slab)
+            group.store.drop_empty()
 
     def tier_reports(self) -> dict[str, TierReport]:
         """Bytes of every tier that exists, summed over groups and devices."""

@@ -11,6 +11,7 @@ import torch
 
 from kvtier.core.group import LayerGroup
 from kvtier.core.growable import GrowingArray, GrowingSketch
+from kvtier.core.growing import next_pages
 from kvtier.core.policy import IntArray
 from kvtier.core.tail import Tail
 from kvtier.core.views import PageViews, SlabFrames, join_short_runs, split_columns
@@ -279,7 +280,7 @@ class LayerSequence:
     def _seal(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """Make pages of the tail followed by new tokens, ``tokens`` in all."""
         group, (tail_keys, tail_values) = self.group, self.raw.view()
-        pages = group.store.new_pages(group.heads, tokens // group.page_tokens, self.pages.view)
+        pages = next_pages(group.store, tokens // group.page_tokens, self.pages.view, since=self._since)
         self.pages.append(pages)
         runs, rest = group.arena.runs(group.store.frames(pages))
         page = group.page_tokens
@@ -298,6 +299,14 @@ class LayerSequence:
         if self.sketch is not None and len(pieces) > 1:
             sealed_keys, _ = group.arena.read(group.store.frames(pages).ravel())
             self._sketch(sealed_keys.unflatten(0, pages.shape).flatten(1, 2))
+
+    @property
+    def _since(self) -> int | None:
+        """Page columns sealed since the last eviction, after which whole blocks were; None when nothing was dropped."""
+        if not self.evicted_length:
+            return None
+        group = self.group
+        return self.pages.length - self.evicted_length // group.block_tokens * group.block_tokens // group.page_tokens
 
     def _scratch(self, column: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         layer = self.group.layer

@@ -22,7 +22,6 @@ __all__ = ["ROOM_BLOCKS", "PageStore"]
 
 ROOM_BLOCKS = 8
 """Blocks that a sequence gets as room to grow in place, at least, when it outgrows its run."""
-_ROOM = 8  # an eighth of its pages, if that is more
 
 
 @dataclass(slots=True)
@@ -52,7 +51,8 @@ class PageStore:
     block_pages : int
         Pages of a block in one KV head.
     growth : callable
-        Frames to add when some are missing; 0 when the budget has no room.
+        Frames to add when so many are missing and sequences want runs of so many columns; 0 when the budget has no
+        room.
 
     Notes
     -----
@@ -67,9 +67,14 @@ class PageStore:
     transfer: TransferEngine
     bounded: bool
     block_pages: int
-    growth: Callable[[int], int]
+    growth: Callable[[int, int], int]
     clock: int = 1
     _flights: list[_Flight] = field(default_factory=list)
+
+    @property
+    def usual_run(self) -> int:
+        """Columns of the run that a sequence gets when it outgrows its own, if it is not long."""
+        return (ROOM_BLOCKS + 1) * self.block_pages
 
     def tick(self) -> None:
         """A new step begins: what it touches is newer than all before."""
@@ -91,10 +96,8 @@ class PageStore:
         found: IntArray = self.table.slot[DEVICE][pages]
         return found
 
-    def new_pages(self, heads: int, columns: int, held: IntArray | None = None) -> IntArray:
+    def new_pages(self, heads: int, columns: int) -> IntArray:
         """Ids [heads, columns] of new pages with empty frames on the device; the caller fills them at once.
-
-        If possible they lie right behind the pages ``held`` [heads, n], so that a sequence that grows stays one run.
 
         Raises
         ------
@@ -102,10 +105,7 @@ class PageStore:
             When no tier has room; nothing changed.
         """
         self.free_frames(heads * columns)
-        frames = self._frames_behind(held, columns) if held is not None and held.size else None
-        if frames is None:
-            frames = self._new_run(heads, columns, 0 if held is None else held.shape[1])
-        return self.new_pages_at(frames)
+        return self.new_pages_at(self.arena.allocate(heads, columns))
 
     def new_pages_at(self, frames: IntArray) -> IntArray:
         """Ids [heads, columns] of new pages in these frames, which the caller has taken and fills at once."""
@@ -115,15 +115,6 @@ class PageStore:
         self.table.last_use[pages] = self.clock
         self.order.admit(pages.ravel())
         return pages
-
-    def _frames_behind(self, held: IntArray, columns: int) -> IntArray | None:
-        last = held[:, -1]
-        return self.arena.extend(self.frames(last), columns) if self.resident(last).all() else None
-
-    def _new_run(self, heads: int, columns: int, held: int) -> IntArray:
-        """Frames [heads, columns] for a sequence of ``held`` columns, with room to grow where memory is not scarce."""
-        least = ROOM_BLOCKS * self.block_pages if held else 0
-        return self.arena.allocate(heads, columns, spare=0 if self.bounded else max(least, (held + columns) // _ROOM))
 
     def free_frames(self, count: int) -> None:
         """Make ``count`` frames free: grow the arena, else demote.
@@ -136,7 +127,7 @@ class PageStore:
         short = count - self.arena.free_frames
         if short <= 0:
             return
-        grown = self.growth(short)
+        grown = self.growth(short, self.usual_run)
         if grown:
             self.arena.grow(grown)
         short = count - self.arena.free_frames
@@ -280,29 +271,37 @@ class PageStore:
         self.settle(pages)
         missing = pages.size - self.arena.free_frames
         if missing > 0 and not self.bounded:
-            self.arena.grow(self.growth(missing))
+            self.arena.grow(self.growth(missing, self.usual_run))
         if pages.size > self.arena.free_frames:
             return False
         frames = self.arena.allocate(*pages.shape)
         if len(self.arena.places(frames)[0]) != 1:
             self.arena.release(frames)
             return False
+        self.move(pages, frames)
+        return True
+
+    def move(self, pages: IntArray, frames: IntArray) -> None:
+        """Put resident pages into other frames, which the caller has taken."""
         old = self.frames(pages).ravel()
         self.arena.write(frames.ravel(), *self.arena.read(old))
         self.table.slot[DEVICE][pages] = frames
         self.arena.release(old)
-        return True
 
     def compact(self) -> None:
         """Give free memory back: move resident pages into one slab of their size, when half or more is free."""
         self.settle()
+        self.drop_empty()
         arena = self.arena
-        for slab in arena.empty_slabs():
-            arena.drop(slab)
         used = arena.total_frames - arena.free_frames
         if used and arena.free_frames >= used and arena.may_grow(used):
             pages = np.flatnonzero(self.table.copy[DEVICE])
             self.table.slot[DEVICE][pages] = arena.repack(self.table.slot[DEVICE][pages])
+
+    def drop_empty(self) -> None:
+        """Give back slabs that hold nothing."""
+        for slab in self.arena.empty_slabs():
+            self.arena.drop(slab)
 
     def _sources(self, pages: IntArray) -> list[tuple[int, IntArray, IntArray]]:
         """Per tier: which of ``pages`` [n] to read there, and their slots; the fastest copy of each."""

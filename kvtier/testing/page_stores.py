@@ -132,6 +132,6 @@ class NumberedPages:
         self.faults[tier] = FaultySlots(backend)
         self.meters[tier] = MeteredSlots(VerifiedSlots(self.faults[tier]))
 
-    def _growth(self, short: int) -> int:
+    def _growth(self, short: int, columns: int) -> int:
         room = self.ledger.page_room()
         return short if room is None else min(short, max(0, room) // self.store.arena.frame_bytes)

@@ -78,7 +78,7 @@ def rebuilt(group: LayerGroup, image: GroupImage, pages: int) -> Image | None:
     It does when the budget has no room, beside other sessions, and when the slabs were mostly empty.
     """
     frames = sum(image.slabs)
-    most, room = _MOST_SPARE * (pages + group.one_run_each()), group.ledger.page_room()
+    most, room = _MOST_SPARE * (pages + group.one_run_each(group.store.usual_run)), group.ledger.page_room()
     if group.arena.slabs or not frames or max(frames, image.planned_frames) > most:
         return None
     if room is not None and frames * group.arena.frame_bytes > room:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvtier.core.growable import GrowingArray
+from kvtier.core.growing import next_pages
 from kvtier.core.ragged import HeadPages, RaggedSequence
 from kvtier.core.saved.description import Array, PagedState, RaggedState, Shared
 from kvtier.core.saved.image import Image, frames_in_image
@@ -199,7 +200,7 @@ def _fill_pages(
         store.tick()
         lying = _placed(group, heads, total, frames, payload, image)
         if lying is None and not store.bounded and total:
-            lying = store.new_pages(heads, total, into.view)
+            lying = next_pages(store, total, into.view)
         if lying is not None:
             into.append(lying)
         for start, rows in zip(range(0, total, step), payload.pieces(pages, step), strict=True):
@@ -207,7 +208,7 @@ def _fill_pages(
                 _write(group, lying[:, start : start + rows.shape[0]], rows)
                 continue
             store.tick()
-            new = store.new_pages(heads, rows.shape[0], into.view)
+            new = next_pages(store, rows.shape[0], into.view)
             into.append(new)
             _write(group, new, rows)
             store.write_behind(group.low_water())
