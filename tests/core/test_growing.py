@@ -25,7 +25,7 @@ def tokens(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarra
 
 
 def cut_down(memory: Memory, keep: tuple[int, int]) -> list[LayerSequence]:
-    """Sequences of two layers that held a prompt and were left the last ``keep`` tokens, in memory of just that size."""
+    """Sequences of two layers that were left the last ``keep`` tokens of a prompt, in memory of just that size."""
     sequences = []
     for layer in range(2):
         sequence = memory.sequence(layer)
