@@ -218,7 +218,7 @@ class Lease(ABC):
 
 
 class RecordView:
-    """A payload in memory, verified as far as its reader goes: what was just verified is copied out of the cache.
+    """A payload in memory, verified as far as its reader goes: what was just copied is still in the cache.
 
     Parameters
     ----------
