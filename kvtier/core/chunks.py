@@ -30,7 +30,7 @@ _Like: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
 
 _Bytes = TypeVar("_Bytes", torch.Tensor, ByteRows)
 
-_STEP_BYTES = 1 << 20  # verified, then copied out of the cache; each step costs some 5 us beside
+_STEP_BYTES = 1 << 20  # copied, then verified in the cache; each step costs some 5 us beside
 
 
 class KVChunk(NamedTuple):
