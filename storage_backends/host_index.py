@@ -200,7 +200,9 @@ class HostIndex:
     def read(self, rows: Sequence[int]) -> None:
         """Count reads of records, which are uses, the last of them latest."""
         if rows:
-            np.add.at(self._table.at["hits"], rows, 1)
+            hits = self._table.at["hits"]
+            for row in rows:  # numpy has a way that costs ten times as much
+                hits[row] += 1
             self.used(rows)
 
     def candidates(self) -> Iterator[int]:

@@ -218,7 +218,7 @@ class Lease(ABC):
 
 
 class RecordView:
-    """A payload in memory, verified as far as its reader goes: what was just verified is copied out of the cache.
+    """A payload in memory, verified as far as its reader goes: what was just copied is still in the cache.
 
     Parameters
     ----------
@@ -236,8 +236,11 @@ class RecordView:
         Spent on verifying.
     """
 
+    __slots__ = ("_digested", "_end", "_extent_bytes", "_verified", "damaged", "payload", "seconds")
+
     def __init__(self, payload: torch.Tensor, digested: Callable[[int, int], bool], extent_bytes: int) -> None:
         self.payload = payload
+        self._end = payload.numel()
         self.damaged = False
         self.seconds = 0.0
         self._digested = digested
@@ -247,11 +250,11 @@ class RecordView:
     @property
     def served(self) -> bool:
         """Whether all of it was verified, and is as it was put."""
-        return not self.damaged and self._verified == self.payload.numel()
+        return not self.damaged and self._verified == self._end
 
     def verify(self, stop: int | None = None) -> bool:
         """Whether every byte before ``stop``, the end by default, is as it was put; each extent is read once."""
-        end = self.payload.numel()
+        end = self._end
         upto = end if stop is None else min(end, -(-stop // self._extent_bytes) * self._extent_bytes)
         if not self.damaged and upto > self._verified:
             start = time.perf_counter()

@@ -47,8 +47,8 @@ def plan_split(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, 
     """How to copy rows into keys and values; nothing is copied yet.
 
     The plan is called with heads, counted through the layers: ``copy(first, stop)`` copies those. So a reader can
-    verify rows and have them copied while they are in the cache, and what it did not verify is not copied. A plan
-    keeps its tensors; any number of threads may have plans of their own.
+    have rows copied and verify them while they are in the cache; until all are verified, nothing of keys and values may
+    be used. A plan keeps its tensors; any number of threads may have plans of their own.
 
     Parameters
     ----------

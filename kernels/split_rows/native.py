@@ -33,10 +33,10 @@ def plan(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_toke
     split = _function()
     shape = (heads, pages, page_tokens * key_dim * size, page_tokens * values.shape[3] * size)
     strides = [stride * size for stride in (*keys.stride()[:2], *values.stride()[:2])]
-    streamed = int(rows.numel() >= LEAST_STREAMED)
+    rest = (*shape, *strides, int(rows.numel() >= LEAST_STREAMED))
 
     def copy(first: int, stop: int) -> None:
-        split(rows.data_ptr(), keys.data_ptr(), values.data_ptr(), first, stop, *shape, *strides, streamed)
+        split(rows.data_ptr(), keys.data_ptr(), values.data_ptr(), first, stop, *rest)
 
     return copy
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -15,7 +16,7 @@ from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ByteRange
 from kvtier.types import DTYPE_BYTES, KVLayout, LayerLayout
 
-__all__ = ["ChunkCodec", "KVChunk", "LayerTensors"]
+__all__ = ["ChunkCodec", "DecodingStep", "KVChunk", "LayerTensors"]
 
 LayerTensors: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
 """[L, Hk, C, D] in one tensor, or a sequence of L tensors [Hk, C, D]: ``x[layer]`` is the same."""
@@ -29,7 +30,7 @@ _Like: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
 
 _Bytes = TypeVar("_Bytes", torch.Tensor, ByteRows)
 
-_STEP_BYTES = 1 << 20  # verified, then copied out of the cache; each step costs some 5 us beside
+_STEP_BYTES = 1 << 20  # copied, then verified in the cache; each step costs some 5 us beside
 
 
 class KVChunk(NamedTuple):
@@ -84,6 +85,13 @@ class _Step(NamedTuple):
     def on_host(self, rows: _HostRows) -> ByteRows:
         """Its part of the bytes of a chunk, [L, Hk, N, P, bytes of D]."""
         return rows[self.places, self.heads] if isinstance(rows, np.ndarray) else rows[self.places.start][:, self.heads]
+
+
+class DecodingStep(NamedTuple):
+    """One part of a payload into its place: ``copy`` reads bytes before ``stop``, as far as no step before it did."""
+
+    stop: int
+    copy: Callable[[], None]
 
 
 class _OnHost(NamedTuple):
@@ -160,18 +168,19 @@ class ChunkCodec:
 
     def decode(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> None:
         """Fill a checked chunk of ``layers`` from the bytes that `ranges` asks for."""
-        for _ in self.decoding(payload, layers, into):
-            pass
+        for step in self.decoding(payload, layers, into):
+            step.copy()
 
-    def decoding(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> Iterator[int]:
-        """The same in steps that a cache holds: before each, up to which byte of the payload it reads."""
-        copy: CopyHeads | None = None
+    def decoding(self, payload: torch.Tensor, layers: Sequence[int], into: KVChunk) -> list[DecodingStep]:
+        """The same in steps that a cache holds, to be taken in order; nothing is copied yet."""
+        steps: list[DecodingStep] = []
+        split: CopyHeads | None = None
         together = _together(into)
         for step in self._steps(layers, into):
-            if copy is None or (not together and step.heads.start == 0):
-                copy = self._split(payload, step, into)
-            yield step.stop
-            copy(*step.numbers(together=together))
+            if split is None or (not together and step.heads.start == 0):
+                split = self._split(payload, step, into)
+            steps.append(DecodingStep(step.stop, partial(split, *step.numbers(together=together))))
+        return steps
 
     def _split(self, payload: torch.Tensor, step: _Step, into: KVChunk) -> CopyHeads:
         """How heads are copied out of a payload: those of all layers, or of the layer that a step begins."""

@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import repeat, takewhile
 from typing import TYPE_CHECKING, Self
 
 import torch
 
-from kvtier.core.chunks import KVChunk
+from kvtier.core.chunks import DecodingStep, KVChunk
 from kvtier.core.load_worth import LoadDecision
 from kvtier.errors import CapacityError, InputError
 from kvtier.storage_backends.records import ByteRange, Lease, ReadRequest, RecordView
@@ -126,19 +127,15 @@ class Hit:
 
     def _decode_in_place(self, keys: Sequence[bytes], layers: Sequence[int], targets: Sequence[KVChunk]) -> int:
         """Decode leading chunks from where they lie in memory, in threads if there are many; how many are right."""
-        with self._space.store.records.view(keys) as found:
-            pairs = zip(found, targets, strict=False)
-            jobs = [partial(self._decode_view, view, layers, target) for view, target in pairs]
-            right = self._space.store.workers.run(jobs, len(jobs) * self._space.codec.payload_bytes)
-        return right.index(False) if False in right else len(right)
-
-    def _decode_view(self, found: RecordView, layers: Sequence[int], target: KVChunk) -> bool:
-        """Decode a chunk from where it lies, if it proves right."""
-        start = time.perf_counter()
-        right = all(found.verify(stop) for stop in self._space.codec.decoding(found.payload, layers, target))
-        if right:
-            self._space.store.decoding.learn(found.payload.numel(), time.perf_counter() - start - found.seconds)
-        return right
+        store, codec = self._space.store, self._space.codec
+        with store.records.view(keys) as found:
+            # Planned before the first byte moves, which would put all that planning needs out of the cache.
+            plans = [codec.decoding(view.payload, layers, target) for view, target in zip(found, targets, strict=False)]
+            jobs = list(map(partial, repeat(_decode_view), found, plans))
+            seconds = store.workers.run(jobs, len(jobs) * codec.payload_bytes)
+        right = list(takewhile(lambda spent: spent is not None, seconds))
+        store.decoding.learn(len(right) * codec.payload_bytes, sum(filter(None, right)))
+        return len(right)
 
     def _decode_by_way_of(
         self,
@@ -178,6 +175,16 @@ class Hit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _decode_view(found: RecordView, steps: Sequence[DecodingStep]) -> float | None:
+    """Decode a chunk from where it lies: seconds that copies took, None when it proved damaged."""
+    start = time.perf_counter()
+    for stop, copy in steps:
+        copy()  # first: it reads memory ahead of itself, so that digests find all in the cache
+        if not found.verify(stop):
+            return None
+    return time.perf_counter() - start - found.seconds
 
 
 def _start(first_chunk: int) -> int:

@@ -145,9 +145,10 @@ def test_decoding_reads_no_further_than_it_says(
     into = joined if together else KVChunk(list(joined.k), list(joined.v))
 
     stops = []
-    for stop in codec.decoding(arrived, range(3), into):
+    for stop, copy in codec.decoding(arrived, range(3), into):
         stops.append(stop)
         arrived[:stop] = torch.frombuffer(bytearray(payload[:stop]), dtype=torch.uint8)
+        copy()
 
     assert same(into, chunk)
     assert stops == sorted(set(stops))
