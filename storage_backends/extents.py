@@ -28,7 +28,7 @@ EXTENT_BYTES = 64 << 10
 DIGEST_BYTES = 16
 """Bytes of a digest, xxh3-128."""
 
-_BLOCK_BYTES = 8 * EXTENT_BYTES  # copied, then digested while it is in the cache
+_BLOCK_BYTES = 4 * EXTENT_BYTES  # copied, then digested while it is in the cache
 
 
 def digest_bytes(payload_bytes: int) -> int:
