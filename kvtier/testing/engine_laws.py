@@ -24,7 +24,7 @@ from kvtier.storage_backends.engines.base import EngineFile, IOEngine, Transfer,
 from kvtier.storage_backends.memory import empty_aligned
 from kvtier.testing.leaks import NoLeaks
 
-__all__ = ["EngineFactory", "EngineLaws", "random_bytes"]
+__all__ = ["EngineFactory", "EngineLaws", "aligned_bytes", "random_bytes"]
 
 EngineFactory: TypeAlias = Callable[[], IOEngine]
 """Makes a fresh engine."""
@@ -312,6 +312,11 @@ class EngineLaws(NoLeaks):
 def random_bytes(seed: int, size: int) -> torch.Tensor:
     """A uint8 vector that depends on the seed alone."""
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def aligned_bytes(seed: int, size: int) -> torch.Tensor:
+    """The same, aligned as direct I/O asks."""
+    return empty_aligned(size).copy_(random_bytes(seed, size))
 
 
 def _empty(size: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from kvtier.config import load_config
 from kvtier.core.compose import policy
+from kvtier.core.draft_tree import DraftTree
 from kvtier.core.memory import Memory
 from kvtier.testing.session_machine import small_layout
 from kvtier.types import Budgets, KVLayout
@@ -32,8 +33,9 @@ class Attending(Protocol):
         /,
         *,
         spans: Sequence[slice] | None = None,
+        tree: DraftTree | None = None,
     ) -> None:
-        """Add keys and values of one layer."""
+        """Add keys and values of one layer, or draft them."""
 
     def attend(
         self,
@@ -61,6 +63,8 @@ class Step:
         [B, Tq] int64.
     spans : sequence of slice, optional
         The real tokens of each row.
+    tree : DraftTree, optional
+        The tokens are drafts.
     """
 
     layout: KVLayout
@@ -69,6 +73,7 @@ class Step:
     queries: tuple[torch.Tensor, ...]
     positions: torch.Tensor
     spans: tuple[slice, ...] | None = None
+    tree: DraftTree | None = None
 
     def run(
         self, session: Attending, *, softcap: float | None = None, sink: torch.Tensor | None = None
@@ -76,7 +81,9 @@ class Step:
         """Append and attend in every layer: outputs [B, Hq, Tq, Dv] by layer."""
         outputs = []
         for index, layer in enumerate(self.layout.layers):
-            session.append(index, self.keys[index], self.values[index], self.positions, spans=self.spans)
+            session.append(
+                index, self.keys[index], self.values[index], self.positions, spans=self.spans, tree=self.tree
+            )
             outputs.append(
                 session.attend(
                     index,

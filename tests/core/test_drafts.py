@@ -44,21 +44,7 @@ class Drafted:
         self, session: Session | PlainSession, *, softcap: float | None = None, sink: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """Draft and attend in every layer."""
-        step, outputs = self.step, []
-        for index, layer in enumerate(step.layout.layers):
-            session.append(index, step.keys[index], step.values[index], step.positions, tree=self.tree)
-            outputs.append(
-                session.attend(
-                    index,
-                    step.queries[index],
-                    step.positions,
-                    scale=SCALE,
-                    window=layer.window,
-                    softcap=softcap,
-                    sink=sink,
-                )
-            )
-        return outputs
+        return replace(self.step, tree=self.tree).run(session, softcap=softcap, sink=sink)
 
     def tokens(self, paths: Sequence[Sequence[int]]) -> list[Step]:
         """The tokens of the paths one by one, as a decoder without drafts would bring them."""

@@ -1,16 +1,35 @@
-"""A process that can use kvikio: what `make test` installed for it, and a stand-in for a driver that is missing."""
+"""An engine and a direct file of it; a process that can use kvikio, with a stand-in for a driver that is missing."""
 
 import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvtier.storage_backends.engines import PosixEngine
+from kvtier.storage_backends.engines.posix_file import PosixFile
+
 STUB = Path(__file__).with_name("libcuda_stub") / "libcuda_stub.c"
 INSTALLED = Path(__file__).resolve().parents[3] / ".kvikio"
+
+
+@pytest.fixture
+def engine() -> Iterator[PosixEngine]:
+    with PosixEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def file(engine: PosixEngine, tmp_path: Path) -> Iterator[PosixFile]:
+    file = engine.open(tmp_path / "file", writable=True, create=True)
+    if not file.direct:
+        pytest.skip(f"needs direct I/O: {file.note}")
+    yield file
+    file.close()
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from kvtier.errors import CapacityError, ConfigError, InputError
 from kvtier.storage_backends.engines import PosixEngine, Transfer
 from kvtier.storage_backends.engines.bounce import BouncePool
-from kvtier.storage_backends.engines.kernel_queue import KernelQueue, Verb
+from kvtier.storage_backends.engines.kernel_queue import KernelQueue
 from kvtier.storage_backends.engines.posix_file import PosixFile
 from kvtier.storage_backends.memory import empty_aligned
-from kvtier.testing.engine_laws import EngineFactory, EngineLaws, random_bytes
+from kvtier.testing.engine_laws import EngineFactory, EngineLaws, aligned_bytes, random_bytes
 
 MIB = 1 << 20
 
@@ -69,27 +69,8 @@ def refuse_queues(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def engine() -> Iterator[PosixEngine]:
-    with PosixEngine() as engine:
-        yield engine
-
-
-@pytest.fixture
 def no_queues(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_queues(monkeypatch)
-
-
-@pytest.fixture
-def file(engine: PosixEngine, tmp_path: Path) -> Iterator[PosixFile]:
-    file = engine.open(tmp_path / "file", writable=True, create=True)
-    if not file.direct:
-        pytest.skip(f"needs direct I/O: {file.note}")
-    yield file
-    file.close()
-
-
-def aligned(seed: int, size: int) -> torch.Tensor:
-    return empty_aligned(size).copy_(random_bytes(seed, size))
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
@@ -110,7 +91,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, 
 def test_adjacent_small_transfers_share_a_system_call(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch, alignment: str
 ) -> None:
-    whole = aligned(1, 65 * 4096) if alignment == "aligned" else aligned(1, 65 * 4096 + 1)[1:]
+    whole = aligned_bytes(1, 65 * 4096) if alignment == "aligned" else aligned_bytes(1, 65 * 4096 + 1)[1:]
     calls = record_calls(monkeypatch, "pwritev")
 
     assert not any(engine.write([Transfer(file, i * 4096, whole[i * 4096 : (i + 1) * 4096]) for i in range(64)]))
@@ -124,7 +105,7 @@ def test_a_large_transfer_is_shared_by_threads(
 ) -> None:
     calls = record_calls(monkeypatch, "pwritev")
 
-    assert not any(engine.write([Transfer(file, 0, aligned(2, 16 * MIB))]))
+    assert not any(engine.write([Transfer(file, 0, aligned_bytes(2, 16 * MIB))]))
 
     assert sorted(calls) == [(i * MIB, MIB) for i in range(16)]
 
@@ -156,7 +137,7 @@ def test_transfers_that_stop_short_go_on(
 
     monkeypatch.setattr(os, "preadv", stingy(real_read))
     monkeypatch.setattr(os, "pwritev", stingy(real_write))
-    sent, back = aligned(4, size), empty_aligned(size)
+    sent, back = aligned_bytes(4, size), empty_aligned(size)
 
     assert engine.write([Transfer(file, 0, sent)]) == [None]
     assert engine.read([Transfer(file, 0, back)]) == [None]
@@ -175,7 +156,7 @@ def test_a_failing_block_fails_the_transfers_that_touch_it(
             raise OSError(code, os.strerror(code))
         return real(descriptor, buffers, offset)
 
-    whole = aligned(5, 8 * 4096)
+    whole = aligned_bytes(5, 8 * 4096)
     monkeypatch.setattr(os, "pwritev", bad_block)
     results = engine.write([Transfer(file, i * 4096, whole[i * 4096 : (i + 1) * 4096]) for i in range(8)])
 
@@ -185,7 +166,7 @@ def test_a_failing_block_fails_the_transfers_that_touch_it(
 def test_a_piece_that_fails_fails_the_whole_transfer_once(
     engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = aligned(6, 16 * MIB)
+    sent = aligned_bytes(6, 16 * MIB)
     assert engine.write([Transfer(file, 0, sent)]) == [None]
     os.truncate(file.path, 9 * MIB)
     ended: list[int] = []
@@ -205,7 +186,9 @@ def test_want_of_memory_for_a_bounce_buffer_is_an_error_of_the_transfer(
 
     monkeypatch.setattr(BouncePool, "buffer", refuse)
 
-    (result, good) = engine.write([Transfer(file, 1, random_bytes(7, 10)), Transfer(file, 8192, aligned(7, 4096))])
+    (result, good) = engine.write(
+        [Transfer(file, 1, random_bytes(7, 10)), Transfer(file, 8192, aligned_bytes(7, 4096))]
+    )
 
     assert isinstance(result, OSError)
     assert result.errno == errno.ENOMEM
@@ -214,7 +197,7 @@ def test_want_of_memory_for_a_bounce_buffer_is_an_error_of_the_transfer(
 
 @pytest.mark.usefixtures("no_queues")
 def test_hooks_run_in_threads_of_the_engine_too(engine: PosixEngine, file: PosixFile) -> None:
-    sent = aligned(8, 16 * MIB)
+    sent = aligned_bytes(8, 16 * MIB)
     both = threading.Barrier(2, timeout=30)
 
     def meet(_: int) -> None:
@@ -222,114 +205,6 @@ def test_hooks_run_in_threads_of_the_engine_too(engine: PosixEngine, file: Posix
 
     pieces = [Transfer(file, i * 8 * MIB, sent[i * 8 * MIB : (i + 1) * 8 * MIB]) for i in range(2)]
     assert engine.write(pieces, meet) == [None, None]
-
-
-def queue_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Offsets and sizes of all that goes into queues from now on."""
-    real, calls = KernelQueue.submit, list[tuple[int, int]]()
-
-    def recorded(
-        queue: KernelQueue, verb: Verb, token: int, descriptor: int, offset: int, parts: list[tuple[int, int]]
-    ) -> None:
-        real(queue, verb, token, descriptor, offset, parts)
-        calls.append((offset, sum(size for _, size in parts)))
-
-    monkeypatch.setattr(KernelQueue, "submit", recorded)
-    return calls
-
-
-def needs_queues() -> None:
-    try:
-        KernelQueue(1).close()
-    except OSError as error:
-        pytest.skip(f"needs native asynchronous I/O: {error}")
-
-
-def test_direct_transfers_go_through_a_queue_and_hooks_stay_in_the_calling_thread(
-    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_queues()
-    calls = queue_calls(monkeypatch)
-    sent, back = aligned(11, 64 * 4096), empty_aligned(64 * 4096)
-    threads: set[int] = set()
-
-    pieces = [Transfer(file, i * 4096, sent[i * 4096 : (i + 1) * 4096]) for i in range(64)]
-    assert not any(engine.write(pieces, lambda _: threads.add(threading.get_ident())))
-    assert not any(engine.read([Transfer(file, 0, back)], lambda _: threads.add(threading.get_ident())))
-
-    assert torch.equal(sent, back)
-    assert calls == [(0, 64 * 4096)] * 2
-    assert threads == {threading.get_ident()}
-
-
-@pytest.mark.parametrize("result", [0, 4096, -errno.EIO])
-def test_what_a_queue_does_not_finish_is_finished_by_system_calls(
-    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch, result: int
-) -> None:
-    needs_queues()
-    real, sent, back = KernelQueue.wait, aligned(12, 64 * 4096), empty_aligned(64 * 4096)
-    monkeypatch.setattr(KernelQueue, "wait", lambda queue: [(token, result) for token, _ in real(queue)])
-
-    assert engine.write([Transfer(file, 0, sent)]) == [None]
-    assert engine.read([Transfer(file, 0, back)]) == [None]
-    assert torch.equal(sent, back)
-
-
-def test_what_a_queue_does_not_take_goes_by_system_calls(
-    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_queues()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr(KernelQueue, "submit", full)
-    sent, back = aligned(13, 4096), empty_aligned(4096)
-
-    assert engine.write([Transfer(file, 0, sent)]) == [None]
-    assert engine.read([Transfer(file, 0, back)]) == [None]
-    assert torch.equal(sent, back)
-
-
-def test_an_interruption_waits_for_what_the_kernel_is_at(
-    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_queues()
-    real, waits = KernelQueue.wait, list[int]()
-
-    def interrupted(queue: KernelQueue) -> list[tuple[int, int]]:
-        waits.append(queue.under_way)
-        if len(waits) == 1:
-            raise KeyboardInterrupt
-        return real(queue)
-
-    monkeypatch.setattr(KernelQueue, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.write([Transfer(file, 0, aligned(14, 16 * 4096))])
-
-    assert waits[-1] > 0
-    assert engine.write([Transfer(file, 0, aligned(14, 4096))]) == [None]
-
-
-def test_reads_begin_while_others_are_still_drawn(
-    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_queues()
-    sent, back = aligned(15, 4 * MIB), empty_aligned(4 * MIB)
-    assert engine.write([Transfer(file, 0, sent)]) == [None]
-    calls = queue_calls(monkeypatch)
-    begun: list[int] = []
-
-    def coming() -> Iterator[Transfer]:
-        for at in range(0, 4 * MIB, MIB // 4):
-            begun.append(len(calls))
-            yield Transfer(file, at, back[at : at + MIB // 4])
-
-    seen: list[int] = []
-    assert engine.read(coming(), seen.append) == [None] * 16
-    assert sorted(seen) == list(range(16))
-    assert begun[0] == 0 < begun[-1]
-    assert torch.equal(sent, back)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -342,7 +217,7 @@ def test_what_drawing_raises_is_raised_when_nothing_is_under_way(
 
     with PosixEngine() as engine:
         file = engine.open(tmp_path / "file", writable=True, create=True)
-        assert engine.write([Transfer(file, 0, aligned(16, 4 * MIB))]) == [None]
+        assert engine.write([Transfer(file, 0, aligned_bytes(16, 4 * MIB))]) == [None]
 
         def coming() -> Iterator[Transfer]:
             for at in range(0, 2 * MIB, MIB // 4):
