@@ -28,6 +28,7 @@ OPERATORS: Final = (
     "prefix_attention",
     "split_rows",
     "top_pages",
+    "weighed_attention",
 )
 
 K = TypeVar("K")

@@ -16,13 +16,15 @@ typedef struct {
 } Keys;
 
 /* Of every query: the greatest logit so far, sums of weights relative to it [rows][LANES], and of weighted values
-   [rows][dv]. */
+   [rows][dv]; and where the logits of the block that is attended to are asked for, rows `length` apart, or 0. */
 typedef struct {
-    float *greatest, *total, *out;
+    float *greatest, *total, *out, *logits;
+    int64_t length;
 } State;
 
-/* Where keys and values lie. */
+/* Where keys and values lie, and which keys of the head they are, from `at` on. */
 typedef struct {
+    int64_t at;
     int count;
     const char *k[BLOCK], *v[BLOCK];
 } Block;
@@ -79,7 +81,7 @@ INLINE void logits_of(int R, int type, const char *q, const Shape *shape, const 
     }
 }
 
-/* Logits of `rows` queries to weights, in place; what is behind the last key in its vector gets none. Only a logit
+/* Logits of `rows` queries to weights, in place, and as they are to whoever asks; what is behind the last key in its vector gets none. Only a logit
    above all before makes the state shrink to it: most blocks have none. */
 static __attribute__((noinline)) void weigh(int64_t rows, const Shape *shape, int count, float *weights, State state) {
     const int vectors = (count + LANES - 1) / LANES;
@@ -89,6 +91,7 @@ static __attribute__((noinline)) void weigh(int64_t rows, const Shape *shape, in
         if (shape->softcap > 0.0f)
             for (int i = 0; i < vectors; i++)
                 store(row + i * LANES, capped(load((const char *)row, i * LANES, F32), shape->softcap));
+        if (state.logits) memcpy(state.logits + r * state.length, row, count * sizeof(float));
         for (int j = count; j < vectors * LANES; j++) row[j] = -INFINITY;
         for (int i = 0; i < vectors; i++) most = larger(load((const char *)row, i * LANES, F32), most);
         if (any(most > peak)) {
@@ -152,6 +155,7 @@ INLINE void over_block(int type, const char *q, const Shape *shape, const Block 
         }
         q += done * query_bytes, next = &NO_KEYS;
         state.greatest += done, state.total += done * LANES, state.out += done * shape->dv;
+        if (state.logits) state.logits += done * state.length;
     }
 }
 
@@ -175,7 +179,17 @@ INLINE int64_t state_floats(const Shape *shape) { return shape->rows * (shape->d
 
 INLINE State state_at(const Shape *shape, float *states, int64_t task) {
     float *start = states + task * state_floats(shape);
-    return (State){start, start + shape->rows, start + shape->rows * (1 + LANES)};
+    return (State){start, start + shape->rows, start + shape->rows * (1 + LANES), 0, 0};
+}
+
+/* Logits to shares of all attention, in place. */
+static void share(float *logits, int64_t length, float lse) {
+    int64_t j = 0;
+    for (; j + LANES <= length; j += LANES) store(logits + j, small_exp_of(load((const char *)logits, j, F32) - lse));
+    float rest[LANES] = {0};
+    memcpy(rest, logits + j, (length - j) * sizeof(float));
+    store(rest, small_exp_of(load((const char *)rest, 0, F32) - lse));
+    memcpy(logits + j, rest, (length - j) * sizeof(float));
 }
 
 /* The splits of one head as one answer. */
@@ -206,6 +220,7 @@ typedef struct {
     const int64_t *frames, *lengths;
     int64_t arena, heads, length, slots, splits;
     int64_t k_outer, k_head, k_slot, v_outer, v_head, v_slot;
+    float *weights; /* or none */
 } Call;
 
 /* Keys of one task that are still to come. */
@@ -241,7 +256,7 @@ static Walk walk_of(const Call *call, int64_t task, int *outside) {
 /* The next block, and how many keys it has: none at the end. */
 INLINE int next_of(Walk *walk, Block *block) {
     const int64_t left = walk->stop - walk->at;
-    block->count = left < 0 ? 0 : left < BLOCK ? (int)left : BLOCK;
+    block->count = left < 0 ? 0 : left < BLOCK ? (int)left : BLOCK, block->at = walk->at;
     if (block->count) find(&walk->keys, walk->at, block);
     walk->at += block->count;
     return block->count;
@@ -291,10 +306,12 @@ static void attend_task(const Call *call, int64_t task, Walk *walk, Walk *after,
     Over *over = over_for(call, &widen);
     const char *q = call->q + task / call->splits * numbers * bytes_of(call->q_type);
     float query[MOST_ROWS * MOST_DIM];
+    state.length = call->length;
     for (int64_t i = 0; widen && i < numbers; i += LANES) store(query + i, load(q, i, call->q_type));
     while (!last) {
         last = !next_of(walk, blocks->next);
         if (last) next_of(after, blocks->next);
+        if (call->weights) state.logits = call->weights + task / call->splits * shape->rows * call->length + blocks->now->at;
         over(widen ? (const char *)query : q, shape, blocks->now, blocks->next, state);
         Block *done = blocks->now;
         blocks->now = blocks->next, blocks->next = done;
@@ -304,15 +321,16 @@ static void attend_task(const Call *call, int64_t task, Walk *walk, Walk *after,
 /* Queries q [batch * heads][rows][dk] of `q_type`; out [batch * heads][rows][dv] and lse [batch * heads][rows]. Strides
    are bytes. A run has no frames and slots of one key; pages are `length` / `slots` frames of a head, each below
    `arena`. With `lengths` a head has the first so many of its keys, and only the frames of those are looked at.
-   `states` has room for rows * (dv + 17) floats of every split of every head. 0; 1 for a frame out of range; 2 for a
-   length. */
+   `states` has room for rows * (dv + 17) floats of every split of every head. With `weights` [batch * heads][rows]
+   [length], the share of each key in the attention of each query is written there; not with lengths. 0; 1 for a frame
+   out of range; 2 for a length. */
 int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int type, const int64_t *frames,
                   const int64_t *lengths, int64_t arena, int64_t batch, int64_t heads, int64_t length, int64_t slots,
                   int64_t rows, int64_t dk, int64_t dv, int64_t k_outer, int64_t k_head, int64_t k_slot, int64_t v_outer, int64_t v_head,
                   int64_t v_slot, float scale, float softcap, int64_t splits, int threads, float *states, float *out,
-                  float *lse) {
+                  float *lse, float *weights) {
     const Call call = {{rows, dk, dv, scale, softcap}, q, k, v, q_type, type, frames, lengths, arena, heads, length,
-                       slots, splits, k_outer, k_head, k_slot, v_outer, v_head, v_slot};
+                       slots, splits, k_outer, k_head, k_slot, v_outer, v_head, v_slot, weights};
     const int64_t tasks = batch * heads * splits;
     int64_t claimed = 0;
     int outside = 0;
@@ -329,8 +347,11 @@ int kvtier_attend(const char *q, int q_type, const char *k, const char *v, int t
         }
 #pragma omp barrier
 #pragma omp for
-        for (int64_t head = 0; head < batch * heads; head++)
+        for (int64_t head = 0; head < batch * heads; head++) {
             finish(&call.shape, states, head, splits, out + head * rows * dv, lse + head * rows);
+            for (int64_t row = head * rows; weights && row < (head + 1) * rows; row++)
+                share(weights + row * length, length, lse[row]);
+        }
     }
     return outside;
 }

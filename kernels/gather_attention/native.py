@@ -21,7 +21,7 @@ from kvtier.kernels.scratch import room
 from kvtier.kernels.spans import all_seen
 from kvtier.types import Partial, Visibility
 
-__all__ = ["MOST_DIM", "MOST_ROWS", "attend_pages", "attend_run", "obstacle"]
+__all__ = ["MOST_DIM", "MOST_ROWS", "attend_pages", "attend_run", "attend_weighing", "obstacle"]
 
 LANES: Final = 16
 """Channels that are multiplied at once; head dimensions must be multiples of it."""
@@ -72,8 +72,17 @@ def attend_run(
     """Attention over views k [B, Hk, N, Dk], v [B, Hk, N, Dv]."""
     if not _served(q, k, v, k.shape[1], k.shape[2], visible, extras):
         return blocked.attend_run(q, k, v, scale=scale, softcap=softcap, visible=visible, extras=extras)
-    keys = _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
-    return _attend(q, keys, extras.lengths, scale, softcap)
+    return _attend(q, _run(k, v), extras.lengths, scale, softcap)
+
+
+def attend_weighing(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, softcap: float | None
+) -> tuple[Partial, torch.Tensor] | None:
+    """Attention of single queries [B, Hq, 1, Dk] over views, and the weights [B, Hq, N]; None for what C is not for."""
+    if q.shape[2] != 1 or not _served(q, k, v, k.shape[1], k.shape[2], None, PLAIN):
+        return None
+    weights = q.new_empty(*q.shape[:2], k.shape[2], dtype=torch.float32)
+    return _attend(q, _run(k, v), None, scale, softcap, weights), weights
 
 
 def attend_pages(
@@ -125,7 +134,18 @@ def _served(
     )
 
 
-def _attend(q: torch.Tensor, keys: _Keys, lengths: torch.Tensor | None, scale: float, softcap: float | None) -> Partial:
+def _run(k: torch.Tensor, v: torch.Tensor) -> _Keys:
+    return _Keys(k, v, None, k.shape[1], k.shape[2], 1, k.stride()[:3], v.stride()[:3])
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: _Keys,
+    lengths: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    weights: torch.Tensor | None = None,
+) -> Partial:
     batch, query_heads, queries, dim = q.shape
     value_dim, size = keys.v.shape[-1], keys.k.element_size()
     rows, all_heads = query_heads // keys.heads * queries, batch * keys.heads
@@ -142,6 +162,7 @@ def _attend(q: torch.Tensor, keys: _Keys, lengths: torch.Tensor | None, scale: f
         batch, keys.heads, keys.length, keys.slots, rows, dim, value_dim,
         *(stride * size for stride in (*keys.k_strides, *keys.v_strides)),
         scale, softcap or 0.0, splits, threads, states.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        None if weights is None else weights.data_ptr(),
     )  # fmt: skip
     if outside == _LENGTH:
         raise InputError(f"lengths must lie in [0, {keys.length}], and some do not")
@@ -156,7 +177,7 @@ def _attend(q: torch.Tensor, keys: _Keys, lengths: torch.Tensor | None, scale: f
 def _function() -> Callable[..., int]:
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     arguments = [pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, pointer, *[long] * 14]
-    arguments += [number, number, long, ctypes.c_int, pointer, pointer, pointer]
+    arguments += [number, number, long, ctypes.c_int, pointer, pointer, pointer, pointer]
     return function("gather_attention", "kvtier_attend", arguments, ctypes.c_int)
 
 
