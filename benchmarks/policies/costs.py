@@ -39,7 +39,7 @@ def planning(settings: Settings) -> list[dict[str, Any]]:
             cache.session.expect(settings.plan_context)
             feed_prompt(cache.session, 0, prompt, shape)
             _told(cache)
-            plans = _Clock(type(kvtier.policy(words)), "score", "select", "next_out")
+            plans = _Clock(slot_eviction, "plan_step")
             evictions = _Clock(batch, "evict_step")
             steps = []
             with plans, evictions:

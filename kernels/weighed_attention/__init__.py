@@ -1,4 +1,4 @@
-"""Attention over a run of keys, and how much of it each key received, in one pass: what each step of H2O and TOVA asks."""
+"""Attention over a run of keys, and how much of it each key received: what a step of H2O or TOVA asks."""
 
 from __future__ import annotations
 

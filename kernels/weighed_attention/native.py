@@ -1,4 +1,4 @@
-"""Attention that hands out its weights, in C; what that does not serve (several queries, fp16, fp64) takes two passes."""
+"""Attention that hands out its weights, in C; what is not for that (several queries, fp16) takes two passes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from kvtier.core.ragged import RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.selection import PromptWindow, evict_rows, sums_of
 from kvtier.core.sequence import LayerSequence
-from kvtier.core.slot_eviction import evict_step
+from kvtier.core.slot_eviction import attend_step
 from kvtier.core.step import Row, Step
 from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.types import Partial
@@ -104,13 +104,14 @@ class Batch:
 
     def attend(self, layer: int, row: int, queries: Queries, sink: torch.Tensor | None, *, decoding: bool) -> Partial:
         """Attention of one row in one layer, with the logits of a sink [Hq] if there is one."""
+        sequence, selection = self.rows[row][layer], self.memory.policy.selection
+        if decoding and isinstance(sequence, KeptSequence) and selection is not None:
+            return attend_step(sequence, queries, sink, selection)
         partial = self.over_keys(layer, row, queries, decoding=decoding)
         if sink is not None:
             partial = merge_partials([partial, sink_partial(sink, partial)])
         if not decoding:
             self.note_prompt(layer, row, queries, partial)
-        elif isinstance(sequence := self.rows[row][layer], KeptSequence):
-            self._evict_step(sequence, queries, partial)
         return partial
 
     def over_keys(self, layer: int, row: int, queries: Queries, *, decoding: bool, beside: int = 0) -> Partial:
@@ -203,10 +204,6 @@ class Batch:
         if layer == group.layers[-1]:
             group.planned_frames = 0
             group.store.compact()
-
-    def _evict_step(self, sequence: KeptSequence, queries: Queries, partial: Partial) -> None:
-        if self.memory.policy.selection is not None:
-            evict_step(sequence, queries, partial.lse, self.memory.policy.selection)
 
     def work_ahead(self, layer: int, *, decoding: bool) -> None:
         """After a layer: shrink windows, fetch what the next layer chose last time, copy down what leaves next."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,22 +14,15 @@ from kvtier.core.merging import fold_slots
 from kvtier.core.policy import IntArray, MergePlan
 from kvtier.core.rotation import turned
 from kvtier.core.sequence import Segment
+from kvtier.core.slot_buffers import SlotBuffers, slot_bytes
 from kvtier.core.slot_order import SlotOrder
 from kvtier.errors import SessionStateError
 from kvtier.types import Rope
 
 __all__ = ["KeptSequence", "kept_bytes"]
 
-_PURPOSE = "slots"
 _SLACK = 16
 _MOST_STRETCHES = 4
-
-
-class _Views(NamedTuple):
-    """Of buffers filled to some length: the newest slot K [1, Hk, 1, Dk], V [1, Hk, 1, Dv], and all of them."""
-
-    newest: tuple[torch.Tensor, torch.Tensor]
-    held: Segment
 
 
 @dataclass(slots=True)
@@ -42,13 +34,10 @@ class KeptSequence:
 
     Attributes
     ----------
-    keys, values : Tensor
-        Buffers [Hk, capacity, Dk] and [Hk, capacity, Dv]; the first ``length`` slots mean something.
+    slots : SlotBuffers
+        Keys, values and votes; the first ``length`` slots mean something.
     order : SlotOrder
         Which token each slot holds.
-    votes : Tensor
-        Attention that each slot has received since its token came, summed over queries, per query head
-        [Hq, capacity] fp32; the running column sums.
     voted : bool
         Whether any votes were counted; zeros need not follow their tokens.
     seen : int
@@ -63,10 +52,8 @@ class KeptSequence:
     """
 
     group: LayerGroup
-    keys: torch.Tensor
-    values: torch.Tensor
+    slots: SlotBuffers
     order: SlotOrder
-    votes: torch.Tensor
     voted: bool = False
     last_position: int | None = None
     seen: int = 0
@@ -75,7 +62,6 @@ class KeptSequence:
     budget: int = 0
     memory: torch.Tensor | None = None
     compact: Rope | None = None
-    _views: _Views | None = None
 
     @classmethod
     def of(
@@ -84,10 +70,24 @@ class KeptSequence:
         """Slots K [Hk, n, Dk], V [Hk, n, Dv] at positions [Hk, n], without votes, with ``capacity`` if close."""
         count = keys.shape[1]
         room = capacity if count < capacity <= count + 4 * _SLACK else count + _SLACK
-        held_keys, held_values = _buffers(group, room)
-        held_keys[:, :count], held_values[:, :count] = keys, values
-        votes, last = _no_votes(group, room), int(positions.max(initial=-1))
-        return cls(group, held_keys, held_values, SlotOrder(positions), votes, last_position=last, seen=count)
+        slots, last = SlotBuffers(group, room), int(positions.max(initial=-1))
+        slots.keys[:, :count], slots.values[:, :count] = keys, values
+        return cls(group, slots, SlotOrder(positions), last_position=last, seen=count)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """The buffer [Hk, capacity, Dk]."""
+        return self.slots.keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The buffer [Hk, capacity, Dv]."""
+        return self.slots.values
+
+    @property
+    def votes(self) -> torch.Tensor:
+        """Attention that each slot has received [Hq, length]; a view."""
+        return self.slots.at(self.length).votes
 
     @property
     def positions(self) -> IntArray:
@@ -102,7 +102,7 @@ class KeptSequence:
     @property
     def capacity(self) -> int:
         """Slots there is room for."""
-        return self.keys.shape[1]
+        return self.slots.capacity
 
     @property
     def croppable(self) -> int:
@@ -115,13 +115,13 @@ class KeptSequence:
         if held + added > self.capacity:
             self._resize(held + added + _SLACK)
         if added == 1:
-            newest_keys, newest_values = self._views_at(held + 1).newest
+            newest_keys, newest_values = self.slots.at(held + 1).newest
             newest_keys.copy_(keys)
             newest_values.copy_(values)
         else:
             self.keys[:, held : held + added], self.values[:, held : held + added] = keys[0], values[0]
         if self.voted:
-            self.votes[:, held : held + added] = 0.0
+            self.slots.votes[:, held : held + added] = 0.0
         self.order.extend(positions)
         self.last_position = int(positions[0, -1])
         self.seen += added
@@ -131,7 +131,7 @@ class KeptSequence:
         """All slots, as one view; where positions are compact, as one for every stretch that is rotated alike."""
         if not self.length:
             return []
-        whole = self._views_at(self.length).held
+        whole = Segment(0, self.length, *self.slots.at(self.length).held)
         return [whole] if self.compact is None else self._stretches(self.compact, whole)
 
     def _stretches(self, rope: Rope, whole: Segment) -> list[Segment]:
@@ -157,7 +157,7 @@ class KeptSequence:
 
     def vote(self, sums: torch.Tensor) -> None:
         """Add attention [Hq, length] that the slots received."""
-        self.votes[:, : self.length] += sums
+        self.votes.add_(sums)
         self.voted = True
 
     def drop(self, ranks: IntArray) -> None:
@@ -165,20 +165,8 @@ class KeptSequence:
 
         As ``keep`` of the others, without a look at each slot: what every step of most policies does.
         """
-        last = self.length - 1
         freed = self.order.remove(ranks)
-        slot = int(freed[0])
-        if (freed == slot).all():
-            # As where age alone decides.
-            self.keys[:, slot], self.values[:, slot] = self.keys[:, last], self.values[:, last]
-        else:
-            place = torch.from_numpy(freed + self.group.head_rows[:, 0] * self.capacity).to(self.keys.device)
-            for part in (self.keys, self.values):
-                part.view(-1, part.shape[2]).index_copy_(0, place, part[:, last].clone())
-        if self.voted:
-            votes = self.votes.view(self.group.heads, -1, self.capacity)
-            into = torch.from_numpy(freed).to(votes.device)[:, None, None].expand(-1, votes.shape[1], 1)
-            votes.scatter_(2, into, votes.narrow(2, last, 1).clone())
+        self.slots.move(self.length, freed, votes=self.voted)
         self.evicted, self.version = True, object()
 
     def keep(self, slots: torch.Tensor) -> None:
@@ -192,10 +180,7 @@ class KeptSequence:
         into = (~stays[:, :count]).nonzero()
         source = stays[:, count:].nonzero()
         head, target, origin = into[:, 0], into[:, 1], source[:, 1] + count
-        self.keys[head, target] = self.keys[head, origin]
-        self.values[head, target] = self.values[head, origin]
-        votes = self.votes.view(self.group.heads, -1, self.capacity)
-        votes[head, :, target] = votes[head, :, origin]
+        self.slots.gather(head, origin, target)
         heads, targets, origins = (index.cpu().numpy() for index in (head, target, origin))
         positions = self.positions
         positions[heads, targets] = positions[heads, origins]
@@ -213,15 +198,10 @@ class KeptSequence:
 
     def fork(self) -> KeptSequence:
         """A second sequence with the same slots, copied."""
-        keys, values = _buffers(self.group, self.capacity)
-        keys.copy_(self.keys)
-        values.copy_(self.values)
         return KeptSequence(
             group=self.group,
-            keys=keys,
-            values=values,
+            slots=self.slots.copy(self.length, self.capacity),
             order=self.order.fork(),
-            votes=self.votes.clone(),
             voted=self.voted,
             last_position=self.last_position,
             seen=self.seen,
@@ -250,9 +230,8 @@ class KeptSequence:
 
     def release(self) -> None:
         """Give the buffers back; the sequence must not be used again."""
-        self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * self.capacity)
-        self.keys, self.values, self.votes = self.keys[:, :0], self.values[:, :0], self.votes[:, :0]
-        self.order, self._views = SlotOrder(self.positions[:, :0]), None
+        self.slots.release()
+        self.order = SlotOrder(self.positions[:, :0])
 
     def _turned_back(self, rope: Rope, keys: torch.Tensor, ahead: IntArray) -> torch.Tensor:
         """Keys [1, Hk, n, Dk] at their compact positions, counted while they live."""
@@ -262,40 +241,11 @@ class KeptSequence:
         return back
 
     def _resize(self, capacity: int) -> None:
-        held, old = self.length, self.capacity
-        keys, values = _buffers(self.group, capacity)
-        votes = _no_votes(self.group, capacity)
-        for new, now in ((keys, self.keys), (values, self.values), (votes, self.votes)):
-            new[:, :held] = now[:, :held]
-        self.keys, self.values, self.votes, self._views = keys, values, votes, None
-        self.group.ledger.give(_PURPOSE, _slot_bytes(self.group) * old)
-
-    def _views_at(self, length: int) -> _Views:
-        """Kept for the next step, which ends at the same length: to make a view costs as much as to copy a token."""
-        views = self._views
-        if views is None or views.held.stop != length:
-            keys, values = self.keys[None, :, :length], self.values[None, :, :length]
-            newest = keys[:, :, length - 1 :], values[:, :, length - 1 :]
-            views = self._views = _Views(newest, Segment(0, length, keys, values))
-        return views
+        now = self.slots
+        self.slots = now.copy(self.length, capacity)
+        now.release()
 
 
 def kept_bytes(group: LayerGroup, tokens: int) -> int:
     """Device bytes of a sequence that keeps ``tokens`` in one layer."""
-    return _slot_bytes(group) * (tokens + _SLACK)
-
-
-def _slot_bytes(group: LayerGroup) -> int:
-    """Bytes of one slot of every KV head, votes included."""
-    return group.layer.token_bytes + 4 * group.layer.num_query_heads
-
-
-def _buffers(group: LayerGroup, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    group.ledger.take(_PURPOSE, _slot_bytes(group) * tokens)
-    shape = (group.heads, tokens)
-    keys = torch.empty(*shape, group.layer.key_dim, dtype=group.dtype, device=group.device)
-    return keys, torch.empty(*shape, group.layer.value_dim, dtype=group.dtype, device=group.device)
-
-
-def _no_votes(group: LayerGroup, tokens: int) -> torch.Tensor:
-    return torch.zeros(group.layer.num_query_heads, tokens, dtype=torch.float32, device=group.device)
+    return slot_bytes(group) * (tokens + _SLACK)

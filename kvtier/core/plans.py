@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-__all__ = ["Encoded", "IntArray", "KeepPlan", "MergePlan", "ZonePlan"]
+if TYPE_CHECKING:
+    from kvtier.core.policy import Need
+
+__all__ = ["Encoded", "IntArray", "KeepPlan", "MergePlan", "StepRule", "ZonePlan"]
 
 IntArray: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 
@@ -43,6 +46,22 @@ class KeepPlan(NamedTuple):
             [slots[:count] for slots, count in zip(row, counts, strict=True)]
             for row, counts in zip(self.keep.tolist(), self.counts.tolist(), strict=True)
         ]
+
+
+class StepRule(NamedTuple):
+    """Which token a KV head drops when it holds one too many: that with the least of a statistic, or the oldest.
+
+    Of equal ones the last leaves. Those at positions below ``sinks`` and the ``recent`` newest stay.
+
+    Attributes
+    ----------
+    by : Need, optional
+        ``COLUMN_SUMS`` or ``WINDOW_ATTENTION``; None drops the oldest.
+    """
+
+    by: Need | None
+    sinks: int = 0
+    recent: int = 0
 
 
 class MergePlan(NamedTuple):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
-from kvtier.core.plans import Encoded, IntArray, KeepPlan, MergePlan, ZonePlan
+from kvtier.core.plans import Encoded, IntArray, KeepPlan, MergePlan, StepRule, ZonePlan
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.kernels.top_pages import top_pages
@@ -40,6 +40,7 @@ __all__ = [
     "Scope",
     "SelectionPolicy",
     "Sketch",
+    "StepRule",
     "ZonePlan",
 ]
 
@@ -223,6 +224,14 @@ class SelectionPolicy(Policy):
         return self.phase is Phase.DECODE and type(self).merge is not SelectionPolicy.merge
 
     @property
+    def step_rule(self) -> StepRule | None:
+        """What leaves at a step, in a word: a short way, which must come to what ``score`` and ``select`` would drop.
+
+        None, the default, has those asked.
+        """
+        return None
+
+    @property
     def skipped_queries(self) -> int:
         """Positions at the start of a text whose queries ``Stats.query_moments`` leaves out."""
         return 0
@@ -253,15 +262,6 @@ class SelectionPolicy(Policy):
         rank = torch.where(view.protected, rank, -place.to(torch.float64))
         kept = torch.topk(rank, min(keep, total), dim=-1).indices
         return KeepPlan(torch.sort(kept, dim=-1).values)
-
-    def next_out(self, positions: IntArray) -> IntArray | None:
-        """What each KV head drops [Hk] when it holds one token too many, of ascending positions [Hk, n] alone.
-
-        A short way for policies that ask for no statistics: it must be what ``select`` would drop, and nothing may be
-        merged. None, the default, has ``score`` and ``select`` asked.
-        """
-        del positions
-        return None
 
     def least(self, keep: int) -> int:
         """Tokens that every KV head of a layer keeps at least, of ``keep`` on average: all of it by default."""

@@ -5,21 +5,40 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvtier.core.attention import Queries, key_votes
+from kvtier.core.attention import Queries, attend_all, key_votes
 from kvtier.core.kept import KeptSequence
 from kvtier.core.policy import IntArray, KeepPlan, MergePlan, Need, SelectionPolicy
 from kvtier.core.stats import SlotView, Stats
-from kvtier.types import GroupReduce
+from kvtier.kernels.merge_partials import merge_partials, sink_partial
+from kvtier.kernels.weighed_attention import attend_weighing
+from kvtier.types import GroupReduce, Partial
 
-__all__ = ["evict_slots", "evict_step", "group_reduce"]
+__all__ = ["attend_step", "evict_slots", "evict_step", "group_reduce"]
+
+_ATTENTION = frozenset({Need.COLUMN_SUMS, Need.WINDOW_ATTENTION})
 
 
-def evict_step(sequence: KeptSequence, queries: Queries, lse: torch.Tensor, policy: SelectionPolicy) -> None:
-    """After a decode step: count the attention of its queries, and evict what is beyond the sequence's budget."""
-    sums = key_votes(sequence, queries, lse)[0] if policy.needs else None
-    if sums is not None and Need.COLUMN_SUMS in policy.needs:
-        sequence.vote(sums)
-    evict_slots(sequence, sums, policy)
+def attend_step(
+    sequence: KeptSequence, queries: Queries, sink: torch.Tensor | None, policy: SelectionPolicy
+) -> Partial:
+    """Attention of a decode step, with the logits of a sink [Hq] if there is one, and the eviction that follows it."""
+    partial, votes = _attended(sequence, queries, policy)
+    if sink is not None:
+        whole = merge_partials([partial, sink_partial(sink, partial)])
+        if votes is not None:
+            votes = votes * (partial.lse - whole.lse).exp().sum(2, keepdim=True)
+        partial = whole
+    if votes is None and policy.needs & _ATTENTION:
+        votes = key_votes(sequence, queries, partial.lse)
+    evict_step(sequence, None if votes is None else votes[0], policy)
+    return partial
+
+
+def evict_step(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
+    """After a decode step: count the attention of its queries [Hq, n], and evict what is beyond the budget."""
+    if latest is not None and Need.COLUMN_SUMS in policy.needs:
+        sequence.vote(latest)
+    evict_slots(sequence, latest, policy)
 
 
 def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> None:
@@ -27,21 +46,22 @@ def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: Sel
     excess = sequence.length - sequence.budget
     if excess <= 0:
         return
-    oldest = policy.next_out(sequence.order.ascending) if excess == 1 else None
-    if oldest is not None:
-        sequence.drop(oldest)
+    worst = _told(sequence, latest, policy) if excess == 1 else None
+    if worst is not None and not policy.merges_steps:
+        sequence.drop(worst)
         return
     turn = sequence.in_order()
-    stats, view = _stats(sequence, turn, latest, policy), _view(sequence, turn, policy)
-    scores = policy.score(view, stats)
-    worst = _worst(scores, view.protected) if excess == 1 and _ranks_only(policy) else None
+    view = _view(sequence, turn, policy)
+    if worst is None:
+        scores = policy.score(view, _stats(sequence, turn, latest, policy))
+        worst = _worst(scores, view.protected) if excess == 1 and _ranks_only(policy) else None
     if worst is None:
         plan = policy.select(scores, view, sequence.budget)
         _merge(sequence, turn, policy.merge(view, plan))
         sequence.keep(turn.gather(1, plan.keep[0]))
         return
     if policy.merges_steps:
-        _merge(sequence, turn, policy.merge(view, _all_but(worst, scores)))
+        _merge(sequence, turn, policy.merge(view, _all_but(worst, view.protected)))
     sequence.drop(worst)
 
 
@@ -58,10 +78,35 @@ def _ranks_only(policy: SelectionPolicy) -> bool:
     return type(policy).select is SelectionPolicy.select
 
 
-def _all_but(worst: IntArray, scores: torch.Tensor) -> KeepPlan:
-    """The plan that drops one slot of each KV head [Hk], of as many as there are scores [1, Hk, n]."""
-    left = torch.arange(scores.shape[-1] - 1, device=scores.device)
-    return KeepPlan((left + (left >= torch.from_numpy(worst).to(scores.device)[:, None]))[None])
+def _attended(sequence: KeptSequence, queries: Queries, policy: SelectionPolicy) -> tuple[Partial, torch.Tensor | None]:
+    """Attention over all slots, and how much of it each received [1, Hq, n] if the policy asks and one pass tells."""
+    if policy.needs & _ATTENTION and sequence.compact is None and queries.see_all(sequence):
+        (whole,) = sequence.segments()
+        return attend_weighing(queries.query, whole.keys, whole.values, scale=queries.scale, softcap=queries.softcap)
+    return attend_all(sequence, queries), None
+
+
+def _told(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> IntArray | None:
+    """Which token of each KV head [Hk] leaves by the rule of the policy, in order of positions; None if it has none."""
+    rule, order = policy.step_rule, sequence.order
+    if rule is None:
+        return None
+    if rule.by is None:
+        return order.oldest(sinks=rule.sinks, recent=rule.recent)
+    votes = sequence.votes if rule.by is Need.COLUMN_SUMS else latest
+    if votes is None:
+        return None
+    # On the host: a look at some thousand numbers is done before torch has woken its threads.
+    grouped = votes.cpu().numpy().reshape(order.heads, -1, order.length)
+    # The least mean is the least sum.
+    scores = np.maximum.reduce(grouped, axis=1) if policy.group_reduce == "max" else np.add.reduce(grouped, axis=1)
+    return order.least(scores, sinks=rule.sinks, recent=rule.recent)
+
+
+def _all_but(worst: IntArray, slots: torch.Tensor) -> KeepPlan:
+    """The plan that drops one slot of each KV head [Hk], of slots [1, Hk, n]."""
+    left = torch.arange(slots.shape[-1] - 1, device=slots.device)
+    return KeepPlan((left + (left >= torch.from_numpy(worst).to(slots.device)[:, None]))[None])
 
 
 def _merge(sequence: KeptSequence, turn: torch.Tensor, merge: MergePlan | None) -> None:
@@ -87,7 +132,7 @@ def _stats(sequence: KeptSequence, turn: torch.Tensor, latest: torch.Tensor | No
     """What the policy declared a need for, in the order ``turn`` [Hk, n] of positions."""
     sums = window = None
     if Need.COLUMN_SUMS in policy.needs:
-        sums = _ordered(sequence.votes[:, : sequence.length], turn, policy.group_reduce)
+        sums = _ordered(sequence.votes, turn, policy.group_reduce)
     if Need.WINDOW_ATTENTION in policy.needs and latest is not None:
         window = _ordered(latest, turn, policy.group_reduce)
     return Stats(window_attention=window, column_sums=sums)

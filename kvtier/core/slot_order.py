@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 
 from kvtier.core.policy import IntArray
@@ -9,6 +11,8 @@ from kvtier.core.policy import IntArray
 __all__ = ["SlotOrder"]
 
 _ROOM = 64
+
+_Scores: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[Any]]"
 
 
 class SlotOrder:
@@ -41,6 +45,11 @@ class SlotOrder:
         self._hold(positions, np.stack([slots, np.take_along_axis(positions, slots, axis=1)]), self.length)
 
     @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self._heads.size
+
+    @property
     def positions(self) -> IntArray:
         """Position of each slot's token [Hk, length]."""
         return self._by_slot[:, : self.length]
@@ -62,11 +71,33 @@ class SlotOrder:
         held, total = self.length, self.length + positions.shape[1]
         if self._start + total > self._ordered.shape[2]:
             self._hold(self.positions, self._held(), total)
-        end = self._start + total
+        end, taken = self._start + total, slice(self._start + held, self._start + total)
         self._by_slot[:, held:total] = positions
-        self._ordered[0, :, end - total + held : end] = np.arange(held, total)
-        self._ordered[1, :, end - total + held : end] = positions
+        self._ordered[0, :, taken] = held if end - taken.start == 1 else np.arange(held, total)
+        self._ordered[1, :, taken] = positions
         self.length = total
+
+    def oldest(self, *, sinks: int, recent: int) -> IntArray | None:
+        """The rank of the oldest token of each head [Hk] that is at ``sinks`` or later; None when one is too recent."""
+        ranks: IntArray = (self.ascending[:, :sinks] < sinks).sum(axis=1)
+        return ranks if int(ranks.max()) < self.length - recent else None
+
+    def least(self, scores: _Scores, *, sinks: int, recent: int) -> IntArray | None:
+        """The rank of the least score of each head [Hk], of equal ones the last, by scores of slots [Hk, length].
+
+        Tokens at positions below ``sinks`` and the ``recent`` newest do not count. None where what is left is no number.
+        """
+        behind = self.length - recent
+        if behind < 1:
+            return None
+        # The newest first, so that the first of the least is the last of them in order.
+        ranked = scores[self._heads[:, None], self.slots[:, behind - 1 :: -1]]
+        if sinks:
+            oldest = self.ascending[:, :behind][:, :sinks] < sinks
+            ranked[:, -oldest.shape[1] :][oldest[:, ::-1]] = np.inf
+        place = ranked.argmin(axis=1)
+        ranks: IntArray = behind - 1 - place
+        return ranks if np.isfinite(ranked[self._heads, place]).all() else None
 
     def remove(self, ranks: IntArray) -> IntArray:
         """Take out of each head the token that is ``ranks`` [Hk] in order; returns the slots [Hk] that held them.

@@ -345,20 +345,24 @@ class SelectionLaws(PolicyLaws):
         for how, plan in plans.items():
             require(plan == plans["mean"], f"mean and {how} of a single query head keep other slots")
 
-    @law("S18", "what leaves by its position alone is what a selection drops, and is not merged", case=_one_too_many)
-    def test_what_leaves_by_position_is_what_is_dropped(self, policy: SelectionPolicy, case: SelectionCase) -> None:
-        claimed(type(policy).next_out is not SelectionPolicy.next_out, f"{policy.name} leaves it to its scores")
-        plan = case.keeps(policy)
-        merges = policy.merge(case.view(policy), plan) is not None
-        for row, heads in enumerate(plan.rows()):
-            named = policy.next_out(case.positions[row].numpy())
-            if named is None:
-                continue
-            require(not merges, "what leaves by its position is dropped, and the policy would merge it")
-            require(named.shape == (len(heads),), f"{len(heads)} KV heads drop a slot each, got shape {named.shape}")
+    @law("S18", "what the rule of a step drops is what a selection drops", case=_one_too_many)
+    def test_the_rule_of_a_step_is_the_selection(self, policy: SelectionPolicy, case: SelectionCase) -> None:
+        rule = policy.step_rule
+        claimed(rule is not None, f"{policy.name} has no rule for a step")
+        if rule is None:
+            return
+        asked = rule.by is None or rule.by in policy.needs
+        require(asked, f"the rule asks for {rule.by}, which is not among the needs of the policy")
+        votes = case.votes(policy)
+        for row, heads in enumerate(case.keeps(policy).rows()):
             for head, slots in enumerate(heads):
+                positions = case.positions[row, head, : case.slots - rule.recent].tolist()
+                ranked = [slot for slot, position in enumerate(positions) if position >= rule.sinks]
                 gone = sorted(set(range(case.slots)) - set(slots))
-                require(gone == [int(named[head])], f"row {row}, KV head {head} drops {gone} and names {named[head]}")
+                named = ranked[:1]
+                if rule.by is not None:
+                    named = sorted(ranked, key=lambda slot: (float(votes[row, head, slot]), -slot))[:1]
+                require(not ranked or gone == named, f"row {row}, KV head {head} drops {gone}, and its rule {named}")
 
 
 def _reducing(policy: SelectionPolicy, how: str) -> SelectionPolicy:

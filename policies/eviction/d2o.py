@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvtier.core.policy import KeepPlan, MergePlan, Need, Phase, Scope, SelectionPolicy
+from kvtier.core.policy import KeepPlan, MergePlan, Need, Phase, Scope, SelectionPolicy, StepRule
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.policies.eviction.budgets import at_least, share_out, whole
@@ -80,6 +80,11 @@ class D2O(SelectionPolicy):
     def phase(self) -> Phase:
         """As ``when`` says."""
         return Phase.DECODE if self.when == "step" else Phase.PREFILL
+
+    @property
+    def step_rule(self) -> StepRule:
+        """What has received the least attention leaves."""
+        return StepRule(by=Need.COLUMN_SUMS, sinks=self.sinks, recent=self.recent)
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
         """The sinks and the newest slots [B, Hk, T] bool."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtier.core.policy import Need, Phase, SelectionPolicy
+from kvtier.core.policy import Need, Phase, SelectionPolicy, StepRule
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.policies.eviction.budgets import at_least, whole
@@ -50,6 +50,11 @@ class H2O(SelectionPolicy):
             raise PolicyError(f"h2o: group_reduce must be 'mean', 'max' or 'sum', got {self.group_reduce!r}")
         if self.keep is not None:
             whole(self.name, "keep", self.keep, self.recent + 1)
+
+    @property
+    def step_rule(self) -> StepRule:
+        """What has received the least attention leaves."""
+        return StepRule(by=Need.COLUMN_SUMS, recent=self.recent)
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
         """The newest slots [B, Hk, T] bool."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvtier.core.policy import IntArray, Phase, PositionMode, SelectionPolicy
+from kvtier.core.policy import Phase, PositionMode, SelectionPolicy, StepRule
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.policies.eviction.budgets import at_least, whole
@@ -57,6 +57,11 @@ class StreamingLLM(SelectionPolicy):
         """As ``positions`` says."""
         return PositionMode(self.positions)
 
+    @property
+    def step_rule(self) -> StepRule:
+        """The first token behind the sinks leaves."""
+        return StepRule(by=None, sinks=self.sinks)
+
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
         """The sinks [B, Hk, T] bool, by their positions [B, Hk, T]."""
         return positions < self.sinks
@@ -66,11 +71,6 @@ class StreamingLLM(SelectionPolicy):
         del stats
         newest = torch.arange(view.positions.shape[-1], dtype=torch.float32, device=view.positions.device)
         return newest.expand(view.positions.shape)
-
-    def next_out(self, positions: IntArray) -> IntArray:
-        """The first token behind the sinks [Hk], of ascending positions [Hk, n]."""
-        behind: IntArray = (positions[:, : self.sinks] < self.sinks).sum(axis=1)
-        return behind
 
     def allocate(self, layout: KVLayout, keep: int) -> tuple[int, ...]:
         """``keep`` tokens in every layer, more than the sinks."""

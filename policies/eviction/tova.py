@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtier.core.policy import Need, Phase, SelectionPolicy
+from kvtier.core.policy import Need, Phase, SelectionPolicy, StepRule
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.policies.eviction.budgets import at_least, whole
@@ -49,6 +49,11 @@ class TOVA(SelectionPolicy):
     def window_queries(self) -> int:
         """The newest query votes."""
         return 1
+
+    @property
+    def step_rule(self) -> StepRule:
+        """What the newest query looks at least leaves."""
+        return StepRule(by=Need.WINDOW_ATTENTION, recent=1)
 
     def protected(self, positions: torch.Tensor) -> torch.Tensor:
         """The newest slot [B, Hk, T] bool: its own query has just come."""

@@ -211,7 +211,7 @@ def _state_of(sequence: AnySequence) -> dict[str, object]:
         found["pages"], found["tail"] = sequence.pages.length, sequence.tail_length
         found |= {} if sequence.sketch is None else dict(sequence.sketch.views())
     if isinstance(sequence, KeptSequence):
-        found["votes"], found["seen"] = sequence.votes[:, : sequence.length], sequence.seen
+        found["votes"], found["seen"] = sequence.votes, sequence.seen
         found["memory"] = torch.zeros(0) if sequence.memory is None else sequence.memory
     return found
 

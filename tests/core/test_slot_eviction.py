@@ -109,7 +109,7 @@ def evicted(case: Case, policy: SelectionPolicy) -> tuple[IntArray, list[torch.T
         sequence.budget = slots - 1
         evict_slots(sequence, None, policy)
         held = sequence.length
-        left = sequence.positions.copy(), [sequence.keys[:, :held], sequence.values[:, :held], sequence.votes[:, :held]]
+        left = sequence.positions.copy(), [sequence.keys[:, :held], sequence.values[:, :held], sequence.votes]
         sequence.release()
     return left
 

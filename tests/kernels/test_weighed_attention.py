@@ -56,9 +56,7 @@ def problems(draw: st.DrawFn, *, types: tuple[torch.dtype, ...] = TYPES, most_qu
     generator, dtype = torch.Generator().manual_seed(draw(st.integers(0, 2**20))), draw(st.sampled_from(types))
     q = 3 * torch.randn(batch, heads * group, queries, dim, generator=generator)
     k, v = (torch.randn(batch, heads + 1, keys + 2, width, generator=generator) for width in (dim, 32))
-    return Problem(
-        q.to(dtype), k.to(dtype)[:, 1:, 1:-1], v.to(dtype)[:, 1:, 1:-1], draw(st.none() | st.just(1.5))
-    )
+    return Problem(q.to(dtype), k.to(dtype)[:, 1:, 1:-1], v.to(dtype)[:, 1:, 1:-1], draw(st.none() | st.just(1.5)))
 
 
 def assert_near(got: Weighed | tuple[Partial, torch.Tensor], problem: Problem) -> None:

@@ -6,19 +6,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 
 from kvtier.core.policy import (
-    IntArray,
     KeepPlan,
-    MergePlan,
     Need,
     Policy,
     SelectionPolicy,
+    StepRule,
 )
 from kvtier.core.stats import SlotView, Stats
+from kvtier.policies.eviction.h2o import H2O
 from kvtier.policies.eviction.heads import share_heads
 from kvtier.policies.eviction.streamingllm import StreamingLLM
 from kvtier.testing.check import check_policy
@@ -186,41 +185,52 @@ class Aged(StreamingLLM):
 
 
 class NamesASink(Aged):
-    """The slot that holds the oldest token, whatever protects it."""
+    """The oldest token, whatever protects it."""
 
-    def next_out(self, positions: IntArray) -> IntArray:
-        return 0 * super().next_out(positions)
+    @property
+    def step_rule(self) -> StepRule:
+        return StepRule(by=None)
 
 
 class NamesTheNext(Aged):
-    """One slot further than the first behind the sinks."""
+    """One token further than the first behind the sinks."""
 
-    def next_out(self, positions: IntArray) -> IntArray:
-        return 1 + super().next_out(positions)
-
-
-class CountsTheSinks(Aged):
-    """As many slots as there are sinks, though a later prompt has none or a few."""
-
-    def next_out(self, positions: IntArray) -> IntArray:
-        return np.full(positions.shape[0], self.sinks)
+    @property
+    def step_rule(self) -> StepRule:
+        return StepRule(by=None, sinks=self.sinks + 1)
 
 
-class LooksAtHeadZero(Aged):
-    """What leaves the first KV head leaves all of them."""
+class Hitters(H2O):
+    """Heavy hitters and the newest; right, and the base of the wrong ones."""
 
-    def next_out(self, positions: IntArray) -> IntArray:
-        return np.broadcast_to(super().next_out(positions)[:1], positions.shape[:1])
-
-
-class MergesWhatItNames(Aged):
-    """The runtime, which asks for a slot alone, merges nothing."""
-
-    def merge(self, view: SlotView, plan: KeepPlan) -> MergePlan:
-        return MergePlan(plan.keep[..., :1], plan.keep[..., :1], torch.ones(*plan.keep.shape[:2], 1))
+    name: ClassVar[str] = "hitters"
 
 
-@pytest.mark.parametrize("right", [Voted(), Shared(), Aged(sinks=2)])
+class ForgetsTheRecent(Hitters):
+    """A token that few queries have seen yet leaves first."""
+
+    @property
+    def step_rule(self) -> StepRule:
+        return StepRule(by=Need.COLUMN_SUMS)
+
+
+class DropsTheOldest(Hitters):
+    """By age, as if no vote had been taken."""
+
+    @property
+    def step_rule(self) -> StepRule:
+        return StepRule(by=None, recent=self.recent)
+
+
+class AsksForMore(Hitters):
+    """A statistic that the runtime was not told to keep."""
+
+    @property
+    def step_rule(self) -> StepRule:
+        return StepRule(by=Need.WINDOW_ATTENTION, recent=self.recent)
+
+
+@pytest.mark.parametrize("right", [Voted(), Shared(), Aged(sinks=2), Hitters(recent=2)])
 def test_a_right_policy_breaks_no_law(right: SelectionPolicy) -> None:
     verdicts = list(check_policy(right, examples=15))
 
@@ -249,11 +259,11 @@ def test_a_right_policy_breaks_no_law(right: SelectionPolicy) -> None:
         (SharesOverTheBatch(), "S1", r"row 0: \d+ slots must stay in all, \d+ do: \[.*\]"),
         (SharesNothing(), "S10", r"row \d keeps a slot of score 0.* beyond its head's least, and drops one of"),
         (RoundsLayers(), "S11", r"1 tokens in each of 1 layers, 2 in all"),
-        (NamesASink(sinks=1), "S18", r"row 0, KV head 0 drops \[1\] and names 0"),
-        (NamesTheNext(sinks=1), "S18", r"row 0, KV head 0 drops \[1\] and names 2"),
-        (CountsTheSinks(sinks=1), "S18", r"row 0, KV head 0 drops \[0\] and names 1"),
-        (LooksAtHeadZero(sinks=1), "S18", r"row 0, KV head 1 drops \[\d\] and names \d"),
-        (MergesWhatItNames(sinks=1), "S18", r"is dropped, and the policy would merge it"),
+        (NamesASink(sinks=1), "S18", r"row 0, KV head 0 drops \[1\], and its rule \[0\]"),
+        (NamesTheNext(sinks=1), "S18", r"row 0, KV head 0 drops \[1\], and its rule \[2\]"),
+        (ForgetsTheRecent(recent=1), "S18", r"row 0, KV head 0 drops \[1\], and its rule \[2\]"),
+        (DropsTheOldest(recent=1), "S18", r"row 0, KV head 0 drops \[1\], and its rule \[0\]"),
+        (AsksForMore(recent=1), "S18", r"the rule asks for Need.WINDOW_ATTENTION, which is not among the needs"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Policy) else "",
 )

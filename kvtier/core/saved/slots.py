@@ -57,7 +57,7 @@ def save_kept(sequence: KeptSequence, out: PayloadWriter) -> KeptState:
         keys=out.put(sequence.keys[:, :count]),
         values=out.put(sequence.values[:, :count]),
         positions=out.put(sequence.positions),
-        votes=out.put(sequence.votes[:, :count]),
+        votes=out.put(sequence.votes),
         last_position=sequence.last_position,
         seen=sequence.seen,
         evicted=sequence.evicted,
