@@ -18,7 +18,7 @@ from benchmarks.policies.settings import Settings
 from benchmarks.timing import Competitor, Limits, contest, timing_of
 from benchmarks.workload import Shape, feed_prompt, random_kv
 from kvtier.config import StoreConfig
-from kvtier.core import batch
+from kvtier.core import slot_eviction
 from kvtier.integrations.hf.columns import Columns
 
 __all__ = ["planning", "statistics"]
@@ -39,8 +39,8 @@ def planning(settings: Settings) -> list[dict[str, Any]]:
             cache.session.expect(settings.plan_context)
             feed_prompt(cache.session, 0, prompt, shape)
             _told(cache)
-            plans = _Clock(slot_eviction, "plan_step")
-            evictions = _Clock(batch, "evict_step")
+            plans = _Clock(slot_eviction, "told_by_rule")
+            evictions = _Clock(slot_eviction, "evict_step")
             steps = []
             with plans, evictions:
                 for _ in range(settings.plan_steps + 1):

@@ -193,8 +193,7 @@ class KeptSequence:
         """Fold slots into others, as entries [1, Hk, M] of slots here say."""
         head, entry = (plan.weight[0] > 0).nonzero(as_tuple=True)
         source, target, weight = (part[0, head, entry] for part in (plan.src, plan.dst, plan.weight))
-        fold_slots(self.keys, head, source, target, weight)
-        fold_slots(self.values, head, source, target, weight)
+        fold_slots((self.keys, self.values), head, source, target, weight)
 
     def fork(self) -> KeptSequence:
         """A second sequence with the same slots, copied."""

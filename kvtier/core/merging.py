@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvtier.core.policy import MergePlan
@@ -39,15 +41,21 @@ def merge_into(
 
 
 def fold_slots(
-    slots: torch.Tensor, head: torch.Tensor, source: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    parts: Sequence[torch.Tensor],
+    head: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
 ) -> None:
-    """Overwrite slots [Hk, C, D] with weighted sums: of ``source`` into ``target``, entry by entry [M]."""
-    wide = torch.float64 if slots.dtype == torch.float64 else torch.float32
-    flat, capacity = slots.view(-1, slots.shape[2]), slots.shape[1]
-    into, place = torch.unique(head * capacity + target, return_inverse=True)
-    parts = weight.to(wide).unsqueeze(-1) * flat[head * capacity + source].to(wide)
-    total = torch.zeros(into.shape[0], flat.shape[1], dtype=wide, device=flat.device).index_add_(0, place, parts)
-    flat[into] = total.to(flat.dtype)
+    """Overwrite slots of K and V [Hk, C, D] by weighted sums: of ``source`` into ``target``, entry by entry [M]."""
+    first = head * parts[0].shape[1]
+    into, place = torch.unique(first + target, return_inverse=True)
+    for slots in parts:
+        wide = torch.float64 if slots.dtype == torch.float64 else torch.float32
+        flat = slots.flatten(0, 1)
+        weighted = weight.to(wide).unsqueeze(-1) * flat[first + source].to(wide)
+        total = torch.zeros(into.shape[0], flat.shape[1], dtype=wide, device=flat.device).index_add_(0, place, weighted)
+        flat[into] = total.to(flat.dtype)
 
 
 def _folded(like: torch.Tensor, place: torch.Tensor, weight: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

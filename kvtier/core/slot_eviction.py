@@ -13,7 +13,7 @@ from kvtier.kernels.merge_partials import merge_partials, sink_partial
 from kvtier.kernels.weighed_attention import attend_weighing
 from kvtier.types import GroupReduce, Partial
 
-__all__ = ["attend_step", "evict_slots", "evict_step", "group_reduce"]
+__all__ = ["attend_step", "evict_slots", "evict_step", "group_reduce", "told_by_rule"]
 
 _ATTENTION = frozenset({Need.COLUMN_SUMS, Need.WINDOW_ATTENTION})
 
@@ -46,7 +46,7 @@ def evict_slots(sequence: KeptSequence, latest: torch.Tensor | None, policy: Sel
     excess = sequence.length - sequence.budget
     if excess <= 0:
         return
-    worst = _told(sequence, latest, policy) if excess == 1 else None
+    worst = told_by_rule(sequence, latest, policy) if excess == 1 else None
     if worst is not None and not policy.merges_steps:
         sequence.drop(worst)
         return
@@ -86,7 +86,7 @@ def _attended(sequence: KeptSequence, queries: Queries, policy: SelectionPolicy)
     return attend_all(sequence, queries), None
 
 
-def _told(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> IntArray | None:
+def told_by_rule(sequence: KeptSequence, latest: torch.Tensor | None, policy: SelectionPolicy) -> IntArray | None:
     """Which token of each KV head [Hk] leaves by the rule of the policy, in order of positions; None if it has none."""
     rule, order = policy.step_rule, sequence.order
     if rule is None:
@@ -143,10 +143,11 @@ def _view(sequence: KeptSequence, turn: torch.Tensor, policy: SelectionPolicy) -
     positions = torch.from_numpy(sequence.order.ascending).to(turn.device)[None]
     keys = norms = None
     if Need.KEYS in policy.needs or Need.VALUE_NORMS in policy.needs:
-        heads = torch.arange(turn.shape[0], device=turn.device)[:, None]
-        keys = sequence.keys[heads, turn][None] if Need.KEYS in policy.needs else None
+        rows = (turn + torch.arange(turn.shape[0], device=turn.device)[:, None] * sequence.capacity).flatten()
+        shape = (1, *turn.shape, -1)
+        keys = sequence.keys.flatten(0, 1).index_select(0, rows).view(shape) if Need.KEYS in policy.needs else None
         if Need.VALUE_NORMS in policy.needs:
-            norms = sequence.values[heads, turn][None].float().norm(dim=-1)
+            norms = sequence.values.flatten(0, 1).index_select(0, rows).view(shape).float().norm(dim=-1)
     return SlotView(
         positions=positions,
         protected=policy.protected(positions),

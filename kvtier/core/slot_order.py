@@ -85,19 +85,25 @@ class SlotOrder:
     def least(self, scores: _Scores, *, sinks: int, recent: int) -> IntArray | None:
         """The rank of the least score of each head [Hk], of equal ones the last, by scores of slots [Hk, length].
 
-        Tokens at positions below ``sinks`` and the ``recent`` newest do not count. None where what is left is no number.
+        Tokens at positions below ``sinks`` and the ``recent`` newest do not count; their scores are overwritten. None
+        where what is left is no number.
         """
-        behind = self.length - recent
-        if behind < 1:
-            return None
-        # The newest first, so that the first of the least is the last of them in order.
-        ranked = scores[self._heads[:, None], self.slots[:, behind - 1 :: -1]]
+        slots, rows = self.slots, self._heads[:, None]
+        if recent:
+            scores[rows, slots[:, -recent:]] = np.inf
         if sinks:
-            oldest = self.ascending[:, :behind][:, :sinks] < sinks
-            ranked[:, -oldest.shape[1] :][oldest[:, ::-1]] = np.inf
-        place = ranked.argmin(axis=1)
-        ranks: IntArray = behind - 1 - place
-        return ranks if np.isfinite(ranked[self._heads, place]).all() else None
+            oldest, safe = slots[:, :sinks], self.ascending[:, :sinks] < sinks
+            scores[rows, oldest] = np.where(safe, np.inf, scores[rows, oldest])
+        best = scores.argmin(axis=1)
+        least = scores[self._heads, best]
+        if not np.isfinite(least).all():
+            return None
+        ties = scores == least[:, None]
+        if np.count_nonzero(ties) == best.size:
+            found: IntArray = (slots == best[:, None]).argmax(axis=1)
+        else:
+            found = self.length - 1 - np.take_along_axis(ties, slots, axis=1)[:, ::-1].argmax(axis=1)
+        return found
 
     def remove(self, ranks: IntArray) -> IntArray:
         """Take out of each head the token that is ``ranks`` [Hk] in order; returns the slots [Hk] that held them.

@@ -117,31 +117,41 @@ class D2O(SelectionPolicy):
             return None
         stays = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device).scatter_(2, keep, value=True)
         dropped = (~stays).nonzero()[:, 2].view(*keep.shape[:2], slots - keep.shape[-1])
-        unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-        nearness, nearest = _nearest(_taken(unit, dropped), _taken(unit, keep))
+        nearness, into = _nearest(keys, dropped, keep, stays)
         threshold = nearness.mean(dim=-1, keepdim=True)
         if view.memory is not None:
             threshold = self.momentum * view.memory + (1 - self.momentum) * threshold
         near = nearness >= threshold
         force = torch.where(near, nearness.exp(), torch.zeros_like(nearness))
-        total = torch.zeros(keep.shape, dtype=force.dtype, device=keys.device).scatter_add_(2, nearest, force)
-        takes = total > 0
-        own = torch.e / (torch.e + total)
-        into = keep.gather(2, nearest)
+        total = torch.zeros(stays.shape, dtype=force.dtype, device=keys.device).scatter_add_(2, into, force)
+        # One that is dropped has one taker, and nothing needs to be said of the others.
+        takers = into if into.shape[2] == 1 else keep
+        taken = total.gather(2, takers)
+        own = torch.where(taken > 0, torch.e / (torch.e + taken), torch.zeros_like(taken))
         return MergePlan(
-            src=torch.cat([dropped, keep], dim=2),
-            dst=torch.cat([into, keep], dim=2),
-            weight=torch.cat(
-                [force / (torch.e + total.gather(2, nearest)), torch.where(takes, own, torch.zeros_like(own))], dim=2
-            ),
+            src=torch.cat([dropped, takers], dim=2),
+            dst=torch.cat([into, takers], dim=2),
+            weight=torch.cat([force / (torch.e + total.gather(2, into)), own], dim=2),
             memory=threshold,
         )
 
 
-def _nearest(dropped: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greatest cosine of each dropped key [B, Hk, M, D] with the kept ones [B, Hk, K, D], and which: [B, Hk, M]."""
-    best = [(part @ kept.mT).max(dim=-1) for part in dropped.split(_BLOCK, dim=2)]
-    return torch.cat([one.values for one in best], dim=2), torch.cat([one.indices for one in best], dim=2)
+def _nearest(
+    keys: torch.Tensor, dropped: torch.Tensor, keep: torch.Tensor, stays: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greatest cosine of each dropped slot [B, Hk, M] with the kept ones [B, Hk, K], and the slot: [B, Hk, M]."""
+    keys = keys.float()
+    # As long as the least that does not vanish: a key of zeros is near to nothing.
+    lengths = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(torch.finfo(keys.dtype).tiny)
+    asked = _taken(keys, dropped) / _taken(lengths, dropped)
+    if dropped.shape[2] == 1:
+        # All keys where they lie: to copy the kept ones takes longer than to look at one more.
+        cosines = (keys @ asked.mT / lengths).squeeze(3).masked_fill(~stays, -torch.inf)
+        best = cosines.max(dim=-1, keepdim=True)
+        return best.values, best.indices
+    kept = _taken(keys, keep) / _taken(lengths, keep)
+    parts = [(part @ kept.mT).max(dim=-1) for part in asked.split(_BLOCK, dim=2)]
+    return torch.cat([one.values for one in parts], dim=2), keep.gather(2, torch.cat([one.indices for one in parts], 2))
 
 
 def _taken(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
