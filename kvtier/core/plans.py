@@ -7,7 +7,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-__all__ = ["Encoded", "IntArray", "KeepPlan", "MergePlan", "ZonePlan"]
+from kvtier.types import GroupReduce
+
+__all__ = ["Boxes", "Encoded", "IntArray", "KeepPlan", "MergePlan", "ZonePlan"]
 
 IntArray: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 
@@ -57,6 +59,14 @@ class MergePlan(NamedTuple):
     dst: torch.Tensor
     weight: torch.Tensor
     memory: torch.Tensor | None = None
+
+
+class Boxes(NamedTuple):
+    """Channel-wise bounds [B, Hk, N, Dk] of the keys of each page, by which a retrieval ranks."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    group_reduce: GroupReduce
 
 
 class ZonePlan(NamedTuple):
