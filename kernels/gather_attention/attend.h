@@ -59,17 +59,20 @@ INLINE void logits_of(int R, int type, const char *q, const Shape *shape, const 
     const int tile = LANES / R, count = block->count;
     const int64_t dk = shape->dk, step = type == PAIRS ? 2 * LANES : LANES;
     for (int j = 0; j < count; j += tile) {
+        const char *coming[LANES];
         vf sum[LANES];
         for (int i = 0; i < LANES; i++) sum[i] = (vf){0};
         const char *row[LANES];
         for (int i = 0; i < tile; i++) {
             row[i] = block->k[j + i < count ? j + i : count - 1];
-            if (j + i < next->count) fetch(next->k[j + i], dk * bytes_of(type));
+            coming[i] = j + i < next->count ? next->k[j + i] : row[i];
         }
         for (int64_t d = 0; d < dk; d += step)
-            for (int i = 0; i < tile; i++)
+            for (int i = 0; i < tile; i++) {
+                fetch_line(coming[i] + d * bytes_of(type));
                 for (int r = 0; r < R; r++)
                     sum[r * tile + i] = plus_products(sum[r * tile + i], row[i], d, q, r * dk + d, type);
+            }
         vf sums = sums_of(sum) * shape->scale;
         for (int r = 0; r < R; r++) memcpy(into + r * BLOCK + j, (const float *)&sums + r * tile, tile * sizeof(float));
     }

@@ -16,51 +16,56 @@ typedef struct {
 } Bounds;
 
 /* Bounds [R][16 / R] of R queries for 16 / R pages from `page` on; pages past the last repeat it. */
-INLINE void tile_of(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t page,
-                    int64_t stop, float *into) {
+INLINE vf tile_of(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t page,
+                  int64_t stop) {
     const int tile = LANES / R, step = type == PAIRS ? 2 * LANES : LANES;
-    const int64_t dim = bounds->dim, bytes = dim * bytes_of(type);
-    const char *low[LANES], *high[LANES];
+    const int64_t dim = bounds->dim;
+    const char *low[LANES], *high[LANES], *next_low[LANES], *next_high[LANES];
     vf sum[LANES];
     for (int i = 0; i < LANES; i++) sum[i] = (vf){0};
     for (int i = 0; i < tile; i++) {
         int64_t at = page + i < stop ? page + i : stop - 1;
         low[i] = bounds->low + at * bounds->low_page, high[i] = bounds->high + at * bounds->high_page;
-        if (page + i + AHEAD < stop) {
-            fetch(low[i] + AHEAD * bounds->low_page, bytes);
-            fetch(high[i] + AHEAD * bounds->high_page, bytes);
-        }
+        const int64_t ahead = page + i + AHEAD < stop ? AHEAD : 0;
+        next_low[i] = low[i] + ahead * bounds->low_page, next_high[i] = high[i] + ahead * bounds->high_page;
     }
     for (int64_t d = 0; d < dim; d += step)
-        for (int i = 0; i < tile; i++)
+        for (int i = 0; i < tile; i++) {
+            fetch_line(next_low[i] + d * bytes_of(type));
+            fetch_line(next_high[i] + d * bytes_of(type));
             for (int r = 0; r < R; r++) {
                 vf *made = &sum[r * tile + i];
                 *made = plus_products(*made, high[i], d, above, r * dim + d, type);
                 *made = plus_products(*made, low[i], d, below, r * dim + d, type);
             }
-    store(into, sums_of(sum));
+        }
+    return sums_of(sum);
+}
+
+/* Bounds of two queries as one, lane by lane; one that is NaN shows. */
+INLINE vf joined(int reduce, vf a, vf b) {
+    if (reduce != MAX) return a + b;
+    const vi first = (a > b) | (a != a);
+    return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
+/* Bounds [R][16 / R] of all R queries as one, in the first 16 / R lanes. */
+INLINE vf over_queries(int R, int reduce, vf x) {
+    if (R >= 2) x = joined(reduce, x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    if (R >= 4) x = joined(reduce, x, SHUFFLE(x, x, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
+    return x;
 }
 
 INLINE void score(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t rows,
                   int reduce, int64_t start, int64_t stop, float *scores) {
-    const int tile = LANES / R;
-    const int64_t query_bytes = bounds->dim * (type == PAIRS ? 2 : 4);
-    float made[LANES];
+    const int64_t tile = LANES / R, query_bytes = bounds->dim * (type == PAIRS ? 2 : 4);
     for (int64_t page = start; page < stop; page += tile) {
-        float reduced[LANES];
-        for (int i = 0; i < tile; i++) reduced[i] = reduce == MAX ? -INFINITY : 0.0f;
-        for (int64_t r = 0; r < rows; r += R) {
-            tile_of(R, type, above + r * query_bytes, below + r * query_bytes, bounds, page, stop, made);
-            for (int k = 0; k < R; k++)
-                for (int i = 0; i < tile; i++) {
-                    float bound = made[k * tile + i];
-                    /* Not `>`: a bound that is NaN must show. */
-                    if (reduce != MAX) reduced[i] += bound;
-                    else if (!(bound <= reduced[i])) reduced[i] = bound;
-                }
-        }
-        for (int i = 0; i < tile && page + i < stop; i++)
-            scores[page + i] = reduce == MEAN ? reduced[i] / (float)rows : reduced[i];
+        vf all = tile_of(R, type, above, below, bounds, page, stop);
+        for (int64_t r = R; r < rows; r += R)
+            all = joined(reduce, all, tile_of(R, type, above + r * query_bytes, below + r * query_bytes, bounds, page, stop));
+        all = over_queries(R, reduce, all);
+        if (reduce == MEAN) all /= (float)rows;
+        memcpy(scores + page, &all, (stop - page < tile ? stop - page : tile) * sizeof(float));
     }
 }
 

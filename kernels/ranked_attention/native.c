@@ -13,9 +13,9 @@
 typedef struct {
     Boxes boxes;
     Call chosen, newest;
-    int64_t pages, count, all_heads, parts, tasks; /* parts: to score, of a head; tasks: to attend, of a head */
-    const int64_t *held;                           /* frames of all pages [heads][pages] */
-    int64_t *best, *frames, *left;                 /* chosen pages, their frames; parts of each head not scored yet */
+    int64_t pages, count, all_heads, parts;
+    const int64_t *held;           /* frames of all pages [heads][pages] */
+    int64_t *best, *frames, *left; /* pages that are chosen, their frames; parts of each head that are not scored yet */
     float *scores, *states;
 } Work;
 
@@ -35,37 +35,45 @@ static void score_task(const Work *work, int64_t task) {
     if (__atomic_sub_fetch(work->left + head, 1, __ATOMIC_ACQ_REL) == 0) settle(work, head);
 }
 
-/* The next task with keys, as in gather_attention; its head may have to be waited for. All its parts are under way. */
-static int64_t next_task(const Work *work, int64_t *claimed, int64_t task, int *outside, Walk *walk) {
+/* What is attended by one thread without a pause: a part of the pages of a head, or its newest keys. */
+typedef struct {
+    int64_t head;
+    State state;
+    Walk walk;
+} Task;
+
+/* The next task that has keys and that no other thread gets; whether there is one. Chosen pages come first: the next
+   block is fetched key by key beside the one at hand, and newest keys are few. */
+static int next_task(const Work *work, int64_t *claimed, int64_t number, int *outside, Task *task) {
+    const int64_t splits = work->chosen.splits, paged = work->all_heads * splits, scored = work->all_heads * work->parts;
     const Shape *shape = &work->chosen.shape;
-    for (;; task = claim(claimed) - work->all_heads * work->parts) {
-        if (task >= work->all_heads * work->tasks) {
-            walk->at = walk->stop = 0;
-            return task;
-        }
-        const int64_t head = task / work->tasks, split = task % work->tasks;
+    for (number -= scored; number < paged + work->all_heads; number = claim(claimed) - scored) {
+        const int newest = number >= paged;
+        const int64_t head = newest ? number - paged : number / splits;
+        /* Its last part is being scored: all parts were claimed before any task. */
         for (int spins = 0; __atomic_load_n(work->left + head, __ATOMIC_ACQUIRE) != CHOSEN; spins++)
             if (spins >= SPINS) sched_yield();
-        if (split < work->chosen.splits) *walk = walk_of(&work->chosen, head * work->chosen.splits + split, outside);
-        else *walk = walk_of(&work->newest, head, outside);
-        begin(shape, state_at(shape, work->states, task));
-        if (walk->at < walk->stop) return task;
+        const int64_t split = newest ? splits : number % splits;
+        task->head = head, task->state = state_at(shape, work->states, head * (splits + 1) + split);
+        task->walk = walk_of(newest ? &work->newest : &work->chosen, newest ? head : number, outside);
+        begin(shape, task->state);
+        if (task->walk.at < task->walk.stop) return 1;
     }
+    task->walk.at = task->walk.stop = 0;
+    return 0;
 }
 
 static void work_on(const Work *work, int64_t *claimed, int *outside) {
-    const int64_t scored = work->all_heads * work->parts, attended = work->all_heads * work->tasks;
-    const Shape *shape = &work->chosen.shape;
-    int64_t task;
-    while ((task = claim(claimed)) < scored) score_task(work, task);
     Blocks blocks = {.now = blocks.blocks, .next = blocks.blocks + 1};
-    Walk walk, coming;
-    task = next_task(work, claimed, task - scored, outside, &walk);
-    next_of(&walk, blocks.now);
-    while (task < attended) {
-        const int64_t after = next_task(work, claimed, claim(claimed) - scored, outside, &coming);
-        attend_task(&work->chosen, task / work->tasks, &walk, &coming, &blocks, state_at(shape, work->states, task));
-        task = after, walk = coming;
+    Task task, coming;
+    int64_t number;
+    while ((number = claim(claimed)) < work->all_heads * work->parts) score_task(work, number);
+    int more = next_task(work, claimed, number, outside, &task);
+    next_of(&task.walk, blocks.now);
+    while (more) {
+        more = next_task(work, claimed, claim(claimed), outside, &coming);
+        attend_task(&work->chosen, task.head, &task.walk, &coming.walk, &blocks, task.state);
+        task = coming;
     }
 }
 
@@ -91,7 +99,7 @@ int kvtier_attend_ranked(const char *q, int q_type, const char *low, const char 
          v_at[0], 0, v_at[1]},
         {shape, q, newest_k, newest_v, q_type, type, 0, 0, 0, heads, newest, 1, 1, new_k[0], new_k[1], new_k[2],
          new_v[0], new_v[1], new_v[2]},
-        pages, count, all_heads, parts, splits + 1, frames, best, held, left, scores, states};
+        pages, count, all_heads, parts, frames, best, held, left, scores, states};
     int64_t claimed = 0;
     int outside = 0;
     for (int64_t head = 0; head < all_heads; head++) left[head] = parts;

@@ -24,7 +24,7 @@ from kvtier.types import GroupReduce, Partial
 __all__ = ["attend_ranked", "obstacle"]
 
 _LEAST_SCORED: Final = 256
-_LEAST_ATTENDED: Final = 512
+_LEAST_ATTENDED: Final = 1024
 """Pages, and keys, below which a task costs more than it saves."""
 _TASKS_A_THREAD: Final = 32
 _REDUCTIONS: Final[dict[GroupReduce, int]] = {"mean": 0, "max": 1, "sum": 2}
