@@ -20,7 +20,16 @@ from kvtier.errors import CapacityError
 from kvtier.storage_backends.slots import Rows
 from kvtier.types import format_bytes
 
-__all__ = ["HUGE_PAGE_BYTES", "PAGE_BYTES", "ByteRows", "PinnedRegion", "copy_rows", "empty_aligned", "empty_huge", "round_up"]
+__all__ = [
+    "HUGE_PAGE_BYTES",
+    "PAGE_BYTES",
+    "ByteRows",
+    "PinnedRegion",
+    "copy_rows",
+    "empty_aligned",
+    "empty_huge",
+    "round_up",
+]
 
 PAGE_BYTES = 4096
 

@@ -1,4 +1,4 @@
-"""Attention over the pages of each KV head that rank best by their boxes, and over its newest keys: a retrieval's step."""
+"""Attention over the pages of each KV head that rank best by their boxes, and over its newest keys, in one call."""
 
 from __future__ import annotations
 
@@ -154,7 +154,10 @@ def _fit(
         and queries[1] % bounds[1] == 0
         and (
             newest is None
-            or newest[0].shape == (*paged[:2], newest[0].shape[2], arena[2])
-            and newest[1].shape == (*newest[0].shape[:3], values[2])
+            or (
+                newest[0].dim() == 4
+                and newest[0].shape == (*paged[:2], newest[0].shape[2], arena[2])
+                and newest[1].shape == (*newest[0].shape[:3], values[2])
+            )
         )
     )

@@ -78,7 +78,8 @@ static void work_on(const Work *work, int64_t *claimed, int *outside) {
 }
 
 /* Boxes as in page_scores, pages and keys as in gather_attention, `frames` [batch * heads][pages] those of all pages, of
-   which `count` are attended, and `newest` keys of each head besides, maybe none. `best` has room for `count` pages of
+   which `count` are attended, and `newest` keys of each head besides, maybe none. `strides` in
+   bytes: batch, head and row of bounds and newest keys and values, frame and slot of pages. `best` has room for `count` pages of
    every head, `places` for one number more, and `room` for its scores and rows * (dv + 17) floats of `splits` + 1 parts.
    0; 1 for a frame out of range. */
 int kvtier_attend_ranked(const char *q, int q_type, const char *low, const char *high, const char *k, const char *v,
@@ -87,8 +88,8 @@ int kvtier_attend_ranked(const char *q, int q_type, const char *low, const char 
                          int64_t count, int64_t slots, int64_t newest, const int64_t *strides, int reduce, float scale,
                          float softcap, int64_t parts, int64_t splits, int threads, int64_t *best, int64_t *places,
                          float *room, float *out, float *lse) {
-    const int64_t *low_at = strides, *high_at = low_at + 3, *k_at = high_at + 3, *v_at = k_at + 2;
-    const int64_t *new_k = v_at + 2, *new_v = new_k + 3, all_heads = batch * heads;
+    const int64_t *low_at = strides, *high_at = low_at + 3, *new_k = high_at + 3, *new_v = new_k + 3;
+    const int64_t *k_at = new_v + 3, *v_at = k_at + 2, all_heads = batch * heads;
     int64_t *held = places, *left = places + all_heads * count;
     float *scores = room, *states = room + all_heads * pages;
     const Shape shape = {rows, dk, dv, scale, softcap};

@@ -23,10 +23,7 @@ from kvtier.types import GroupReduce, Partial
 
 __all__ = ["attend_ranked", "obstacle"]
 
-_LEAST_SCORED: Final = 256
-_LEAST_ATTENDED: Final = 1024
-"""Pages, and keys, below which a task costs more than it saves."""
-_TASKS_A_THREAD: Final = 32
+_PARTS_A_THREAD: Final = 32
 _REDUCTIONS: Final[dict[GroupReduce, int]] = {"mean": 0, "max": 1, "sum": 2}
 _Strides: Final = ctypes.c_int64 * 16
 
@@ -60,23 +57,19 @@ def attend_ranked(
     query_heads, size = q.shape[1], kmin.element_size()
     rows, all_heads = query_heads // heads, batch * heads
     threads = threads_for(all_heads * rows * (2 * pages * dim + count * slots * (dim + value_dim)))
-    tasks = -(-threads * _TASKS_A_THREAD // all_heads)
-    parts = max(1, min(pages // _LEAST_SCORED, tasks))
-    splits = max(1, min(count * slots // _LEAST_ATTENDED, tasks))
-    new_k, new_v = newest or (k_arena[None], v_arena[None])
-    strides = _Strides(
-        *(
-            stride * size
-            for tensor in (kmin.stride()[:3], kmax.stride()[:3], k_arena.stride()[:2], v_arena.stride()[:2], new_k.stride()[:3], new_v.stride()[:3])
-            for stride in tensor
-        )
-    )
+    parts = max(1, min(pages // scoring.LEAST_SPLIT, -(-threads * _PARTS_A_THREAD // all_heads)))
+    splits = attention.splits_for(count * slots, all_heads, threads)
+    # Without newest keys nothing is read there, wherever it is.
+    new_k, new_v = newest or (kmin, kmin)
+    by_head = [stride for one in (kmin, kmax, new_k, new_v) for stride in one.stride()[:3]]
+    strides = _Strides(*(stride * size for stride in (*by_head, *k_arena.stride()[:2], *v_arena.stride()[:2])))
     q, frames = q.contiguous(), frames.contiguous()
     best = frames.new_empty(batch, heads, count)
     out = q.new_empty(batch, query_heads, 1, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, query_heads, 1, dtype=torch.float32)
     places = room("ranked", all_heads * (count + 1), torch.int64)
-    states = room("splits", all_heads * (pages + (splits + 1) * rows * (value_dim + 1 + attention.LANES)), torch.float32)
+    state = rows * (value_dim + 1 + attention.LANES)
+    states = room("splits", all_heads * (pages + (splits + 1) * state), torch.float32)
     outside = _function()(
         q.data_ptr(), ELEMENT_TYPES[q.dtype], kmin.data_ptr(), kmax.data_ptr(), k_arena.data_ptr(), v_arena.data_ptr(),
         new_k.data_ptr(), new_v.data_ptr(), ELEMENT_TYPES[kmin.dtype], frames.data_ptr(), arena,
@@ -106,9 +99,7 @@ def _served(
         and 0 < rows <= attention.MOST_ROWS
         and held in ELEMENT_TYPES
         and q.dtype in ELEMENT_TYPES
-        and all(
-            one.dtype == held and one.stride(-1) == 1 for one in (kmin, kmax, k_arena, v_arena, *(newest or ()))
-        )
+        and all(one.dtype == held and one.stride(-1) == 1 for one in (kmin, kmax, k_arena, v_arena, *(newest or ())))
         and not (dim % attention.LANES or value_dim % attention.LANES)
         and max(dim, value_dim) <= attention.MOST_DIM
         and rows * dim <= scoring.MOST_FLOATS

@@ -1,4 +1,4 @@
-"""Attention over the pages that rank best, by the references of its steps: the truth that the fast path is compared with."""
+"""Attention over the pages that rank best, by the references of its steps: the truth for the other implementations."""
 
 from __future__ import annotations
 
