@@ -26,6 +26,7 @@ OPERATORS: Final = (
     "page_scores",
     "page_summaries",
     "prefix_attention",
+    "ranked_attention",
     "split_rows",
     "top_pages",
     "weighed_attention",

@@ -32,7 +32,7 @@ ELEMENT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _log = logging.getLogger("kvtier.kernels")
 
 _HERE: Final = Path(__file__).resolve().parent
-_HEADER: Final = _HERE / "vectors.h"
+_HEADERS: Final = ("vectors.h", "*/*.h")
 _COMPILERS: Final = ("cc", "gcc", "clang")
 _FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _SECONDS: Final = 120
@@ -108,7 +108,8 @@ def _directory() -> Path:
 def _key(sources: Sequence[Path]) -> str:
     """Of all that the machine code depends on: sources, flags, and the CPU, since home directories move."""
     digest = hashlib.blake2b(digest_size=12)
-    for part in (*(path.read_bytes() for path in (*sources, _HEADER)), " ".join(_FLAGS).encode(), _cpu().encode()):
+    headers = sorted(path for pattern in _HEADERS for path in _HERE.glob(pattern))
+    for part in (*(path.read_bytes() for path in (*sources, *headers)), " ".join(_FLAGS).encode(), _cpu().encode()):
         digest.update(hashlib.blake2b(part).digest())
     return digest.hexdigest()
 

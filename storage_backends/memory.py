@@ -7,6 +7,7 @@ could not keep its byte budget. A private mapping registered with CUDA is exact 
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -19,7 +20,16 @@ from kvtier.errors import CapacityError
 from kvtier.storage_backends.slots import Rows
 from kvtier.types import format_bytes
 
-__all__ = ["HUGE_PAGE_BYTES", "PAGE_BYTES", "ByteRows", "PinnedRegion", "copy_rows", "empty_aligned", "round_up"]
+__all__ = [
+    "HUGE_PAGE_BYTES",
+    "PAGE_BYTES",
+    "ByteRows",
+    "PinnedRegion",
+    "copy_rows",
+    "empty_aligned",
+    "empty_huge",
+    "round_up",
+]
 
 PAGE_BYTES = 4096
 
@@ -53,6 +63,23 @@ def empty_aligned(size: int) -> torch.Tensor:
     if size >= HUGE_PAGE_BYTES:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)[:size]
+
+
+def empty_huge(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory of a shape; on a CPU, where there is enough of it, in huge pages.
+
+    What is read here and there would else cost the CPU a walk through its page tables for every 4 KiB, and so does what
+    is streamed once a step.
+
+    Raises
+    ------
+    CapacityError
+        The system has no such memory to give.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty_aligned(nbytes).view(dtype).view(shape)
 
 
 def copy_rows(source: ByteRows, taken: Rows, target: ByteRows, put: Rows) -> None:

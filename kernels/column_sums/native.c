@@ -44,9 +44,8 @@ typedef struct {
     int32_t places[BLOCK], low, high;
 } Keys;
 
-INLINE void fetch(const Keys *keys, int64_t at, int64_t bytes) {
-    if (at >= keys->left) return;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(keys->rows + at * keys->stride + byte, 0, 2);
+INLINE void fetch_key(const Keys *keys, int64_t at, int64_t bytes) {
+    if (at < keys->left) fetch(keys->rows + at * keys->stride, bytes);
 }
 
 /* Positions are compared in 32 bit, and that of a query is below NEVER. */
@@ -114,7 +113,7 @@ INLINE void tile_of(int V, int type, int masked, const Problem *p, Panel panel, 
     vf sum[2 * TILE];
     for (int j = 0; j < TILE; j++)
         row[j] = keys->rows + (at + j < keys->count ? at + j : keys->count - 1) * keys->stride;
-    for (int j = 0; j < TILE; j++) fetch(keys, at + j + TILE, p->dim * (type == BOTH_BF16 ? 2 : 4));
+    for (int j = 0; j < TILE; j++) fetch_key(keys, at + j + TILE, p->dim * (type == BOTH_BF16 ? 2 : 4));
     for (int i = 0; i < V * TILE; i++) sum[i] = (vf){0};
     const int64_t words = type == BOTH_BF16 ? p->dim / 2 : p->dim;
     for (int64_t d = 0; d < words; d++) {
@@ -182,7 +181,7 @@ INLINE void rows_over(int R, int type, const Problem *p, const float *q, const f
         vf sum[LANES];
         for (int i = 0; i < tile; i++) {
             row[i] = keys->rows + (at + i < keys->count ? at + i : keys->count - 1) * keys->stride;
-            fetch(keys, at + i + AHEAD, p->dim * bytes_of(type));
+            fetch_key(keys, at + i + AHEAD, p->dim * bytes_of(type));
         }
         for (int i = 0; i < LANES; i++) sum[i] = (vf){0}, at_keys[i] = keys->places[at + i % tile];
         for (int64_t d = 0; d < p->dim; d += LANES) {

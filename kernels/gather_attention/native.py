@@ -21,7 +21,7 @@ from kvtier.kernels.scratch import room
 from kvtier.kernels.spans import all_seen
 from kvtier.types import Partial, Visibility
 
-__all__ = ["MOST_DIM", "MOST_ROWS", "attend_pages", "attend_run", "attend_weighing", "obstacle"]
+__all__ = ["MOST_DIM", "MOST_ROWS", "attend_pages", "attend_run", "attend_weighing", "obstacle", "splits_for"]
 
 LANES: Final = 16
 """Channels that are multiplied at once; head dimensions must be multiples of it."""
@@ -31,6 +31,8 @@ MOST_DIM: Final = 256
 """Channels, as in ``native.c``."""
 LEAST_SPLIT: Final = 512
 """Keys below which a split costs more in the merge than it gains."""
+EASY_SPLIT: Final = 1024
+"""Keys below which it does where there is a task for every thread without it."""
 _TASKS_A_THREAD: Final = 32
 """So many splits that a thread that was held up does not hold up the others."""
 
@@ -109,6 +111,12 @@ def attend_pages(
     return _attend(q, keys, extras.lengths, scale, softcap)
 
 
+def splits_for(keys: int, heads: int, threads: int) -> int:
+    """How many parts to make of the keys of each head."""
+    needed = min(keys // LEAST_SPLIT, -(-2 * threads // heads))
+    return max(1, needed, min(keys // EASY_SPLIT, -(-threads * _TASKS_A_THREAD // heads)))
+
+
 def _served(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -150,7 +158,7 @@ def _attend(
     value_dim, size = keys.v.shape[-1], keys.k.element_size()
     rows, all_heads = query_heads // keys.heads * queries, batch * keys.heads
     threads = threads_for(all_heads * keys.length * rows * (dim + value_dim))
-    splits = max(1, min(keys.length // LEAST_SPLIT, -(-threads * _TASKS_A_THREAD // all_heads)))
+    splits = splits_for(keys.length, all_heads, threads)
     q, lengths = q.contiguous(), None if lengths is None else lengths.contiguous()
     out = q.new_empty(batch, query_heads, queries, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, query_heads, queries, dtype=torch.float32)

@@ -1,126 +1,18 @@
-/* Box bounds of pages, each bound read once: relu(q) . kmax + min(q, 0) . kmin, reduced over the queries of a KV head. */
+/* Box bounds of pages. */
 
-#include <math.h>
-
-#include "vectors.h"
-
-#define MOST_FLOATS 4096 /* queries of a KV head times channels */
-#define AHEAD 16         /* pages that are fetched before they are needed */
-
-enum { MEAN = 0, MAX = 1, SUM = 2 };
-
-/* Bounds of one KV head; strides in bytes. */
-typedef struct {
-    const char *low, *high;
-    int64_t low_page, high_page, dim;
-} Bounds;
-
-INLINE void fetch(const char *row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
-/* Bounds [R][16 / R] of R queries for 16 / R pages from `page` on; pages past the last repeat it. */
-INLINE void tile_of(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t page,
-                    int64_t stop, float *into) {
-    const int tile = LANES / R, step = type == PAIRS ? 2 * LANES : LANES;
-    const int64_t dim = bounds->dim, bytes = dim * bytes_of(type);
-    const char *low[LANES], *high[LANES];
-    vf sum[LANES];
-    for (int i = 0; i < LANES; i++) sum[i] = (vf){0};
-    for (int i = 0; i < tile; i++) {
-        int64_t at = page + i < stop ? page + i : stop - 1;
-        low[i] = bounds->low + at * bounds->low_page, high[i] = bounds->high + at * bounds->high_page;
-        if (page + i + AHEAD < stop) {
-            fetch(low[i] + AHEAD * bounds->low_page, bytes);
-            fetch(high[i] + AHEAD * bounds->high_page, bytes);
-        }
-    }
-    for (int64_t d = 0; d < dim; d += step)
-        for (int i = 0; i < tile; i++)
-            for (int r = 0; r < R; r++) {
-                vf *made = &sum[r * tile + i];
-                *made = plus_products(*made, high[i], d, above, r * dim + d, type);
-                *made = plus_products(*made, low[i], d, below, r * dim + d, type);
-            }
-    store(into, sums_of(sum));
-}
-
-INLINE void score(int R, int type, const char *above, const char *below, const Bounds *bounds, int64_t rows,
-                  int reduce, int64_t start, int64_t stop, float *scores) {
-    const int tile = LANES / R;
-    const int64_t query_bytes = bounds->dim * (type == PAIRS ? 2 : 4);
-    float made[LANES];
-    for (int64_t page = start; page < stop; page += tile) {
-        float reduced[LANES];
-        for (int i = 0; i < tile; i++) reduced[i] = reduce == MAX ? -INFINITY : 0.0f;
-        for (int64_t r = 0; r < rows; r += R) {
-            tile_of(R, type, above + r * query_bytes, below + r * query_bytes, bounds, page, stop, made);
-            for (int k = 0; k < R; k++)
-                for (int i = 0; i < tile; i++) {
-                    float bound = made[k * tile + i];
-                    /* Not `>`: a bound that is NaN must show. */
-                    if (reduce != MAX) reduced[i] += bound;
-                    else if (!(bound <= reduced[i])) reduced[i] = bound;
-                }
-        }
-        for (int i = 0; i < tile && page + i < stop; i++)
-            scores[page + i] = reduce == MEAN ? reduced[i] / (float)rows : reduced[i];
-    }
-}
-
-/* relu(q) and min(q, 0) of so many numbers: as they are for PAIRS, or in fp32. */
-static void halves(const char *q, int q_type, int type, int64_t numbers, char *above, char *below) {
-    for (int64_t i = 0; i < numbers; i += LANES) {
-        if (type == PAIRS) {
-            vh x, positive;
-            memcpy(&x, q + 2 * i, sizeof x);
-            positive = (vh)((vs)x > 0);
-            x &= positive;
-            memcpy(above + 2 * i, &x, sizeof x);
-            memcpy(&x, q + 2 * i, sizeof x);
-            x &= ~positive;
-            memcpy(below + 2 * i, &x, sizeof x);
-        } else {
-            vf x = load(q, i, q_type);
-            vi positive = x > 0.0f;
-            store((float *)above + i, (vf)((vi)x & positive));
-            store((float *)below + i, (vf)((vi)x & ~positive));
-        }
-    }
-}
+#include "page_scores/boxes.h"
 
 /* Queries q [batch * heads][rows][dim] of `q_type`, bounds of `type`, scores [batch * heads][pages]. Strides in bytes. */
 void kvtier_box_scores(const char *q, int q_type, const char *low, const char *high, int type, int64_t batch,
                        int64_t heads, int64_t pages, int64_t rows, int64_t dim, int64_t low_outer, int64_t low_head,
                        int64_t low_page, int64_t high_outer, int64_t high_head, int64_t high_page, int reduce,
                        int64_t splits, int threads, float *scores) {
+    const Boxes boxes = {q, low, high, q_type, type, reduce, heads, rows, dim, low_outer, low_head, low_page,
+                         high_outer, high_head, high_page};
     const int64_t tasks = batch * heads * splits, each = (pages + splits - 1) / splits;
-#ifdef PAIRED
-    if (type == BF16 && q_type == BF16 && dim % (2 * LANES) == 0) type = PAIRS;
-#endif
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        const int64_t head = task / splits, b = head / heads, h = head % heads;
         const int64_t start = task % splits * each, stop = start + each < pages ? start + each : pages;
-        float above[MOST_FLOATS], below[MOST_FLOATS];
-        halves(q + head * rows * dim * bytes_of(q_type), q_type, type, rows * dim, (char *)above, (char *)below);
-        const Bounds bounds = {low + b * low_outer + h * low_head, high + b * high_outer + h * high_head, low_page,
-                               high_page, dim};
-        float *into = scores + head * pages;
-#define SCORE(R, T) \
-    score(R, T, (const char *)above, (const char *)below, &bounds, rows, reduce, start, stop, into)
-#define SCORES(T)                     \
-    if (rows % 4 == 0) SCORE(4, T);   \
-    else if (rows % 2 == 0) SCORE(2, T); \
-    else SCORE(1, T)
-        if (type == F32) {
-            SCORES(F32);
-#ifdef PAIRED
-        } else if (type == PAIRS) {
-            SCORES(PAIRS);
-#endif
-        } else {
-            SCORES(BF16);
-        }
+        score_boxes(&boxes, task / splits, start, stop, scores + task / splits * pages);
     }
 }

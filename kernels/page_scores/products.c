@@ -20,10 +20,6 @@ typedef struct {
     int bits;
 } Pages;
 
-INLINE void fetch(const char *row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
 /* Products [R][16 / R] of R queries with 16 / R landmarks from `page` on; those past the last repeat it. */
 INLINE vf landmarks_of(int R, int type, const float *q, const Pages *pages, int64_t page, int64_t stop) {
     const int tile = LANES / R;

@@ -27,10 +27,6 @@ INLINE void put(char *row, int64_t at, vf x, int type) {
     memcpy(row + 2 * at, &half, sizeof half);
 }
 
-INLINE void fetch(const char *row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at + AHEAD, 0, 2);
-}
-
 /* C vectors of channels of one page from `from` on; a NaN among them makes both bounds NaN. */
 INLINE void bounds_of(int C, int type, const Pages *p, const char *page, int64_t from, char *low, char *high) {
     vf least[8], most[8];
@@ -38,7 +34,7 @@ INLINE void bounds_of(int C, int type, const Pages *p, const char *page, int64_t
     for (int c = 0; c < C; c++) least[c] = most[c] = load(page, from + c * LANES, type), odd[c] = (vi){0};
     for (int64_t slot = 0; slot < p->slots; slot++) {
         const char *row = page + slot * p->slot;
-        fetch(row + from * bytes_of(type), C * LANES * bytes_of(type));
+        fetch(row + from * bytes_of(type) + AHEAD, C * LANES * bytes_of(type));
         for (int c = 0; c < C; c++) {
             vf x = load(row, from + c * LANES, type);
             least[c] = chosen(x < least[c], x, least[c]);
@@ -57,7 +53,7 @@ INLINE void mean_of(int C, int type, const Pages *p, const char *page, int64_t f
     for (int c = 0; c < C; c++) sum[c] = (vf){0};
     for (int64_t slot = 0; slot < p->slots; slot++) {
         const char *row = page + slot * p->slot;
-        fetch(row + from * bytes_of(type), C * LANES * bytes_of(type));
+        fetch(row + from * bytes_of(type) + AHEAD, C * LANES * bytes_of(type));
         for (int c = 0; c < C; c++) sum[c] += load(row, from + c * LANES, type);
     }
     for (int c = 0; c < C; c++) put(mean, from + c * LANES, sum[c] / (float)p->slots, type);

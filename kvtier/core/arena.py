@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from kvtier.core.ledger import Ledger
 from kvtier.core.policy import IntArray
 from kvtier.errors import CapacityError
 from kvtier.kernels.pack_pages import pack_pages
-from kvtier.storage_backends.memory import HUGE_PAGE_BYTES, empty_aligned
+from kvtier.storage_backends.memory import empty_huge
 from kvtier.types import DTYPE_BYTES, LayerLayout
 
 __all__ = ["Arena", "Place", "Run", "SlabPart"]
@@ -113,7 +112,10 @@ class Arena:
             When the ledger refuses it; nothing was allocated.
         """
         self._ledger.take(_PURPOSE, frames * self.frame_bytes)
-        keys, values = self._memory(frames, self.layer.key_dim), self._memory(frames, self.layer.value_dim)
+        keys, values = (
+            empty_huge((frames, self.page_tokens, dim), self.dtype, self.device)
+            for dim in (self.layer.key_dim, self.layer.value_dim)
+        )
         self._slabs.append(_Slab(self._next_first, keys, values, np.ones(frames, dtype=np.bool_)))
         self._firsts = np.array([slab.first for slab in self._slabs], dtype=np.int64)
         self._next_first += frames + 1
@@ -309,17 +311,6 @@ class Arena:
         for index in range(held - 1, -1, -1):
             self.drop(index)
         return moved
-
-    def _memory(self, frames: int, dim: int) -> torch.Tensor:
-        """Uninitialised frames [frames, P, dim]; large ones on a CPU in huge pages.
-
-        Pages chosen here and there would else cost the CPU a walk through its page tables for every 4 KiB.
-        """
-        shape = (frames, self.page_tokens, dim)
-        nbytes = math.prod(shape) * self.dtype.itemsize
-        if self.device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        return empty_aligned(nbytes).view(self.dtype).view(shape)
 
     def _changed(self) -> None:
         self.version += 1

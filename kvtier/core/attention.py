@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from kvtier.core.kept import KeptSequence
-from kvtier.core.policy import IntArray, RetrievalPolicy
+from kvtier.core.policy import Boxes, IntArray, RetrievalPolicy
 from kvtier.core.ragged import RaggedFrames, RaggedSequence
 from kvtier.core.ring import WindowSequence
 from kvtier.core.rotation import turned
 from kvtier.core.sequence import LayerSequence, Segment
+from kvtier.core.views import SlabFrames
 from kvtier.kernels.column_sums import column_sums
 from kvtier.kernels.gather_attention import attend_pages, attend_run
 from kvtier.kernels.merge_partials import empty_partial, merge_partials
+from kvtier.kernels.ranked_attention import attend_ranked
 from kvtier.types import Partial, Visibility
 
 # Partials held before they are merged: a long prompt over many segments would otherwise hold one output for each.
@@ -98,9 +100,12 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
     count = max(0, read - raw.length) // sequence.group.page_tokens
     if sketch is None or count >= sequence.pages.length:
         return attend_all(sequence, queries), sequence.pages.length
-    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sketch.views()), count).pages
     all_seen = queries.see_all(sequence)
     slab = sequence.slab_in_place() if all_seen else None
+    boxes = policy.boxes(sketch.views()) if slab is not None and count else None
+    if slab is not None and boxes is not None:
+        return _over_best(sequence, queries, slab, boxes, count), count
+    chosen = sequence.chosen = policy.choose(policy.rank(queries.query, sketch.views()), count).pages
     if slab is None:
         partials = _over_chosen(sequence, queries, chosen, all_seen=all_seen)
     else:
@@ -110,6 +115,25 @@ def attend_chosen(sequence: LayerSequence, queries: Queries, policy: RetrievalPo
     if raw.length:
         partials.append(_over([sequence.tail()], queries, None if all_seen else sequence.positions.view, sequence))
     return _merged(partials, queries, sequence), count
+
+
+def _over_best(sequence: LayerSequence, queries: Queries, slab: SlabFrames, boxes: Boxes, count: int) -> Partial:
+    """Attention over the tail and the ``count`` pages with the highest bounds, chosen and attended in one call."""
+    raw = sequence.raw
+    partial, sequence.chosen = attend_ranked(
+        queries.query,
+        boxes.low,
+        boxes.high,
+        slab.keys,
+        slab.values,
+        slab.frames,
+        count,
+        newest=raw.batched() if raw.length else None,
+        group_reduce=boxes.group_reduce,
+        scale=queries.scale,
+        softcap=queries.softcap,
+    )
+    return partial
 
 
 def key_votes(sequence: AnySequence, queries: Queries, lse: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kvtier.core.ledger import Ledger
+from kvtier.storage_backends.memory import empty_huge
 
 __all__ = ["GrowingArray", "GrowingSketch"]
 
@@ -113,7 +114,7 @@ class GrowingSketch:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, whoever shares them."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def views(self) -> dict[str, torch.Tensor]:
         """The contents [1, Hk, length, ...] by name, without a copy; the same views until the contents change."""
@@ -154,7 +155,7 @@ class GrowingSketch:
     def _grow(self, sketch: Mapping[str, torch.Tensor], capacity: int) -> None:
         shapes = {name: (part.shape[0], capacity, *part.shape[2:]) for name, part in sketch.items()}
         self._ledger.take(_PURPOSE, sum(math.prod(shapes[name]) * part.element_size() for name, part in sketch.items()))
-        grown = {name: torch.empty(shapes[name], dtype=part.dtype, device=part.device) for name, part in sketch.items()}
+        grown = {name: empty_huge(shapes[name], part.dtype, part.device) for name, part in sketch.items()}
         for name, buffer in self._buffers.items():
             grown[name][:, : self.length] = buffer[:, : self.length]
         length = self.length

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from kvtier.types import GroupReduce
+
 if TYPE_CHECKING:
     from kvtier.core.policy import Need
 
-__all__ = ["Encoded", "IntArray", "KeepPlan", "MergePlan", "StepRule", "ZonePlan"]
+__all__ = ["Boxes", "Encoded", "IntArray", "KeepPlan", "MergePlan", "StepRule", "ZonePlan"]
 
 IntArray: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 
@@ -76,6 +78,14 @@ class MergePlan(NamedTuple):
     dst: torch.Tensor
     weight: torch.Tensor
     memory: torch.Tensor | None = None
+
+
+class Boxes(NamedTuple):
+    """Channel-wise bounds [B, Hk, N, Dk] of the keys of each page, by which a retrieval ranks."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    group_reduce: GroupReduce
 
 
 class ZonePlan(NamedTuple):

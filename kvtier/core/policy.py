@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
-from kvtier.core.plans import Encoded, IntArray, KeepPlan, MergePlan, StepRule, ZonePlan
+from kvtier.core.plans import Boxes, Encoded, IntArray, KeepPlan, MergePlan, StepRule, ZonePlan
 from kvtier.core.stats import SlotView, Stats
 from kvtier.errors import PolicyError
 from kvtier.kernels.top_pages import top_pages
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvtier.types import GroupReduce, KVLayout
 
 __all__ = [
+    "Boxes",
     "CodecPolicy",
     "Encoded",
     "IntArray",
@@ -344,6 +345,13 @@ class RetrievalPolicy(Policy):
 
         Sketches are [B, Hk, N, ...].
         """
+
+    def boxes(self, sketch: Sketch) -> Boxes | None:
+        """The bounds by which ``rank`` and ``choose`` go where they do nothing else; None for any other policy.
+
+        Ranking, choice and attention are then one call: neither of the two is asked in a step of one token.
+        """
+        return None
 
     def choose(self, scores: torch.Tensor, pages: int) -> ZonePlan:
         """The ``pages`` best pages of each KV head; all of them when there are fewer."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvtier.core.policy import RetrievalPolicy, Sketch
+from kvtier.core.policy import Boxes, RetrievalPolicy, Sketch
 from kvtier.errors import PolicyError
 from kvtier.kernels.page_scores import box_scores
 from kvtier.kernels.page_summaries import page_bounds
@@ -60,6 +60,13 @@ class Quest(RetrievalPolicy):
     def sketch_bytes(self, key_dim: int, element_bytes: int) -> int:
         """A minimum and a maximum per channel."""
         return 2 * key_dim * element_bytes
+
+    def boxes(self, sketch: Sketch) -> Boxes | None:
+        """The sketch itself; a subclass with a choice of its own is asked for it."""
+        kind = type(self)
+        if kind.rank is not Quest.rank or kind.choose is not RetrievalPolicy.choose:
+            return None
+        return Boxes(sketch["low"], sketch["high"], self.group_reduce)
 
     def rank(self, query: torch.Tensor, sketch: Sketch) -> torch.Tensor:
         """Upper bounds [B, Hk, N] of the logits in each page for queries [B, Hq, Tq, Dk]."""

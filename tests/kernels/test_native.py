@@ -51,7 +51,8 @@ def problems(draw: st.DrawFn) -> Problem:
 def alone(threads: int) -> Iterator[None]:
     """Splits of a few keys in so many threads, also for small calls; and nothing handed on to the plain torch form."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "LEAST_SPLIT", 8)
+        for name in ("LEAST_SPLIT", "EASY_SPLIT"):
+            patch.setattr(attention, name, 8)
         patch.setattr(scores, "LEAST_SPLIT", 3)
         for module in (attention, scores):
             patch.setattr(module, "threads_for", lambda _: threads)

@@ -170,6 +170,7 @@ def test_ragged_heads_in_c(
         sizes=(2, 3, 2, 2, 40, slots), dims=(32, 16), dtype=dtype, device=CPU, seed=seed, uneven=True, softcap=2.0
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "LEAST_SPLIT", 64)
+        for name in ("LEAST_SPLIT", "EASY_SPLIT"):
+            patch.setattr(native, name, 64)
         patch.setattr(native, "blocked", None)
         check(attend(native, problem), oracle(*run_of(problem), **options_of(problem)), dtype)
