@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import xxhash
 
-from kvtier.errors import InputError, RecordFormatError
+from kvtier.errors import InputError, RecordFormatError, RecordVersionError
 
 __all__ = [
     "BLOCK_BYTES",
@@ -40,6 +40,7 @@ __all__ = [
     "parse_graves",
     "parse_header",
     "parse_superblock",
+    "peek_epoch",
     "peek_header_bytes",
     "sealed",
 ]
@@ -139,7 +140,9 @@ def parse_superblock(block: Buffer) -> Superblock:
     Raises
     ------
     RecordFormatError
-        These are not the bytes of a superblock, or of a version that this code does not know.
+        These are not the bytes of a superblock.
+    RecordVersionError
+        They are, of a version that this code does not know.
     """
     if len(block) < SUPERBLOCK_BYTES:
         raise RecordFormatError(f"a superblock has {SUPERBLOCK_BYTES} bytes, got {len(block)}")
@@ -250,6 +253,12 @@ def peek_header_bytes(block: Buffer) -> int | None:
     return size if size % BLOCK_BYTES == 0 and 0 < size <= MAX_HEADER_BYTES else None
 
 
+def peek_epoch(block: Buffer) -> int:
+    """Epoch that a header claims, from its first block."""
+    epoch: int = _HEADER.unpack_from(block)[5]
+    return epoch
+
+
 def parse_header(data: Buffer, seed: int) -> RecordHeader:
     """Read a header of which all bytes are there.
 
@@ -337,7 +346,7 @@ def check_start(view: memoryview, magic: bytes, expected: bytes, version: int, k
     if xxhash.xxh3_64_intdigest(view[_CHECKED_FROM:], seed) != checksum:
         raise RecordFormatError("the checksum does not match: damaged, or of another place")
     if version != known:
-        raise RecordFormatError(f"required version {known}, got {version}; read it with the release that wrote it")
+        raise RecordVersionError(f"required version {known}, got {version}; read it with the release that wrote it")
 
 
 def _check_sizes(

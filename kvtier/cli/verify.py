@@ -64,7 +64,8 @@ def _value(kind: str, report: "VerifyReport", *, repaired: bool) -> dict[str, An
         "kind": kind,
         "records": report.records,
         "bytes": report.checked_bytes,
-        "damaged": [*(key.hex() for key in report.damaged), *report.damaged_segments],
+        "damaged": [*(key.hex() for key in report.damaged), *report.lost_segments, *report.restored_segments],
+        "lost_segments": list(report.lost_segments),
         "failed": [key.hex() for key in report.failed],
         "torn": report.torn,
         "index_rebuilt": report.rebuilt,
@@ -79,7 +80,8 @@ def _lines(directory: Path, report: "VerifyReport", *, repaired: bool) -> list[s
     checked = f"{report.records} records, {format_bytes(report.checked_bytes)}"
     lines = [f"{directory}: {checked} checked in {report.seconds:.1f} s, {format_bytes(round(_speed(report)))}/s"]
     wrong = [(key.hex(), "damaged") for key in report.damaged]
-    wrong += [(name, "its first block is damaged, and all of it lost") for name in report.damaged_segments]
+    wrong += [(name, "both superblocks are damaged, and all of it is lost") for name in report.lost_segments]
+    wrong += [(name, "a superblock is damaged, nothing of it is lost") for name in report.restored_segments]
     wrong += [(key.hex(), "cannot be read") for key in report.failed]
     lines += [f"  {what}: {reason}" for what, reason in wrong[:_SHOWN]]
     if len(wrong) > _SHOWN:
