@@ -20,6 +20,7 @@ __all__ = [
     "BLOCK_BYTES",
     "DEFAULT_EXTENT_BYTES",
     "DIGEST_BYTES",
+    "HEADER_EPOCH",
     "KEY_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_META_BYTES",
@@ -40,7 +41,6 @@ __all__ = [
     "parse_graves",
     "parse_header",
     "parse_superblock",
-    "peek_epoch",
     "peek_header_bytes",
     "sealed",
 ]
@@ -72,6 +72,7 @@ RECORD_MAGIC = b"KVTRECRD"
 SEGMENT_MAGIC = b"KVTSEGMT"
 RECORD_VERSION = 1
 SEGMENT_VERSION = 1
+HEADER_EPOCH = slice(24, 32)  # bytes of a header that say its epoch
 
 _CHECKED_FROM = 16  # the checksum covers everything behind itself
 _HEADER = struct.Struct("<8sQHHIQQQQII32s32sIHHQ")
@@ -140,9 +141,7 @@ def parse_superblock(block: Buffer) -> Superblock:
     Raises
     ------
     RecordFormatError
-        These are not the bytes of a superblock.
-    RecordVersionError
-        They are, of a version that this code does not know.
+        These are not the bytes of a superblock, or (`RecordVersionError`) of a version that this code does not know.
     """
     if len(block) < SUPERBLOCK_BYTES:
         raise RecordFormatError(f"a superblock has {SUPERBLOCK_BYTES} bytes, got {len(block)}")
@@ -251,12 +250,6 @@ def peek_header_bytes(block: Buffer) -> int | None:
         return None
     size: int = _HEADER.unpack_from(block)[4]
     return size if size % BLOCK_BYTES == 0 and 0 < size <= MAX_HEADER_BYTES else None
-
-
-def peek_epoch(block: Buffer) -> int:
-    """Epoch that a header claims, from its first block."""
-    epoch: int = _HEADER.unpack_from(block)[5]
-    return epoch
 
 
 def parse_header(data: Buffer, seed: int) -> RecordHeader:

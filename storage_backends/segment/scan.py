@@ -11,6 +11,7 @@ import torch
 from kvtier.errors import RecordFormatError
 from kvtier.record import (
     BLOCK_BYTES,
+    HEADER_EPOCH,
     MAX_HEADER_BYTES,
     RECORD_MAGIC,
     SUPERBLOCK_BYTES,
@@ -21,7 +22,6 @@ from kvtier.record import (
     header_seed,
     parse_graves,
     parse_header,
-    peek_epoch,
     peek_header_bytes,
 )
 from kvtier.storage_backends.engines import IOEngine, Transfer
@@ -151,8 +151,12 @@ def scan_segment(
 
 def latest_life(engine: IOEngine, segment: Segment, store: bytes) -> int:
     """The greatest epoch of which a header lies in the segment, which may be in a later one; 0 where there is none."""
+
+    def own_seed(header: memoryview) -> int:
+        return header_seed(store, int.from_bytes(header[HEADER_EPOCH], "little"))
+
     window = _Window(engine, segment, lambda _: None)
-    walk = _walk(window, SUPERBLOCK_BYTES, segment.size, lambda first: header_seed(store, peek_epoch(first)))
+    walk = _walk(window, SUPERBLOCK_BYTES, segment.size, own_seed)
     return max((header.epoch for _, header, _ in walk), default=0)
 
 
