@@ -70,8 +70,7 @@ MAX_HEADER_BYTES = 4 << 20
 
 RECORD_MAGIC = b"KVTRECRD"
 SEGMENT_MAGIC = b"KVTSEGMT"
-RECORD_VERSION = 1
-SEGMENT_VERSION = 1
+RECORD_VERSION = SEGMENT_VERSION = 1
 HEADER_EPOCH = slice(24, 32)  # bytes of a header that say its epoch
 
 _CHECKED_FROM = 16  # the checksum covers everything behind itself
