@@ -71,7 +71,7 @@ def open_directory(
         if contents is not None:
             contents.forget({one.segment.number for one in found if one.segment.kind is not SegmentKind.CACHE})
         index = _begun(index, directory, pool.store)
-        report = _report(recover(catalog, pool, engine, contents, progress), catalog, found)
+        report = _report(recover(catalog, pool, engine, contents, progress), catalog, pool, found)
         if writable:
             mend(pool, found)
             _keep_capacity(pool, catalog)
@@ -94,9 +94,11 @@ def _epochs(found: Sequence[FoundSegment]) -> dict[int, int | None]:
     return {one.segment.number: block.epoch if (block := one.first.superblock) else None for one in found}
 
 
-def _report(report: RecoveryReport, catalog: Catalog, found: Sequence[FoundSegment]) -> RecoveryReport:
-    """Name the segments whose superblocks are damaged, and count them."""
-    lost = tuple(one.name for one in found if one.lost)
+def _report(
+    report: RecoveryReport, catalog: Catalog, pool: SegmentPool, found: Sequence[FoundSegment]
+) -> RecoveryReport:
+    """Name the segments that are damaged, and count them."""
+    lost = (*pool.unopened, *(one.name for one in found if one.lost))
     restored = tuple(one.name for one in found if one.restored)
     catalog.counters.damaged += len(lost) + len(restored)
     return replace(report, lost_segments=lost, restored_segments=restored)

@@ -102,6 +102,7 @@ class SegmentPool:
         self.store = store
         self.segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
+        self.unopened: list[str] = []
         self.next_epoch = 1
 
     @property
@@ -139,6 +140,7 @@ class SegmentPool:
                 size = file.size
             except OSError as error:
                 _logger.warning("segment %s cannot be opened (%s): left alone", path, error.strerror)
+                self.unopened.append(path.name)
                 continue
             number = int(match[1])
             self.segments[number] = Segment(number, file, size)
@@ -237,8 +239,10 @@ class SegmentPool:
         return self._create()
 
     def _create(self) -> Segment:
-        number = next(n for n in range(1, len(self.segments) + 2) if n not in self.segments)
-        path = self._directory / f"segment-{number:08d}.kvt"
+        number = 1
+        while number in self.segments or self._path(number).exists():  # there may be one that cannot be opened
+            number += 1
+        path = self._path(number)
         file = self._engine.open(path, writable=True, create=True)
         try:
             failpoints.reach("segment.create.before-allocate")
@@ -254,6 +258,9 @@ class SegmentPool:
         segment = Segment(number, file, self._geometry.segment_bytes)
         self.segments[number] = segment
         return segment
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"segment-{number:08d}.kvt"
 
     def _begin(self, segment: Segment, kind: SegmentKind) -> None:
         """Write the superblocks of a new life and wait until they are on the medium."""

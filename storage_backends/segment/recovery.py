@@ -42,7 +42,8 @@ class RecoveryReport:
     rebuilt : bool
         There was no index to be trusted.
     lost_segments : tuple of str
-        Segments of which nothing says for sure what they hold: their superblocks are damaged. What they held is lost.
+        Segments that cannot be opened, or whose superblocks are damaged and nothing else says for sure what they hold.
+        None of it is served.
     restored_segments : tuple of str
         Segments of which a superblock is damaged and the other, or the index, says the same: nothing is lost.
     """
