@@ -14,6 +14,7 @@
     ├── StorageError (OSError)              a tier could not be opened, read or written
     │   ├── DamagedSlotsError               stored bytes do not match their digest
     │   ├── RecordFormatError               bytes that are no record, or not one of this place
+    │   │   └── RecordVersionError          whole, but of a version of the format that this release does not know
     │   └── StoreInUseError                 another process has the directory open
     ├── PagesLostError (RuntimeError)       pages of a live session are gone; ``handle.recover()`` re-prefills
     └── MissingDependencyError (ImportError)  an optional package is not installed
@@ -35,6 +36,7 @@ __all__ = [
     "PagesLostError",
     "PolicyError",
     "RecordFormatError",
+    "RecordVersionError",
     "SessionStateError",
     "StorageError",
     "StoreInUseError",
@@ -98,6 +100,10 @@ class DamagedSlotsError(StorageError):
 
 class RecordFormatError(StorageError):
     """Bytes that are no record, segment or saved session, are damaged, or belong to another place."""
+
+
+class RecordVersionError(RecordFormatError):
+    """Bytes that are whole, but of a version of the format that this release does not know."""
 
 
 class StoreInUseError(StorageError):

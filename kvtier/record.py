@@ -14,12 +14,13 @@ from typing import NamedTuple, TypeAlias
 
 import xxhash
 
-from kvtier.errors import InputError, RecordFormatError
+from kvtier.errors import InputError, RecordFormatError, RecordVersionError
 
 __all__ = [
     "BLOCK_BYTES",
     "DEFAULT_EXTENT_BYTES",
     "DIGEST_BYTES",
+    "HEADER_EPOCH",
     "KEY_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_META_BYTES",
@@ -69,8 +70,8 @@ MAX_HEADER_BYTES = 4 << 20
 
 RECORD_MAGIC = b"KVTRECRD"
 SEGMENT_MAGIC = b"KVTSEGMT"
-RECORD_VERSION = 1
-SEGMENT_VERSION = 1
+RECORD_VERSION = SEGMENT_VERSION = 1
+HEADER_EPOCH = slice(24, 32)  # bytes of a header that say its epoch
 
 _CHECKED_FROM = 16  # the checksum covers everything behind itself
 _HEADER = struct.Struct("<8sQHHIQQQQII32s32sIHHQ")
@@ -139,7 +140,7 @@ def parse_superblock(block: Buffer) -> Superblock:
     Raises
     ------
     RecordFormatError
-        These are not the bytes of a superblock, or of a version that this code does not know.
+        These are not the bytes of a superblock, or (`RecordVersionError`) of a version that this code does not know.
     """
     if len(block) < SUPERBLOCK_BYTES:
         raise RecordFormatError(f"a superblock has {SUPERBLOCK_BYTES} bytes, got {len(block)}")
@@ -337,7 +338,7 @@ def check_start(view: memoryview, magic: bytes, expected: bytes, version: int, k
     if xxhash.xxh3_64_intdigest(view[_CHECKED_FROM:], seed) != checksum:
         raise RecordFormatError("the checksum does not match: damaged, or of another place")
     if version != known:
-        raise RecordFormatError(f"required version {known}, got {version}; read it with the release that wrote it")
+        raise RecordVersionError(f"required version {known}, got {version}; read it with the release that wrote it")
 
 
 def _check_sizes(

@@ -13,7 +13,7 @@ from kvtier.cli.demo import demo
 from kvtier.cli.doctor import doctor
 from kvtier.cli.generate import generate
 from kvtier.cli.inspect import inspect
-from kvtier.cli.output import BAD_USE, FOUND_WRONG, INTERRUPTED
+from kvtier.cli.output import BAD_USE, FOUND_WRONG, INTERRUPTED, NOT_READ, hold_standard_streams
 from kvtier.cli.policies import policies
 from kvtier.cli.verify import verify
 from kvtier.errors import KVTierError
@@ -66,17 +66,22 @@ def run(args: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 something was found wrong, 2 bad use, 130 interrupted.
+        0 fine, 1 something was found wrong, 2 bad use, 130 interrupted, 141 nobody read the output to its end.
 
     Notes
     -----
     Bad use, bad input and every error of kvtier become one line on stderr; ``--debug`` adds the traceback.
     """
     words = list(sys.argv[1:] if args is None else args)
+    hold_standard_streams()
     try:
         code = app(words, prog_name="kvtier", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except SystemExit as exit_:  # what click and rich make of a broken pipe
+        if isinstance(exit_.__context__, BrokenPipeError):
+            return NOT_READ
+        raise
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()

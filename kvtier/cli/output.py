@@ -3,8 +3,10 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Final, Self, TextIO
 
@@ -14,12 +16,24 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
-__all__ = ["BAD_USE", "FINE", "FOUND_WRONG", "INTERRUPTED", "DebugFlag", "JsonFlag", "QuietFlag", "Screen"]
+__all__ = [
+    "BAD_USE",
+    "FINE",
+    "FOUND_WRONG",
+    "INTERRUPTED",
+    "NOT_READ",
+    "DebugFlag",
+    "JsonFlag",
+    "QuietFlag",
+    "Screen",
+    "hold_standard_streams",
+]
 
 FINE: Final = 0
 FOUND_WRONG: Final = 1
 BAD_USE: Final = 2
 INTERRUPTED: Final = 130
+NOT_READ: Final = 141  # whoever read the output left before its end, as a shell says it of SIGPIPE
 
 _PIPE_WIDTH: Final = 120  # columns of a table that no terminal limits
 
@@ -71,16 +85,18 @@ class Screen:
 
     def emit(self, value: object) -> None:
         """Print a value as JSON, the only thing on stdout."""
-        print(json.dumps(value, indent=2, allow_nan=False), file=self._stdout, flush=True)
+        with _writing():
+            print(json.dumps(value, indent=2, allow_nan=False), file=self._stdout, flush=True)
 
     def show(self, *renderables: "RenderableType") -> None:
         """Print text, as it is, and tables for a person to stdout."""
         console = self._console(self._stdout)
-        for renderable in renderables:
-            if isinstance(renderable, str):
-                print(renderable, file=self._stdout, flush=True)
-            else:
-                console.print(renderable)
+        with _writing():
+            for renderable in renderables:
+                if isinstance(renderable, str):
+                    print(renderable, file=self._stdout, flush=True)
+                else:
+                    console.print(renderable)
 
     def note(self, text: str) -> None:
         """Say something in passing on stderr, unless silence was asked for."""
@@ -117,6 +133,27 @@ class Screen:
 
         width = None if stream.isatty() else _PIPE_WIDTH
         return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def hold_standard_streams() -> None:
+    """Put what swallows everything in place of streams that were closed, before a file of a store gets their number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Say of an error that it is about the output, not about what the verb looked at."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"standard output: {error.strerror}") from error
 
 
 @contextlib.contextmanager

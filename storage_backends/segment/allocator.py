@@ -55,7 +55,7 @@ class SegmentAllocator:
     def room(self) -> int:
         """Bytes that the open segment still takes."""
         with self._catalog.lock:
-            return 0 if self._open is None else self._open.size - self._tail - self._open.cursor
+            return 0 if self._open is None else self._open.end - self._tail - self._open.cursor
 
     def resume(self, segment: Segment) -> None:
         """Go on appending to a segment that was found."""
@@ -86,7 +86,7 @@ class SegmentAllocator:
             segments = sorted(self._pool.segments.copy().values(), key=lambda segment: -segment.epoch)
             for segment in segments:
                 takes = segment.kind is SegmentKind.CACHE and not segment.leaving
-                if takes and segment.cursor + size <= segment.size:
+                if takes and segment.cursor + size <= segment.end:
                     self._put_into(segment, draft)
                     return True
             return False
@@ -122,7 +122,7 @@ class SegmentAllocator:
             self._pool.give(segment)
 
     def _fits(self, size: int) -> bool:
-        return self._open is not None and self._open.cursor + size <= self._open.size - self._tail
+        return self._open is not None and self._open.cursor + size <= self._open.end - self._tail
 
     def _settle(self, draft: Draft) -> None:
         if self._open is not None:

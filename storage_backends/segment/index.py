@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,12 @@ class IndexContents:
     epoch: int
     heat: Rows
 
+    def forget(self, segments: Collection[int]) -> None:
+        """Leave out records and tombstones of segments that hold nothing after all."""
+        if segments:
+            self.rows = self.rows[~np.isin(self.rows["at"]["segment"], list(segments))]
+            self.tombstones = [place for place in self.tombstones if place[0] not in segments]
+
 
 class SegmentIndex:
     """One connection; one thread at a time.
@@ -114,8 +120,13 @@ class SegmentIndex:
         """Most rows of one transaction, so that the log keeps its bound."""
         return min(8192, max(64, self._geometry.log_bytes // 4 // ROW.itemsize))
 
-    def load(self, epochs: dict[int, int]) -> IndexContents | None:
+    def load(self, epochs: Mapping[int, int | None]) -> IndexContents | None:
         """Everything that the index says of the segments that are in these epochs; None when it is new.
+
+        Parameters
+        ----------
+        epochs : mapping of int to (int or None)
+            None for segments of which nobody else knows: then it is the epoch that the index has.
 
         Raises
         ------
@@ -127,7 +138,10 @@ class SegmentIndex:
             sealed = self._values.pop(_SEAL, bytes(_SEAL_BYTES))
             self._seal.replace("store", self._values.items())
             marks = self._marks()
-            rows, tombstones = self._packs(epochs)
+            known = {number: marks[number].epoch if number in marks else 0 for number in epochs} | {
+                number: epoch for number, epoch in epochs.items() if epoch is not None
+            }
+            rows, tombstones = self._packs(known)
             graves = list(self._graves())
             tenants, namespaces = self._names(_TENANT), self._names(_NAMESPACE)
             if sealed != self._seal.value:
@@ -253,7 +267,7 @@ class SegmentIndex:
         self._seal.replace("segments", rows)
         return {number: SegmentMark(epoch, upto, to_number(least)) for number, epoch, upto, least in rows}
 
-    def _packs(self, epochs: dict[int, int]) -> tuple[list[bytes], list[tuple[int, int]]]:
+    def _packs(self, epochs: Mapping[int, int]) -> tuple[list[bytes], list[tuple[int, int]]]:
         """Rows of records, and places of tombstones, in segments that are in these epochs."""
         records: list[bytes] = []
         tombstones: list[tuple[int, int]] = []

@@ -48,7 +48,11 @@ class DirectoryLock:
         try:
             self._fd: int | None = os.open(self._path, flags | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            advice = "is it a segment directory?" if shared else "choose a directory that this user may write to"
+            advice = "choose a directory that this user may write to"
+            if shared and isinstance(error, FileNotFoundError):
+                advice = "is it a segment directory? A copy of one needs an empty file of this name"
+            elif shared:
+                advice = "look at it as a user who may read it"
             raise StorageError(f"cannot open {self._path} ({error.strerror}); {advice}") from error
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

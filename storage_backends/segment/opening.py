@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from kvtier.storage_backends.segment.drive import PROBE_NAME, Drive, measure_dri
 from kvtier.storage_backends.segment.index import INDEX_NAME, IndexContents, SegmentIndex, remove_index
 from kvtier.storage_backends.segment.options import Geometry
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport, adopt_segments, choose_store, recover
+from kvtier.storage_backends.segment.recovery import Progress, RecoveryReport, recover
+from kvtier.storage_backends.segment.superblocks import FoundSegment, adopt, choose_store, judge, mend, read_superblocks
 
 __all__ = ["Opened", "open_directory"]
 
@@ -56,22 +58,22 @@ def open_directory(
     try:
         if writable:
             (directory / PROBE_NAME).unlink(missing_ok=True)
-        found = pool.load(writable=writable)
-        epochs = {segment.number: block.epoch for segment, block in found if block is not None}
-        index, contents = _open_index(directory, geometry, epochs, writable=writable)
+        found = read_superblocks(engine, pool.load(writable=writable))
+        index, contents = _open_index(directory, geometry, _epochs(found), writable=writable)
         store = choose_store(found)
         if contents is not None and store is not None and contents.store != store:
             _logger.warning("the index in %s belongs to another store; it is rebuilt", directory)
             _remove(index, directory)
             index, contents = None, None
-        if contents is not None:
-            pool.miss(found, contents.marks)
         pool.store = store or (contents.store if contents is not None else uuid.uuid4().bytes)
-        adopt_segments(pool, found)
+        judge(found, engine, pool.store, contents)
+        adopt(pool, found)
+        if contents is not None:
+            contents.forget({one.segment.number for one in found if one.segment.kind is not SegmentKind.CACHE})
         index = _begun(index, directory, pool.store)
-        report = replace(recover(catalog, pool, engine, contents, progress), damaged_segments=tuple(pool.damaged))
-        catalog.counters.damaged += len(pool.damaged)
+        report = _report(recover(catalog, pool, engine, contents, progress), catalog, pool, found)
         if writable:
+            mend(pool, found)
             _keep_capacity(pool, catalog)
         return Opened(pool, index, report, measure_drive(engine, directory, pool, writable=writable))
     except OSError as error:
@@ -87,8 +89,23 @@ def newest_segment(pool: SegmentPool) -> Segment | None:
     return max(cache, key=lambda segment: segment.epoch, default=None)
 
 
+def _epochs(found: Sequence[FoundSegment]) -> dict[int, int | None]:
+    """Epochs as the first superblocks have them; None where only the index may know."""
+    return {one.segment.number: block.epoch if (block := one.first.superblock) else None for one in found}
+
+
+def _report(
+    report: RecoveryReport, catalog: Catalog, pool: SegmentPool, found: Sequence[FoundSegment]
+) -> RecoveryReport:
+    """Name the segments that are damaged, and count them."""
+    lost = (*pool.unopened, *(one.name for one in found if one.lost))
+    restored = tuple(one.name for one in found if one.restored)
+    catalog.counters.damaged += len(lost) + len(restored)
+    return replace(report, lost_segments=lost, restored_segments=restored)
+
+
 def _open_index(
-    directory: Path, geometry: Geometry, epochs: dict[int, int], *, writable: bool
+    directory: Path, geometry: Geometry, epochs: dict[int, int | None], *, writable: bool
 ) -> tuple[SegmentIndex | None, IndexContents | None]:
     """The index and what it says; a fresh one and nothing where it cannot be trusted."""
     if not writable:
@@ -123,7 +140,7 @@ def _remove(index: SegmentIndex | None, directory: Path) -> None:
     remove_index(directory)
 
 
-def _read_copy(directory: Path, geometry: Geometry, epochs: dict[int, int]) -> IndexContents | None:
+def _read_copy(directory: Path, geometry: Geometry, epochs: dict[int, int | None]) -> IndexContents | None:
     """What the index says, read from a copy: SQLite itself would write beside it."""
     with tempfile.TemporaryDirectory(prefix="kvtier-index-") as name:
         copy = Path(name)

@@ -123,7 +123,7 @@ class Geometry:
     @property
     def most_record_bytes(self) -> int:
         """Largest record, header included."""
-        return self.segment_bytes - SUPERBLOCK_BYTES
+        return self.segment_bytes - 2 * SUPERBLOCK_BYTES
 
 
 def options_of(directory: Path) -> SegmentOptions:

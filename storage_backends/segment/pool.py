@@ -6,15 +6,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kvtier.errors import RecordFormatError
-from kvtier.record import SUPERBLOCK_BYTES, SegmentKind, Superblock, parse_superblock
+from kvtier.record import SUPERBLOCK_BYTES, SegmentKind, Superblock
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned
@@ -71,6 +69,11 @@ class Segment:
         self.sync = GroupSync(self.file.sync)
 
     @property
+    def end(self) -> int:
+        """Where records must end: the last block says again what the first one does."""
+        return self.size - SUPERBLOCK_BYTES
+
+    @property
     def settled(self) -> int:
         """Everything below this offset was written, or given up."""
         return min(self.in_flight, default=self.cursor)
@@ -99,7 +102,7 @@ class SegmentPool:
         self.store = store
         self.segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
-        self.damaged: list[str] = []
+        self.unopened: list[str] = []
         self.next_epoch = 1
 
     @property
@@ -126,9 +129,8 @@ class SegmentPool:
         """Whether what was found is more than may be."""
         return self.reckoned_bytes > self._geometry.for_segments
 
-    def load(self, *, writable: bool) -> list[tuple[Segment, Superblock | None]]:
-        """Open the segments that are there; with None where the superblock says nothing that can be trusted."""
-        found: list[tuple[Segment, Superblock | None]] = []
+    def load(self, *, writable: bool) -> list[Segment]:
+        """Open the segments that are there, in no life yet."""
         for path in sorted(self._directory.iterdir()):
             match = SEGMENT_NAME.fullmatch(path.name)
             if match is None:
@@ -138,18 +140,11 @@ class SegmentPool:
                 size = file.size
             except OSError as error:
                 _logger.warning("segment %s cannot be opened (%s): left alone", path, error.strerror)
+                self.unopened.append(path.name)
                 continue
-            segment = Segment(int(match[1]), file, size)
-            self.segments[segment.number] = segment
-            found.append((segment, self._superblock(segment)))
-        return found
-
-    def miss(self, found: Sequence[tuple[Segment, Superblock | None]], known: Container[int]) -> None:
-        """Count segments without a word about themselves as damaged, where the index has ``known`` them in use."""
-        for segment, superblock in found:
-            name = segment.file.path.name
-            if superblock is None and segment.number in known and name not in self.damaged:
-                self.damaged.append(name)
+            number = int(match[1])
+            self.segments[number] = Segment(number, file, size)
+        return list(self.segments.values())
 
     def adopt(self, segment: Segment, superblock: Superblock | None) -> None:
         """Go on with a life that was found, or with none."""
@@ -191,6 +186,15 @@ class SegmentPool:
         else:
             self.discard(segment)
 
+    def settle(self, segment: Segment) -> None:
+        """End whatever life a free segment may have been in, for good."""
+        if segment in self._free:
+            self._free.remove(segment)
+            if segment.size == self._geometry.segment_bytes:
+                self.give(segment)
+            else:
+                self.discard(segment)
+
     def discard(self, segment: Segment) -> None:
         """Remove a file."""
         del self.segments[segment.number]
@@ -205,6 +209,18 @@ class SegmentPool:
             return False
         self.discard(self._free.pop())
         return True
+
+    def inscribe(self, segment: Segment, superblock: Superblock, offsets: Sequence[int]) -> None:
+        """Write a superblock at each of these offsets and wait until all are on the medium."""
+        block = empty_aligned(SUPERBLOCK_BYTES)
+        block.numpy()[:] = np.frombuffer(superblock.pack(), dtype=np.uint8)
+        failpoints.reach("superblock.before-write")
+        for error in self._engine.write([Transfer(segment.file, offset, block) for offset in offsets]):
+            if error is not None:
+                raise error
+        failpoints.reach("superblock.before-sync")
+        segment.file.sync()
+        failpoints.reach("superblock.after-sync")
 
     def close(self) -> None:
         """Close all files."""
@@ -223,8 +239,10 @@ class SegmentPool:
         return self._create()
 
     def _create(self) -> Segment:
-        number = next(n for n in range(1, len(self.segments) + 2) if n not in self.segments)
-        path = self._directory / f"segment-{number:08d}.kvt"
+        number = 1
+        while number in self.segments or self._path(number).exists():  # there may be one that cannot be opened
+            number += 1
+        path = self._path(number)
         file = self._engine.open(path, writable=True, create=True)
         try:
             failpoints.reach("segment.create.before-allocate")
@@ -241,46 +259,22 @@ class SegmentPool:
         self.segments[number] = segment
         return segment
 
+    def _path(self, number: int) -> Path:
+        return self._directory / f"segment-{number:08d}.kvt"
+
     def _begin(self, segment: Segment, kind: SegmentKind) -> None:
-        """Write the superblock of a new life and wait until it is on the medium."""
+        """Write the superblocks of a new life and wait until they are on the medium."""
         epoch = self.next_epoch
         self.next_epoch += 1
         superblock = Superblock(
             kind=kind, epoch=epoch, store=self.store, segment_bytes=segment.size, created_us=time.time_ns() // 1000
         )
-        block = empty_aligned(SUPERBLOCK_BYTES)
-        block.numpy()[:] = np.frombuffer(superblock.pack(), dtype=np.uint8)
-        failpoints.reach("superblock.before-write")
-        self._write(segment, block)
-        failpoints.reach("superblock.before-sync")
-        segment.file.sync()
-        failpoints.reach("superblock.after-sync")
+        self.inscribe(segment, superblock, (0, segment.end))
         segment.cursor = SUPERBLOCK_BYTES
         segment.min_sequence = 1 << 63
         segment.leaving = False
         segment.epoch = epoch
         segment.kind = kind
-
-    def _write(self, segment: Segment, block: torch.Tensor) -> None:
-        (error,) = self._engine.write([Transfer(segment.file, 0, block)])
-        if error is not None:
-            raise error
-
-    def _superblock(self, segment: Segment) -> Superblock | None:
-        if segment.size < SUPERBLOCK_BYTES:
-            return None
-        block = empty_aligned(SUPERBLOCK_BYTES)
-        (error,) = self._engine.read([Transfer(segment.file, 0, block)])
-        if error is None:
-            if not block.any():
-                return None  # the process ended before it was used
-            try:
-                return parse_superblock(block.numpy().data)
-            except RecordFormatError as problem:
-                error = problem
-        _logger.warning("segment %s holds nothing to be trusted: %s", segment.file.path, error)
-        self.damaged.append(segment.file.path.name)
-        return None
 
 
 def sync_directory(directory: Path) -> None:

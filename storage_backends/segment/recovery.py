@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvtier.record import SUPERBLOCK_BYTES, SegmentKind, Superblock
+from kvtier.record import SUPERBLOCK_BYTES, SegmentKind
 from kvtier.storage_backends.engines import IOEngine
 from kvtier.storage_backends.record_table import KeyArray
 from kvtier.storage_backends.segment.catalog import Catalog
@@ -20,7 +19,7 @@ from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.rows import GRAVE, ROW, Rows, join_keys, pack_row, rows_of
 from kvtier.storage_backends.segment.scan import ScannedRecord, SegmentScan, scan_segment
 
-__all__ = ["Progress", "RecoveryReport", "adopt_segments", "choose_store", "recover"]
+__all__ = ["Progress", "RecoveryReport", "recover"]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and bytes in all, from any thread."""
@@ -42,8 +41,11 @@ class RecoveryReport:
         Records that were not complete and were left out.
     rebuilt : bool
         There was no index to be trusted.
-    damaged_segments : tuple of str
-        Segments whose first block is damaged: whatever they held is lost.
+    lost_segments : tuple of str
+        Segments that cannot be opened, or whose superblocks are damaged and nothing else says for sure what they hold.
+        None of it is served.
+    restored_segments : tuple of str
+        Segments of which a superblock is damaged and the other, or the index, says the same: nothing is lost.
     """
 
     indexed: int = 0
@@ -51,22 +53,8 @@ class RecoveryReport:
     scanned_bytes: int = 0
     torn: int = 0
     rebuilt: bool = False
-    damaged_segments: tuple[str, ...] = ()
-
-
-def choose_store(found: Sequence[tuple[Segment, Superblock | None]]) -> bytes | None:
-    """The store that most segments belong to."""
-    stores = Counter(superblock.store for _, superblock in found if superblock is not None)
-    return stores.most_common(1)[0][0] if stores else None
-
-
-def adopt_segments(pool: SegmentPool, found: Sequence[tuple[Segment, Superblock | None]]) -> None:
-    """Go on with the segments of this store; those of others, and damaged ones, hold nothing."""
-    for segment, superblock in found:
-        ours = superblock is not None and superblock.store == pool.store
-        pool.adopt(segment, superblock if ours else None)
-        if superblock is not None:
-            pool.next_epoch = max(pool.next_epoch, superblock.epoch + 1)
+    lost_segments: tuple[str, ...] = ()
+    restored_segments: tuple[str, ...] = ()
 
 
 def recover(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch
 from kvtier.errors import RecordFormatError
 from kvtier.record import (
     BLOCK_BYTES,
+    HEADER_EPOCH,
     MAX_HEADER_BYTES,
     RECORD_MAGIC,
+    SUPERBLOCK_BYTES,
     Grave,
     RecordHeader,
     RecordKind,
@@ -26,7 +28,7 @@ from kvtier.storage_backends.engines import IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.segment.pool import Segment
 
-__all__ = ["ScannedRecord", "SegmentScan", "scan_segment"]
+__all__ = ["ScannedRecord", "SegmentScan", "latest_life", "scan_segment"]
 
 _WINDOW_BYTES = 16 << 20
 _PIECE_BYTES = 2 << 20
@@ -130,27 +132,48 @@ def scan_segment(
     window = _Window(engine, segment, advanced)
     seed = header_seed(store, segment.epoch)
     records: list[ScannedRecord] = []
-    offset = start
-    while (offset := _next_magic(window, offset, segment.size)) < segment.size:
-        header = _header_at(window, offset, seed)
-        if header is None or header.epoch != segment.epoch:
-            offset += BLOCK_BYTES
+    for offset, header, payload in _walk(window, start, segment.size, lambda _: seed):
+        if header.epoch != segment.epoch:
             continue
         scan.last_sequence = max(scan.last_sequence, header.sequence)
-        payload = window.view(offset + header.header_bytes, header.payload_bytes)
-        if payload is None or digest_extents(payload, header.extent_bytes) != header.digests:
+        if payload is None:
             scan.torn.append(header)
-            offset += BLOCK_BYTES
             continue
         scan.min_sequence = min(scan.min_sequence, header.sequence)
         if header.kind is RecordKind.TOMBSTONE:
             _take_tombstone(scan, payload, offset)
         else:
             records.append(ScannedRecord(header, offset))
-        offset += header.record_bytes
-        scan.end = offset
+        scan.end = offset + header.record_bytes
     scan.failed_bytes = window.failed_bytes
     return records, scan
+
+
+def latest_life(engine: IOEngine, segment: Segment, store: bytes) -> int:
+    """The greatest epoch of which a header lies in the segment, which may be in a later one; 0 where there is none."""
+
+    def own_seed(header: memoryview) -> int:
+        return header_seed(store, int.from_bytes(header[HEADER_EPOCH], "little"))
+
+    window = _Window(engine, segment, lambda _: None)
+    walk = _walk(window, SUPERBLOCK_BYTES, segment.size, own_seed)
+    return max((header.epoch for _, header, _ in walk), default=0)
+
+
+def _walk(
+    window: _Window, start: int, size: int, seed_of: Callable[[memoryview], int]
+) -> Iterator[tuple[int, RecordHeader, memoryview | None]]:
+    """Headers that pass with the seed that goes with their first block, and where; without a payload that is torn."""
+    offset = start
+    while (offset := _next_magic(window, offset, size)) < size:
+        header = _header_at(window, offset, seed_of)
+        if header is None:
+            offset += BLOCK_BYTES
+            continue
+        payload = window.view(offset + header.header_bytes, header.payload_bytes)
+        whole = payload is not None and digest_extents(payload, header.extent_bytes) == header.digests
+        yield offset, header, payload if whole else None
+        offset += header.record_bytes if whole else BLOCK_BYTES
 
 
 def _take_tombstone(scan: SegmentScan, payload: memoryview, offset: int) -> None:
@@ -177,13 +200,13 @@ def _next_magic(window: _Window, offset: int, size: int) -> int:
     return size
 
 
-def _header_at(window: _Window, offset: int, seed: int) -> RecordHeader | None:
+def _header_at(window: _Window, offset: int, seed_of: Callable[[memoryview], int]) -> RecordHeader | None:
     first = window.view(offset, BLOCK_BYTES)
     size = peek_header_bytes(first) if first is not None else None
     whole = window.view(offset, min(size, MAX_HEADER_BYTES)) if size is not None else None
     if whole is None:
         return None
     try:
-        return parse_header(whole, seed)
+        return parse_header(whole, seed_of(whole))
     except RecordFormatError:
         return None

@@ -53,11 +53,11 @@ class SegmentSpill(SlotBackend):
         self.slot_bytes = slot_bytes
         self.capacity_slots = capacity_slots
         self.stride = round_up(slot_bytes, BLOCK_BYTES)
-        self._per_segment = (records.segment_bytes - SUPERBLOCK_BYTES) // self.stride
+        self._per_segment = (records.segment_bytes - 2 * SUPERBLOCK_BYTES) // self.stride
         if not self._per_segment:
             raise ConfigError(
-                f"required segments of at least {self.stride + SUPERBLOCK_BYTES} bytes for slots of {slot_bytes}, got "
-                f"{records.segment_bytes}; raise segment_bytes"
+                f"required segments of at least {self.stride + 2 * SUPERBLOCK_BYTES} bytes for slots of {slot_bytes}, "
+                f"got {records.segment_bytes}; raise segment_bytes"
             )
         self._records = records
         self._engine: IOEngine = records.engine

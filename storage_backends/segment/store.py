@@ -268,8 +268,14 @@ class SegmentRecords(RecordStore):
         """
         with self._gate:
             report = verify_records(self._journal, progress)
-        recovery = self.recovery
-        return replace(report, torn=recovery.torn, rebuilt=recovery.rebuilt, damaged_segments=recovery.damaged_segments)
+        found = self.recovery
+        return replace(
+            report,
+            torn=found.torn,
+            rebuilt=found.rebuilt,
+            lost_segments=found.lost_segments,
+            restored_segments=found.restored_segments,
+        )
 
     def rewrite_index(self) -> None:
         """Replace the index on disk by what is known now: the second half of a repair, after `verify`.

@@ -34,8 +34,8 @@ class VerifyReport:
         Keys of those whose bytes are not what was written.
     failed : tuple of bytes
         Keys of those that the medium does not give.
-    damaged_segments : tuple of str
-        Segments whose first block is damaged: whatever they held is lost.
+    lost_segments, restored_segments : tuple of str
+        Segments whose superblocks are damaged; see `RecoveryReport`.
     torn : int
         Records that were not complete when the directory was opened.
     rebuilt : bool
@@ -47,7 +47,8 @@ class VerifyReport:
     checked_bytes: int
     damaged: tuple[bytes, ...]
     failed: tuple[bytes, ...]
-    damaged_segments: tuple[str, ...] = ()
+    lost_segments: tuple[str, ...] = ()
+    restored_segments: tuple[str, ...] = ()
     torn: int = 0
     rebuilt: bool = False
     seconds: float = 0.0
@@ -55,7 +56,7 @@ class VerifyReport:
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong; a torn record is no damage, it was never promised."""
-        return not (self.damaged or self.failed or self.damaged_segments)
+        return not (self.damaged or self.failed or self.lost_segments or self.restored_segments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtier.cli.main import run
+from kvtier.errors import StorageError
 from kvtier.storage_backends.files import FileOptions, FileRecords
 from kvtier.storage_backends.files.layout import QUARANTINE, record_path
 from kvtier.storage_backends.records import RecordStore
@@ -145,7 +146,7 @@ def test_a_person_reads_what_is_wrong_and_how_fast_it_was_read(
     assert run(["verify", str(directory)]) == 1
     said = capsys.readouterr().out
     assert f"{sample_key(2).hex()}: damaged" in said
-    assert "1 wrong; --repair puts them aside" in said
+    assert "1 wrong; --repair puts aside or mends" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--repair"]])
@@ -210,3 +211,74 @@ def test_a_files_directory_in_use_is_checked_beside_its_users(
         assert verified(capsys, directory, "--repair")[0] == 1
         assert fetch(store, 1, SIZE) is None
         assert store.put([sample_record(1, SIZE)])[0].state.value == "stored"
+
+
+def test_a_damaged_superblock_is_named_and_mended(
+    stored: Callable[[Opens], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = stored(segments)
+    flip_bit(directory / "segment-00000001.kvt", 3)
+    before = snapshot(directory)
+
+    code, report = verified(capsys, directory)
+    assert (code, report["records"], report["damaged"]) == (1, 8, ["segment-00000001.kvt"])
+    assert report["lost_segments"] == []
+    assert snapshot(directory) == before
+    assert run(["verify", str(directory), "--repair"]) == 1
+    assert "a superblock is damaged, nothing of it is lost" in capsys.readouterr().out
+    code, report = verified(capsys, directory)
+    assert (code, report["records"], report["damaged"]) == (0, 8, [])
+
+
+def test_a_segment_that_cannot_be_opened_is_wrong(
+    stored: Callable[[Opens], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = stored(segments)
+    (directory / "segment-00000001.kvt").rename(directory / "kept")
+    (directory / "segment-00000001.kvt").mkdir()
+
+    code, report = verified(capsys, directory)
+    assert (code, report["lost_segments"]) == (1, ["segment-00000001.kvt"])
+    with segments(directory) as store:
+        assert store.put([sample_record(50, SIZE)])[0].state.value == "stored", "its number was not passed over"
+
+
+def test_a_repair_that_a_full_disk_stops_says_so(
+    stored: Callable[[Opens], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = stored(segments)
+
+    def full(*_: object) -> None:
+        raise StorageError("database or disk is full")
+
+    monkeypatch.setattr("kvtier.storage_backends.segment.index.SegmentIndex.commit", full)
+    code = run(["verify", str(directory), "--repair", "--json"])
+    captured = capsys.readouterr()
+    assert (code, json.loads(captured.out)["repaired"]) == (1, False)
+    assert "wrong: not repaired: " in captured.err
+
+
+def test_a_copy_without_its_lock_is_told_what_it_lacks(
+    stored: Callable[[Opens], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = stored(segments)
+    (directory / "lock").unlink()
+    assert run(["verify", str(directory)]) == 2
+    assert "A copy of one needs an empty file of this name" in capsys.readouterr().err
+    (directory / "lock").touch()
+    assert run(["verify", str(directory)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [("| true", 141), (">&-", 0), ("2>&- >/dev/null", 0), (">/dev/full", 2), ("--json | true", 141)],
+)
+def test_the_exit_code_is_of_the_store_whatever_becomes_of_the_output(
+    stored: Callable[[Opens], Path], ending: str, expected: int
+) -> None:
+    command = f"{sys.executable} -P -m kvtier.cli verify {stored(files)} {ending}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (expected, False), done.stderr
+    assert ("standard output: No space left" in done.stderr) == (ending == ">/dev/full")

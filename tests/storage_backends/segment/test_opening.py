@@ -163,28 +163,6 @@ def test_an_index_from_before_a_segment_was_used_again_is_not_believed(tmp_path:
         assert all(served(store, number) for number in kept)
 
 
-def test_a_damaged_superblock_costs_its_segment_and_is_reported(tmp_path: Path) -> None:
-    filled(tmp_path)
-    with (tmp_path / "segment-00000001.kvt").open("r+b") as file:
-        file.write(b"x")
-    with open_store(tmp_path) as store:
-        assert store.recovery.damaged_segments == ("segment-00000001.kvt",)
-        assert not served(store, 0)
-        assert served(store, 19), "the other segment is right"
-        assert not store.verify().clean
-        put(store, 1)
-
-
-def test_a_superblock_of_zeros_is_damage_where_the_index_knows_better(tmp_path: Path) -> None:
-    filled(tmp_path)
-    with (tmp_path / "segment-00000001.kvt").open("r+b") as file:
-        file.write(bytes(4096))
-    with open_store(tmp_path) as store:
-        assert store.recovery.damaged_segments == ("segment-00000001.kvt",)
-        assert store.stats().damaged == 1
-        assert not served(store, 0)
-
-
 def test_rebuilding_tells_how_far_it_is(tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / "index.sqlite").unlink()

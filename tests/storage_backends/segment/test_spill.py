@@ -15,7 +15,7 @@ from kvtier.testing.backend_laws import BackendFactory, SlotBackendLaws
 from kvtier.testing.backend_machine import random_rows
 from kvtier.testing.record_samples import physical_bytes, sample_key, sample_record
 
-SEGMENT = 100 << 10  # so small that whole segments stay within the slack of the laws
+SEGMENT = 136 << 10  # so small that whole segments stay within the slack of the laws
 MIB = 1 << 20
 
 
@@ -75,7 +75,7 @@ def test_a_reservation_that_cannot_be_had_takes_nothing(tmp_path: Path) -> None:
         records.put([sample_record(1, 10_000)])
         with (
             records.lease([sample_key(1)], owner="test", seconds=60),
-            SegmentSpill(1 * MIB - 4096, 100, records) as spill,
+            SegmentSpill(1 * MIB - 8192, 100, records) as spill,
         ):
             with pytest.raises(CapacityError, match=r"required a segment of 1\.0 MiB, got none"):
                 spill.reserve(50)
@@ -102,13 +102,13 @@ def test_what_a_dead_process_spilled_is_free_again(tmp_path: Path) -> None:
     options = SegmentOptions(capacity=8 * MIB)
     with SegmentRecords(tmp_path, options) as records:
         records.put([sample_record(1, 10_000)])
-        spill = SegmentSpill(1 * MIB - 4096, 100, records)
-        spill.write(spill.reserve(3), random_rows(1, 3, 1 * MIB - 4096))
+        spill = SegmentSpill(1 * MIB - 8192, 100, records)
+        spill.write(spill.reserve(3), random_rows(1, 3, 1 * MIB - 8192))
     with SegmentRecords(tmp_path, options) as records:
         into = torch.zeros(10_000, dtype=torch.uint8)
         assert records.read([ReadRequest(sample_key(1), into)]) == [True]
         assert records.stats().records == 1
-        with SegmentSpill(1 * MIB - 4096, 100, records) as spill:
+        with SegmentSpill(1 * MIB - 8192, 100, records) as spill:
             assert spill.reserve(5).size == 5
         assert physical_bytes(tmp_path) <= options.capacity
 
