@@ -118,14 +118,21 @@ class HostSlots(SlotBackend):
         for part in self._parts(slots, distinct=False):
             copy_rows(part.slab, part.local, rows, part.rows)
 
-    def views(self, spans: Sequence[Span]) -> list[ByteRows]:
+    def views(self, spans: Sequence[tuple[int, int]]) -> list[ByteRows]:
         """The memory of reserved slots as flat uint8 arrays, one for each span, more where a span leaves a slab.
 
         They may be used until the slots are released, and keep their memory when the slots are closed.
         """
         with self._lock:
             self._require_open()
-            return [view for span in spans for view in self._span_views(span)]
+            found: list[ByteRows] = []
+            for first, stop in spans:
+                while first < stop:
+                    slab = bisect_right(self._starts, first) - 1
+                    start, end = self._starts[slab], min(stop, self._starts[slab + 1])
+                    found.append(self._memory[slab][(first - start) * self.slot_bytes : (end - start) * self.slot_bytes])
+                    first = end
+            return found
 
     @property
     def free_slots(self) -> int:
@@ -175,15 +182,6 @@ class HostSlots(SlotBackend):
         for slab in [slab for slab in self._slabs if not self._in_use[slab]]:
             del self._memory[slab]
             self._slabs.pop(slab).close()
-
-    def _span_views(self, span: Span) -> Iterator[ByteRows]:
-        """Cut a span at the slab borders; called with the lock held."""
-        at, stop = span
-        while at < stop:
-            slab = bisect_right(self._starts, at) - 1
-            first, end = self._starts[slab], min(stop, self._starts[slab + 1])
-            yield self._memory[slab][(at - first) * self.slot_bytes : (end - first) * self.slot_bytes]
-            at = end
 
     def _parts(self, slots: IntArray, *, distinct: bool) -> Iterator[_Part]:
         """Cut a transfer at the slab borders."""
