@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from kvtier.storage_backends.extents import EXTENT_BYTES, copy_verified, copy_with_digests, ranges_within, verified
+from kvtier.storage_backends.extents import EXTENT_BYTES, VerifiedCopy, copy_with_digests, ranges_within, verified
 from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ReadRequest, Record, RecordView
 
-__all__ = ["HostEntry", "fill", "read_verified"]
+__all__ = ["HostEntry", "copy_of", "fill"]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,9 +49,9 @@ def fill(place: Place, record: Record) -> bytes:
     return copy_with_digests(sources, place.views, record.payload_bytes)
 
 
-def read_verified(entry: HostEntry | None, request: ReadRequest) -> bool | None:
-    """Copy bytes out: True when they are right, False when not, None when they were never there."""
+def copy_of(entry: HostEntry | None, request: ReadRequest) -> VerifiedCopy | None:
+    """The copy that a request asks for, out of where the record lies now; None when it was never there."""
     ranges = None if entry is None else ranges_within(request, entry.payload_bytes)
     if entry is None or ranges is None:
         return None
-    return copy_verified(entry.views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())
+    return VerifiedCopy(entry.views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import compress, repeat
+from itertools import compress
 from operator import not_
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.host_arena import HostArena, Place
-from kvtier.storage_backends.host_entry import HostEntry, fill, read_verified
+from kvtier.storage_backends.host_entry import HostEntry, copy_of, fill
 from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.order import LeastRecentlyUsed
@@ -123,7 +123,7 @@ class HostRecords(RecordStore):
         sizes = [request.into.numel() for request in requests]
         results: list[bool | None] = [None] * len(requests)
         try:
-            jobs = list(map(partial, repeat(read_verified), entries, requests))
+            jobs = [_missing if copy is None else copy.run for copy in map(copy_of, entries, requests)]
             results = self._workers.run(jobs, sum(sizes))
         finally:
             with self._lock:
@@ -399,6 +399,10 @@ class HostRecords(RecordStore):
         self._index.move(row, place)
         if row in self._reading:
             self._reading[row].views = place.views
+
+
+def _missing() -> None:
+    """A read of what was never there."""
 
 
 def _payload_share(capacity_bytes: int) -> int:
