@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import xxhash
@@ -14,8 +15,8 @@ from kvtier.storage_backends.records import ByteRange, ReadRequest
 __all__ = [
     "DIGEST_BYTES",
     "EXTENT_BYTES",
+    "VerifiedCopy",
     "copy_vectors",
-    "copy_verified",
     "copy_with_digests",
     "digest_bytes",
     "ranges_within",
@@ -28,7 +29,10 @@ EXTENT_BYTES = 64 << 10
 DIGEST_BYTES = 16
 """Bytes of a digest, xxh3-128."""
 
-_BLOCK_BYTES = 4 * EXTENT_BYTES  # copied, then digested while it is in the cache
+_BLOCK_EXTENTS = 8  # copied, then digested while they are in the cache
+
+# An array is a buffer, though its type says so from Python 3.12 on only; a memoryview of it would cost more than the call.
+_digest = cast("Callable[[ByteRows], bytes]", xxhash.xxh3_128_digest)
 
 
 def digest_bytes(payload_bytes: int) -> int:
@@ -45,11 +49,13 @@ def ranges_within(request: ReadRequest, payload_bytes: int) -> tuple[ByteRange, 
         An ``into`` that is no contiguous uint8 vector on the CPU.
     """
     into = request.into
-    if into.dtype != torch.uint8 or into.ndim != 1 or not into.is_contiguous() or into.device.type != "cpu":
+    if into.dtype != torch.uint8 or into.ndim != 1 or not into.is_contiguous() or not into.is_cpu:
         raise InputError(
             f"into must be a contiguous uint8 vector on the CPU, got {into.dtype} {list(into.shape)} on {into.device}"
         )
-    ranges = (ByteRange(0, payload_bytes),) if request.ranges is None else request.ranges
+    if request.ranges is None:
+        return (ByteRange(0, payload_bytes),) if into.numel() == payload_bytes else None
+    ranges = request.ranges
     end = 0
     for offset, length in ranges:
         if offset < end or length < 0 or offset + length > payload_bytes:
@@ -77,8 +83,8 @@ def copy_vectors(sources: Sequence[ByteRows], targets: Sequence[ByteRows]) -> No
 def copy_with_digests(sources: Sequence[ByteRows], targets: Sequence[ByteRows], nbytes: int) -> bytes:
     """Copy ``nbytes`` from vectors to vectors; the digests of the extents as they were written, joined."""
     digests = []
-    for start in range(0, nbytes, _BLOCK_BYTES):
-        stop = min(start + _BLOCK_BYTES, nbytes)
+    for start in range(0, nbytes, _BLOCK_EXTENTS * EXTENT_BYTES):
+        stop = min(start + _BLOCK_EXTENTS * EXTENT_BYTES, nbytes)
         copy_vectors(_slices(sources, start, stop), _slices(targets, start, stop))
         digests.append(_digests(targets, start, stop))
     return b"".join(digests)
@@ -89,49 +95,83 @@ def verified(sources: Sequence[ByteRows], digests: bytes, start: int, stop: int)
     return _digests(sources, start, stop) == _part(digests, start, stop)
 
 
-def copy_verified(
-    sources: Sequence[ByteRows], digests: bytes, nbytes: int, ranges: Iterable[ByteRange], into: ByteRows
-) -> bool:
-    """Lay ranges of a payload of ``nbytes`` into ``into``, one after the other; False when a byte is not what it was.
+class VerifiedCopy:
+    """A copy out of a payload that is verified as it goes; what Python can do before a byte moves is done here.
 
-    Extents that are wanted whole are verified where they were copied to, others where they lie.
+    Copying puts all that Python works with out of the caches, so it should find little to do between two copies.
+
+    Parameters
+    ----------
+    sources : sequence of ByteRows
+        The payload as vectors laid end to end; more may follow behind it.
+    digests : bytes
+        Of all its extents.
+    nbytes : int
+        Of the payload.
+    ranges : iterable of ByteRange
+        Laid into ``into``, one after the other.
+    into : ByteRows
     """
-    at = 0
-    for offset, length in ranges:
-        for start, stop in _blocks(offset, offset + length):
-            target = [into[at : at + stop - start]]
-            copy_vectors(_slices(sources, start, stop), target)
-            first = -(-start // EXTENT_BYTES) * EXTENT_BYTES
-            last = stop if stop == nbytes else stop // EXTENT_BYTES * EXTENT_BYTES
-            if first < last and _digests(target, first - start, last - start) != _part(digests, first, last):
+
+    __slots__ = ("_digests", "_into", "_nbytes", "_rest", "_runs", "_sources")
+
+    def __init__(
+        self, sources: Sequence[ByteRows], digests: bytes, nbytes: int, ranges: Iterable[ByteRange], into: ByteRows
+    ) -> None:
+        self._sources, self._digests, self._nbytes, self._into = sources, digests, nbytes, into
+        self._runs: list[tuple[ByteRows, ByteRows, bytes]] = []  # whole extents [n, bytes], from and to, and digests
+        self._rest: list[tuple[int, int, int]] = []  # where in ``into``, from which byte of the payload to which
+        at = 0
+        for start, length in ranges:
+            stop, shift = start + length, at - start
+            first, last = -(-start // EXTENT_BYTES) * EXTENT_BYTES, stop // EXTENT_BYTES * EXTENT_BYTES
+            if first >= last or len(sources) > 1:
+                first = last = stop
+            else:
+                source, target = sources[0][first:last], into[first + shift : last + shift]
+                rows = source.reshape(-1, EXTENT_BYTES), target.reshape(-1, EXTENT_BYTES)
+                self._runs.append((*rows, _part(digests, first, last)))
+            if start < first:
+                self._rest.append((at, start, first))
+            if last < stop:
+                self._rest.append((last + shift, last, stop))
+            at += length
+
+    def run(self) -> bool:
+        """Copy; False when a byte is not what it was: then nothing of ``into`` may be used.
+
+        Extents that are wanted whole are verified where they were copied to, others where they lie.
+        """
+        for source, target, digests in self._runs:
+            found: list[bytes] = []
+            for at in range(0, len(source), _BLOCK_EXTENTS):
+                block = target[at : at + _BLOCK_EXTENTS]
+                block[:] = source[at : at + _BLOCK_EXTENTS]
+                found += map(_digest, block)
+            if b"".join(found) != digests:
                 return False
-            edges = {edge // EXTENT_BYTES * EXTENT_BYTES for edge in (start, stop) if edge % EXTENT_BYTES}
-            for edge in edges:
-                end = min(edge + EXTENT_BYTES, nbytes)
-                whole = first <= edge and end <= last
-                if not whole and _digests(sources, edge, end) != _part(digests, edge, end):
-                    return False
-            at += stop - start
-    return True
+        return all(self._copy_singly(*part) for part in self._rest)
 
-
-def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut a range at the multiples of a block."""
-    while start < stop:
-        end = min(stop, (start // _BLOCK_BYTES + 1) * _BLOCK_BYTES)
-        yield start, end
-        start = end
+    def _copy_singly(self, at: int, start: int, stop: int) -> bool:
+        """Copy extents one by one, from byte ``start`` of the payload to byte ``stop``, and verify them."""
+        while start < stop:
+            extent = start // EXTENT_BYTES * EXTENT_BYTES
+            end = min(extent + EXTENT_BYTES, self._nbytes)
+            upto = min(stop, end)
+            target = self._into[at : at + upto - start]
+            copy_vectors(_slices(self._sources, start, upto), [target])
+            whole = start == extent and upto == end
+            found = _digests([target], 0, target.size) if whole else _digests(self._sources, extent, end)
+            if found != _part(self._digests, extent, end):
+                return False
+            at, start = at + target.size, upto
+        return True
 
 
 def _digests(vectors: Sequence[ByteRows], start: int, stop: int) -> bytes:
     """Digests of the extents from ``start`` to ``stop`` of vectors laid end to end, joined."""
     if len(vectors) == 1:
-        whole = stop - (stop - start) % EXTENT_BYTES
-        # Rows of an array cost less than slices of a memoryview.
-        digests = [xxhash.xxh3_128_digest(row.data) for row in vectors[0][start:whole].reshape(-1, EXTENT_BYTES)]
-        if whole < stop:
-            digests.append(xxhash.xxh3_128_digest(vectors[0][whole:stop].data))
-        return b"".join(digests)
+        return b"".join(map(_digest, _rows(vectors[0], start, stop)))
     joined = []
     for at in range(start, stop, EXTENT_BYTES):
         state = xxhash.xxh3_128()
@@ -139,6 +179,13 @@ def _digests(vectors: Sequence[ByteRows], start: int, stop: int) -> bytes:
             state.update(part.data)
         joined.append(state.digest())
     return b"".join(joined)
+
+
+def _rows(vector: ByteRows, start: int, stop: int) -> Iterable[ByteRows]:
+    """The extents from ``start`` to ``stop`` of a vector."""
+    whole = stop - (stop - start) % EXTENT_BYTES
+    rows = vector[start:whole].reshape(-1, EXTENT_BYTES)
+    return rows if whole == stop else [*rows, vector[whole:stop]]
 
 
 def _part(digests: bytes, start: int, stop: int) -> bytes:

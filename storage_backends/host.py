@@ -43,7 +43,7 @@ class HostSlots(SlotBackend):
     """Slots in host memory; what is held follows what is used.
 
     The slot space is cut into at most 16 slabs, each a quarter of what lies below it. A slab exists while one of its
-    slots is reserved. Slabs are page-locked where CUDA allows it.
+    slots is reserved; a reservation lies in one where that has room. Slabs are page-locked where CUDA allows it.
 
     Parameters
     ----------
@@ -63,10 +63,9 @@ class HostSlots(SlotBackend):
         self.capacity_slots = capacity_slots
         self._bounds = _slab_bounds(slot_bytes, capacity_slots)
         self._starts: list[int] = self._bounds.tolist()
-        self._in_use = np.zeros(self._bounds.size - 1, dtype=np.int64)
         self._slabs: dict[int, PinnedRegion] = {}
         self._memory: dict[int, ByteRows] = {}  # theirs, as numpy sees it
-        self._slots = SlotAllocator(capacity_slots)
+        self._slots = SlotAllocator(capacity_slots, self._starts[:-1])
         self._lock = threading.Lock()
         self._closed = False
         self._all_pinned = torch.cuda.is_available()
@@ -84,15 +83,14 @@ class HostSlots(SlotBackend):
         with self._lock:
             self._require_open()
             slots = self._slots.reserve(count)
-            touched, added = np.unique(self._slab_of(slots), return_counts=True)
             try:
-                for slab in touched.tolist():
-                    self._grow(slab)
+                for slab, used in enumerate(self._slots.used):
+                    if used:
+                        self._grow(slab)
             except CapacityError:
                 self._slots.release(slots)
                 self._shrink()
                 raise
-            self._in_use[touched] += added
         return slots
 
     def release(self, slots: IntArray) -> None:
@@ -100,8 +98,6 @@ class HostSlots(SlotBackend):
         with self._lock:
             self._require_open()
             self._slots.release(slots)
-            touched, removed = np.unique(self._slab_of(slots), return_counts=True)
-            self._in_use[touched] -= removed
             self._shrink()
 
     def write(self, slots: IntArray, data: torch.Tensor) -> None:
@@ -118,14 +114,21 @@ class HostSlots(SlotBackend):
         for part in self._parts(slots, distinct=False):
             copy_rows(part.slab, part.local, rows, part.rows)
 
-    def views(self, spans: Sequence[Span]) -> list[ByteRows]:
+    def views(self, spans: Sequence[tuple[int, int]]) -> list[ByteRows]:
         """The memory of reserved slots as flat uint8 arrays, one for each span, more where a span leaves a slab.
 
         They may be used until the slots are released, and keep their memory when the slots are closed.
         """
         with self._lock:
             self._require_open()
-            return [view for span in spans for view in self._span_views(span)]
+            found: list[ByteRows] = []
+            for first, stop in spans:
+                while first < stop:
+                    slab = bisect_right(self._starts, first) - 1
+                    start, end = self._starts[slab], min(stop, self._starts[slab + 1])
+                    found.append(self._memory[slab][(first - start) * self.slot_bytes : (end - start) * self.slot_bytes])
+                    first = end
+            return found
 
     @property
     def free_slots(self) -> int:
@@ -152,8 +155,8 @@ class HostSlots(SlotBackend):
         """Give all slabs back; copies under way end with the memory they began with."""
         with self._lock:
             self._closed = True
-            self._in_use[:] = 0
-            self._shrink()
+            for slab in list(self._slabs):
+                self._drop(slab)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -172,18 +175,14 @@ class HostSlots(SlotBackend):
 
     def _shrink(self) -> None:
         """Give wholly free slabs back; called with the lock held."""
-        for slab in [slab for slab in self._slabs if not self._in_use[slab]]:
-            del self._memory[slab]
-            self._slabs.pop(slab).close()
+        used = self._slots.used
+        for slab in [slab for slab in self._slabs if not used[slab]]:
+            self._drop(slab)
 
-    def _span_views(self, span: Span) -> Iterator[ByteRows]:
-        """Cut a span at the slab borders; called with the lock held."""
-        at, stop = span
-        while at < stop:
-            slab = bisect_right(self._starts, at) - 1
-            first, end = self._starts[slab], min(stop, self._starts[slab + 1])
-            yield self._memory[slab][(at - first) * self.slot_bytes : (end - first) * self.slot_bytes]
-            at = end
+    def _drop(self, slab: int) -> None:
+        """Give a slab back; called with the lock held."""
+        del self._memory[slab]
+        self._slabs.pop(slab).close()
 
     def _parts(self, slots: IntArray, *, distinct: bool) -> Iterator[_Part]:
         """Cut a transfer at the slab borders."""

@@ -123,6 +123,13 @@ class HostArena:
         first = number if part is self.kept else number - self.lendable_from
         return Place(part, (Span(first, first + count),) if count else ())
 
+    def views(self, number: int, nbytes: int) -> list[ByteRows]:
+        """The memory of so many bytes, in whole units, that lie side by side from the unit of a number on."""
+        part = self.part_of(number)
+        first = number if part is self.kept else number - self.lendable_from
+        count = self.units_for(nbytes)
+        return part.views([(first, first + count)]) if count else []
+
     def is_gone(self, place: Place) -> bool:
         """Whether the part of a place was lent or closed."""
         return place.part not in self._parts()

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from kvtier.storage_backends.extents import EXTENT_BYTES, copy_verified, copy_with_digests, ranges_within, verified
+from kvtier.storage_backends.extents import EXTENT_BYTES, VerifiedCopy, copy_with_digests, ranges_within, verified
 from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ReadRequest, Record, RecordView
 
-__all__ = ["HostEntry", "Reading", "fill", "read_verified"]
+__all__ = ["HostEntry", "copy_of", "fill"]
 
 
 @dataclass(slots=True, eq=False)
 class HostEntry:
-    """A record that somebody reads. Its place outlives its removal for as long as they do.
+    """A record that somebody reads. Its memory outlives its removal for as long as they do.
 
     Attributes
     ----------
     row : int
         Its row in the index, unless it was removed.
+    views : list of ByteRows
+        Its memory now; whoever reads it already goes on where it was.
+    left : Place, optional
+        Where it lay when it was removed; the last reader gives it back.
     """
 
     row: int
-    place: Place
     views: list[ByteRows]
     payload_bytes: int
     digests: bytes
     readers: int = 0
-    removed: bool = False
-
-    def moved(self, place: Place) -> None:
-        """Say where it lies now; whoever reads it already goes on where it was."""
-        self.place, self.views = place, place.views
+    left: Place | None = None
 
     def view(self) -> RecordView:
         """The payload where it lies now, in one piece."""
@@ -46,23 +43,15 @@ class HostEntry:
         return RecordView(payload, partial(verified, views, self.digests), EXTENT_BYTES)
 
 
-class Reading(NamedTuple):
-    """A read that ended: of what, how many bytes, and whether they were right; None when they were never there."""
-
-    entry: HostEntry | None
-    nbytes: int
-    right: bool | None
-
-
 def fill(place: Place, record: Record) -> bytes:
     """Copy a payload to its place; the digests of its extents."""
     sources = [buffer.numpy() for buffer in record.buffers]
     return copy_with_digests(sources, place.views, record.payload_bytes)
 
 
-def read_verified(entry: HostEntry | None, views: Sequence[ByteRows], request: ReadRequest) -> bool | None:
-    """Copy bytes out of ``views``: True when they are right, False when not, None when they were never there."""
+def copy_of(entry: HostEntry | None, request: ReadRequest) -> VerifiedCopy | None:
+    """The copy that a request asks for, out of where the record lies now; None when it was never there."""
     ranges = None if entry is None else ranges_within(request, entry.payload_bytes)
     if entry is None or ranges is None:
         return None
-    return copy_verified(views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())
+    return VerifiedCopy(entry.views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())

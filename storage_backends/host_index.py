@@ -11,6 +11,7 @@ import numpy as np
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.extents import digest_bytes
 from kvtier.storage_backends.host_arena import HostArena, Place
+from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.names import Names
 from kvtier.storage_backends.record_table import IndexArray, RecordTable, join_keys
 from kvtier.storage_backends.records import Record, RecordInfo
@@ -118,9 +119,14 @@ class HostIndex:
         """Bytes of a payload."""
         return int(self._table.at["payload"][row])
 
-    def digests(self, row: int, payload_bytes: int) -> bytes:
-        """Digests of a record's extents."""
-        return self._rest[row][: digest_bytes(payload_bytes)]
+    def payloads(self, rows: Sequence[int]) -> Iterator[tuple[int, list[ByteRows], int, bytes]]:
+        """Of each row its number, the memory of its payload, how many bytes it has, and their digests."""
+        some = np.array(rows, dtype=np.int64)
+        numbers, sizes = self._table.at["unit"][some].tolist(), self._table.at["payload"][some].tolist()
+        for row, number, size in zip(rows, numbers, sizes, strict=True):
+            pieces = self._pieces.get(row)
+            views = self._arena.views(number, size) if pieces is None else pieces.views
+            yield row, views, size, self._rest[row][: digest_bytes(size)]
 
     def place(self, row: int) -> Place:
         """Where a record lies."""
@@ -193,17 +199,15 @@ class HostIndex:
 
     def used(self, rows: Sequence[int]) -> None:
         """Say that records were used, the last of them latest."""
-        last = list(dict.fromkeys(reversed(rows)))[::-1]
-        if last:
-            self._order.hit(np.array(last, dtype=np.int64))
+        if rows:
+            self._order.hit(np.array(list(dict.fromkeys(reversed(rows)))[::-1], dtype=np.int64))
 
     def read(self, rows: Sequence[int]) -> None:
         """Count reads of records, which are uses, the last of them latest."""
-        if rows:
-            hits = self._table.at["hits"]
-            for row in rows:  # numpy has a way that costs ten times as much
-                hits[row] += 1
-            self.used(rows)
+        hits = self._table.at["hits"]
+        for row in rows:  # numpy has a way that costs ten times as much
+            hits[row] += 1
+        self.used(rows)
 
     def candidates(self) -> Iterator[int]:
         """Rows of records, the first to leave first; nothing may happen to the index while this is read."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import repeat
+from itertools import compress
+from operator import not_
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.host_arena import HostArena, Place
-from kvtier.storage_backends.host_entry import HostEntry, Reading, fill, read_verified
+from kvtier.storage_backends.host_entry import HostEntry, copy_of, fill
 from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.order import LeastRecentlyUsed
@@ -118,19 +119,15 @@ class HostRecords(RecordStore):
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Copy bytes out, each extent verified; a record with a wrong one is dropped."""
         with self._lock:
-            rows = self._index.find([request.key for request in requests]).tolist()
-            found = [self._open(row) if row >= 0 else None for row in rows]
-            views = [entry.views if entry is not None else [] for entry in found]
-        jobs = list(map(partial, repeat(read_verified), found, views, requests))
+            entries = self._open([request.key for request in requests])
+        sizes = [request.into.numel() for request in requests]
         results: list[bool | None] = [None] * len(requests)
         try:
-            results = self._workers.run(jobs, sum(request.into.numel() for request in requests))
+            jobs = [_missing if copy is None else copy.run for copy in map(copy_of, entries, requests)]
+            results = self._workers.run(jobs, sum(sizes))
         finally:
             with self._lock:
-                self._finish(
-                    Reading(entry, request.into.numel(), right)
-                    for entry, request, right in reversed(list(zip(found, requests, results, strict=True)))
-                )
+                self._finish(entries, sizes, results)
         return [right is True for right in results]
 
     @contextmanager
@@ -138,12 +135,12 @@ class HostRecords(RecordStore):
         """Payloads where they lie, as long as each lies in one piece; they stay there until the block ends."""
         with self._lock:
             entries = self._open_leading(keys)
-            found = [entry.view() for entry in entries]
+        found = [entry.view() for entry in entries]
         try:
             yield found
         finally:
             with self._lock:
-                self._finish_views(found[::-1], entries[::-1])
+                self._finish_views(entries, found)
 
     def lease(self, keys: Sequence[bytes], *, owner: str, seconds: float) -> Lease:
         """Keep those of ``keys`` that exist for a while; a use of them."""
@@ -317,41 +314,50 @@ class HostRecords(RecordStore):
         self._index.add([(records[index], placed[index], digests[index]) for index in stored])
         return outcomes
 
-    def _open(self, row: int) -> HostEntry:
-        """Begin to read a record."""
-        entry = self._reading.get(row)
-        if entry is None:
-            place, size = self._index.place(row), self._index.payload_bytes(row)
-            digests = self._index.digests(row, size)
-            entry = self._reading[row] = HostEntry(row, place, place.views, size, digests)
-        entry.readers += 1
-        return entry
+    def _open(self, keys: Sequence[bytes]) -> list[HostEntry | None]:
+        """Begin to read the records of some keys."""
+        rows: list[int] = self._index.find(keys).tolist()
+        opened = self._reading
+        for row, *payload in self._index.payloads([row for row in rows if row >= 0 and row not in opened]):
+            opened[row] = HostEntry(row, *payload)
+        entries = [opened.get(row) for row in rows]
+        for entry in entries:
+            if entry is not None:
+                entry.readers += 1
+        return entries
 
     def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
         """Begin to read leading records that are there and lie in one piece."""
-        entries: list[HostEntry] = []
-        for row in self._index.find(keys).tolist():
-            entry = self._open(row) if row >= 0 else None
-            if entry is None:
+        entries = self._open(keys)
+        leading: list[HostEntry] = []
+        for entry in entries:
+            if entry is None or len(entry.views) != 1:
                 break
-            if len(entry.views) != 1:
+            leading.append(entry)
+        for entry in entries[len(leading) :]:
+            if entry is not None:
                 self._close(entry)
-                break
-            entries.append(entry)
-        return entries
+        return leading
 
     def _close(self, entry: HostEntry) -> None:
         """End to read a record; whoever is the last to do so frees what was removed meanwhile."""
         entry.readers -= 1
-        if not entry.readers and entry.removed:
-            self._arena.release(entry.place)
-        elif not entry.readers:
+        if entry.readers:
+            return
+        if entry.left is None:
             del self._reading[entry.row]
+        else:
+            self._arena.release(entry.left)
 
-    def _finish(self, readings: Iterable[Reading]) -> None:
-        """Count reads and let go of their entries, the one used last at the end."""
+    def _finish(
+        self, entries: Sequence[HostEntry | None], sizes: Sequence[int], results: Sequence[bool | None]
+    ) -> None:
+        """Count reads of so many bytes and let go of their entries, of which the first is used last.
+
+        A result says whether the bytes were right; None when they were never there.
+        """
         counts, used, damaged = self._counts, [], []
-        for entry, nbytes, right in readings:
+        for entry, nbytes, right in zip(reversed(entries), reversed(sizes), reversed(results), strict=True):
             if entry is not None:
                 self._close(entry)
             if entry is None or not right:
@@ -359,31 +365,30 @@ class HostRecords(RecordStore):
             else:
                 counts.hits += 1
                 counts.read_bytes += nbytes
-                used += [] if entry.removed else [entry.row]
+                used += [entry.row] if entry.left is None else []
             if entry is not None and right is False:
                 counts.damaged += 1
-                damaged += [] if entry.removed else [entry.row]
+                damaged += [entry.row] if entry.left is None else []
         self._index.read(used)
         self._remove(list(dict.fromkeys(damaged)), evicted=False)
 
-    def _finish_views(self, found: Sequence[RecordView], entries: Sequence[HostEntry]) -> None:
+    def _finish_views(self, entries: Sequence[HostEntry], found: Sequence[RecordView]) -> None:
         """Count views that were read to their end or proved damaged; let go of the others."""
-        readings = []
-        for view, entry in zip(found, entries, strict=True):
-            if (served := view.served) or view.damaged:
-                readings.append(Reading(entry, entry.payload_bytes, served))
-            else:
-                self._close(entry)
-        self._finish(readings)
+        ended = [view.damaged or view.served for view in found]
+        for entry in compress(entries, map(not_, ended)):
+            self._close(entry)
+        read = list(compress(entries, ended))
+        results = [not view.damaged for view in compress(found, ended)]
+        self._finish(read, [entry.payload_bytes for entry in read], results)
 
     def _remove(self, rows: Sequence[int], *, evicted: bool) -> int:
         """Take distinct records out of sight, their memory too unless somebody reads it; how many."""
         for row in rows:
-            entry = self._reading.pop(row, None)
+            place, entry = self._index.place(row), self._reading.pop(row, None)
             if entry is None:
-                self._arena.release(self._index.place(row))
+                self._arena.release(place)
             else:
-                entry.removed = True
+                entry.left = place
         self._index.remove(rows, evicted=evicted)
         self._counts.evicted += len(rows) if evicted else 0
         return len(rows)
@@ -393,7 +398,11 @@ class HostRecords(RecordStore):
         place = self._arena.moved(self._index.place(row))
         self._index.move(row, place)
         if row in self._reading:
-            self._reading[row].moved(place)
+            self._reading[row].views = place.views
+
+
+def _missing() -> None:
+    """A read of what was never there."""
 
 
 def _payload_share(capacity_bytes: int) -> int:

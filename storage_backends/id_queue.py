@@ -38,13 +38,23 @@ class IdQueue:
 
     def holds(self, ids: IdArray) -> BoolArray:
         """Which of these ids [n] are in the queue."""
-        self._place = reach(self._place, ids, -1)
-        held: BoolArray = self._place[ids] >= 0
+        try:
+            held: BoolArray = self._place[ids] >= 0
+        except IndexError:  # to look first would cost as much as all else
+            self._place = reach(self._place, ids, -1)
+            held = self._place[ids] >= 0
         return held
 
     def push(self, ids: IdArray) -> None:
         """Make these ids [n] the youngest, the last one youngest of all; those in the queue move."""
-        self.size += int(np.count_nonzero(~self.holds(ids)))
+        self.size += ids.size - int(np.count_nonzero(self.holds(ids)))
+        self._append(ids)
+
+    def renew(self, ids: IdArray) -> None:
+        """The same with those of these ids [n] that are in the queue."""
+        self._append(ids[self.holds(ids)])
+
+    def _append(self, ids: IdArray) -> None:
         if self._stop + ids.size > self._log.size:
             self._tidy(ids.size)
         stop = self._stop + ids.size

@@ -25,7 +25,7 @@ class LeastRecentlyUsed(EvictionOrder):
 
     def hit(self, ids: IdArray) -> None:
         """They are the newest again."""
-        self._queue.push(ids[self._queue.holds(ids)])
+        self._queue.renew(ids)
 
     def victims(self, count: int, allowed: BoolArray | None = None) -> IdArray:
         """The oldest."""

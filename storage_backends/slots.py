@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -47,25 +48,40 @@ def compact(indices: IntArray) -> Rows:
 class SlotAllocator:
     """Free and reserved slots of a space of ``capacity`` slots.
 
-    A reservation is one ascending run where one is free, the lowest such; else the lowest free slots, ascending.
-    Low slots are used first, so that what lies above them can shrink. Not thread-safe: the owner holds a lock.
+    A reservation is one ascending run where one is free, the lowest such within a part, else across parts; else the
+    lowest free slots, ascending. Low slots are used first, so that what lies above them can shrink. Not thread-safe:
+    the owner holds a lock.
+
+    Parameters
+    ----------
+    capacity : int
+    starts : sequence of int
+        First slot of each part of the space, ascending from 0; one part by default.
 
     Notes
     -----
-    Filling up costs time in proportion to the slots reserved; a fragmented space costs a scan of it, about a
+    Filling up costs time in proportion to the slots reserved; a fragmented part costs a scan of it, about a
     millisecond for a million slots.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, starts: Sequence[int] = (0,)) -> None:
         self.capacity = capacity
         self._reserved = np.zeros(capacity, dtype=np.bool_)
-        self._free = capacity
-        self._low = 0  # every slot below it is reserved
+        self._bounds = np.array([*starts, capacity], dtype=np.int64)
+        self._stops: list[int] = self._bounds[1:].tolist()
+        self._low = list(starts)  # of each part, every slot below it is reserved
+        self._used: IntArray = np.zeros(len(starts), dtype=np.int64)
 
     @property
     def free(self) -> int:
         """Slots that can still be reserved."""
-        return self._free
+        return self.capacity - int(self._used.sum())
+
+    @property
+    def used(self) -> list[int]:
+        """Reserved slots of each part."""
+        used: list[int] = self._used.tolist()
+        return used
 
     def reserve(self, count: int) -> IntArray:
         """Take ``count`` slots, ascending int64 [count].
@@ -77,22 +93,20 @@ class SlotAllocator:
         """
         if count < 0:
             raise InputError(f"the number of slots to reserve must be at least 0, got {count}")
-        if count > self._free:
+        if count > self.free:
             raise CapacityError(
-                f"required {count} free slots, got {self._free} of {self.capacity}; "
+                f"required {count} free slots, got {self.free} of {self.capacity}; "
                 "release slots or give the tier more capacity"
             )
         if count == 0:
             return np.empty(0, dtype=np.int64)
         start = self._first_run(count)
         if start is None:
-            slots = self._low + np.flatnonzero(~self._reserved[self._low :])[:count]
-            self._low = int(slots[-1]) + 1
+            slots = np.flatnonzero(~self._reserved)[:count]
         else:
             slots = np.arange(start, start + count, dtype=np.int64)
-            self._low = start + count if start == self._low else self._low
         self._reserved[slots] = True
-        self._free -= count
+        self._used += self._per_part(slots)
         return slots
 
     def release(self, slots: IntArray) -> None:
@@ -100,8 +114,11 @@ class SlotAllocator:
         slots = self.require_reserved(slots, distinct=True)
         if slots.size:
             self._reserved[slots] = False
-            self._free += slots.size
-            self._low = min(self._low, int(slots.min()))
+            freed = self._per_part(slots)
+            self._used -= freed
+            for part in np.flatnonzero(freed).tolist():
+                lowest = max(int(self._bounds[part]), int(slots.min()))
+                self._low[part] = min(self._low[part], lowest)
 
     def require_reserved(self, slots: IntArray, *, distinct: bool) -> IntArray:
         """Return the slots as int64 [n], after a check that each is reserved and, if ``distinct``, named once.
@@ -123,16 +140,32 @@ class SlotAllocator:
         return slots
 
     def _first_run(self, count: int) -> int | None:
-        """Lowest start of ``count`` adjacent free slots."""
-        ahead = self._reserved[self._low : self._low + count]
-        if ahead.size == count and not ahead.any():
-            return self._low
-        edges = np.flatnonzero(np.diff(self._reserved[self._low :], prepend=True, append=True))
+        """Lowest start of ``count`` adjacent free slots of one part; of several where none has so many."""
+        for part, (stop, used) in enumerate(zip(self._stops, self.used, strict=True)):
+            if stop - int(self._bounds[part]) - used >= count:
+                low = self._low[part]
+                ahead = self._reserved[low : min(low + count, stop)]
+                if ahead.size < count or ahead.any():
+                    self._low[part], start = self._scan(low, stop, count)
+                else:
+                    start = low
+                if start is not None:
+                    self._low[part] += count if start == self._low[part] else 0
+                    return start
+        return self._scan(0, self.capacity, count)[1] if len(self._stops) > 1 else None
+
+    def _scan(self, low: int, stop: int, count: int) -> tuple[int, int | None]:
+        """Of the slots from ``low`` up to ``stop`` the lowest that is free, and the lowest run of ``count``."""
+        edges = np.flatnonzero(np.diff(self._reserved[low:stop], prepend=True, append=True))
         starts, ends = edges[::2], edges[1::2]
-        long_enough = np.flatnonzero(ends - starts >= count)
-        base = self._low
-        self._low = base + int(starts[0])
-        return base + int(starts[long_enough[0]]) if long_enough.size else None
+        long_enough = starts[ends - starts >= count]
+        return low + int(starts[0]), low + int(long_enough[0]) if long_enough.size else None
+
+    def _per_part(self, slots: IntArray) -> IntArray:
+        """How many of some slots lie in each part."""
+        if len(self._stops) == 1:
+            return np.array([slots.size])
+        return np.bincount(np.searchsorted(self._bounds, slots, side="right") - 1, minlength=len(self._stops))
 
 
 def _some(slots: IntArray, most: int = 8) -> str:

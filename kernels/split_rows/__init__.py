@@ -64,12 +64,16 @@ def plan_split(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, 
     InputError
         Shapes, types or sizes that do not fit together.
     """
+    shape, others = keys.shape, values.shape
     if (
-        keys.dim() != 4
-        or keys.shape[:3] != values.shape[:3]
+        len(shape) != 4
+        or len(others) != 4
+        or shape[0] != others[0]
+        or shape[1] != others[1]
+        or shape[2] != others[2]
+        or shape[2] % page_tokens
         or keys.dtype != values.dtype
         or keys.device != values.device
-        or keys.shape[2] % page_tokens
         or rows.dtype != torch.uint8
         or not rows.is_contiguous()
         or rows.numel() != keys.nbytes + values.nbytes

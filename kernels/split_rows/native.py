@@ -26,24 +26,23 @@ def obstacle(device: torch.device) -> str | None:
 
 def plan(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_tokens: int) -> CopyHeads:
     """How to copy heads of rows [bytes] to keys [L, Hk, C, Dk] and values [L, Hk, C, Dv]."""
-    if not (rows.is_cpu and _served(keys) and _served(values)):
-        return blocked.plan(rows, keys, values, page_tokens)
     _, heads, tokens, key_dim = keys.shape
-    pages, size = tokens // page_tokens, keys.element_size()
-    split = _function()
-    shape = (heads, pages, page_tokens * key_dim * size, page_tokens * values.shape[3] * size)
-    strides = [stride * size for stride in (*keys.stride()[:2], *values.stride()[:2])]
+    value_dim, size = values.shape[3], keys.element_size()
+    key_layer, key_head, key_token, key_element = keys.stride()
+    value_layer, value_head, value_token, value_element = values.stride()
+    # A head's tokens must lie in host memory one after the other.
+    dense = (key_token, key_element, value_token, value_element) == (key_dim, 1, value_dim, 1)
+    if not (dense and rows.is_cpu and keys.is_cpu and values.is_cpu):
+        return blocked.plan(rows, keys, values, page_tokens)
+    split, page = _function(), page_tokens * size
+    shape = heads, tokens // page_tokens, page * key_dim, page * value_dim
+    strides = key_layer * size, key_head * size, value_layer * size, value_head * size
     rest = (*shape, *strides, int(rows.numel() >= LEAST_STREAMED))
 
     def copy(first: int, stop: int) -> None:
         split(rows.data_ptr(), keys.data_ptr(), values.data_ptr(), first, stop, *rest)
 
     return copy
-
-
-def _served(tensor: torch.Tensor) -> bool:
-    """Whether a head's tokens lie in host memory one after the other."""
-    return tensor.is_cpu and tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3]
 
 
 @functools.cache

@@ -31,7 +31,8 @@ def test_memory_follows_use_both_ways() -> None:
             taken.append(slots.reserve(min(128, slots.free_slots)))
             held.append(slots.allocated_bytes)
         used = [MIB * (step + 1) for step in range(len(held))]
-        assert all(now <= max(3 * MIB, 1.27 * use + 2 * MIB) for now, use in zip(held, used, strict=True))
+        # Up to a mebibyte of each slab lies idle: a reservation goes where it lies in one piece.
+        assert all(now <= max(3 * MIB, 1.27 * use + 5 * MIB) for now, use in zip(held, used, strict=True))
         assert len(set(held)) <= 16
         assert held[-1] == slots.capacity_bytes == 64 * MIB
 

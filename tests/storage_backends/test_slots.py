@@ -1,5 +1,7 @@
 """The slot accounting against a set, and its preference for runs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,18 +11,22 @@ from kvtier.errors import CapacityError, InputError
 from kvtier.storage_backends.slots import SlotAllocator, as_slots, is_run
 
 
-def dumb_choice(free: set[int], count: int, capacity: int) -> list[int]:
-    """First-fit run by trying every start, else the lowest free slots."""
-    for start in range(capacity - count + 1):
-        if all(slot in free for slot in range(start, start + count)):
-            return list(range(start, start + count))
+def dumb_choice(free: set[int], count: int, capacity: int, starts: list[int]) -> list[int]:
+    """First-fit run by trying every start, those that cross into another part last; else the lowest free slots."""
+    runs = [range(start, start + count) for start in range(capacity - count + 1)]
+    within = [run for run in runs if not any(start in run[1:] for start in starts)]
+    for run in within + runs:
+        if free.issuperset(run):
+            return list(run)
     return sorted(free)[:count]
 
 
 @given(st.data())
 def test_reservations_agree_with_trying_every_start(data: st.DataObject) -> None:
     capacity = data.draw(st.integers(0, 24), label="capacity")
-    slots, free = SlotAllocator(capacity), set(range(capacity))
+    starts = [0, *sorted(data.draw(st.sets(st.integers(1, max(1, capacity - 1)), max_size=3), label="starts"))]
+    starts = starts if starts[-1] < capacity else [0]
+    slots, free = SlotAllocator(capacity, starts), set(range(capacity))
     for _ in range(data.draw(st.integers(0, 30), label="steps")):
         used = sorted(set(range(capacity)) - free)
         if used and bool(data.draw(st.integers(0, 1), label="release")):
@@ -29,10 +35,12 @@ def test_reservations_agree_with_trying_every_start(data: st.DataObject) -> None
             free |= set(gone)
         else:
             count = data.draw(st.integers(0, len(free)), label="count")
-            expected = dumb_choice(free, count, capacity)
+            expected = dumb_choice(free, count, capacity, starts)
             assert slots.reserve(count).tolist() == expected
             free -= set(expected)
         assert slots.free == len(free)
+        parts = [range(start, stop) for start, stop in pairwise([*starts, capacity])]
+        assert slots.used == [len(part) - len(free.intersection(part)) for part in parts]
 
 
 def test_what_cannot_be_reserved_is_said() -> None:
