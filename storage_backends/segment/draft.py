@@ -30,7 +30,7 @@ class Draft:
     header : RecordHeader, optional
         Known when the digests are.
     row : bytes
-        One element of an array of `ROW`, made with the header: while the medium is busy, not when all wait for it.
+        One element of an array of `ROW`, once it was made.
     error : OSError, optional
         Why it did not get there.
     """
@@ -69,11 +69,16 @@ class Draft:
         """Whether it was written, as far as is known."""
         return self.header is not None and self.error is None
 
-    def seal(self, segment: Segment, digests: bytes) -> RecordHeader:
-        """Build header and row for a place in a segment."""
+    def seal(self, epoch: int, digests: bytes) -> RecordHeader:
+        """Build the header, for the life of a segment."""
         self.header = header = RecordHeader(
-            self.key, self.namespace, self.payload_bytes, self.sequence, segment.epoch, digests, self.tenant, self.meta,
+            self.key, self.namespace, self.payload_bytes, self.sequence, epoch, digests, self.tenant, self.meta,
             self.kind, self.codec, self.created_us, self.extent_bytes,
         )  # fmt: skip
-        self.row = pack_row(header, segment.number, self.offset, self.tenant_number, self.namespace_number)
         return header
+
+    def make_row(self) -> None:
+        """Make the row of a record that has its place and its header."""
+        if self.segment is not None and self.header is not None:
+            number = self.segment.number
+            self.row = pack_row(self.header, number, self.offset, self.tenant_number, self.namespace_number)

@@ -76,7 +76,7 @@ class Journal:
         """Write drafts that have places, and wait for the medium if asked; each says whether that failed."""
         placed = [draft for draft in drafts if draft.segment is not None]
         failpoints.reach("segment.put.before-write")
-        self._writer.write(placed)
+        self._writer.write(placed, sealed=Draft.make_row)
         failpoints.reach("segment.put.after-write")
         if not sync:
             return

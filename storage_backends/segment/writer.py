@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import xxhash
@@ -26,6 +26,10 @@ _MOST_STAGED_BYTES = 256 << 10
 in the cache, the kernel gets one range of memory instead of two, and buffers need neither be aligned nor one."""
 
 
+def _ignore(_: Draft) -> None:
+    """Nothing else is needed."""
+
+
 class RecordWriter:
     """Writes drafts that have places.
 
@@ -45,11 +49,14 @@ class RecordWriter:
         self._store = store
         self._stages = BouncePool(_STAGE_BYTES, _IDLE_STAGES)
 
-    def write(self, drafts: Sequence[Draft]) -> None:
-        """Write drafts; each says in ``error`` whether it failed."""
+    def write(self, drafts: Sequence[Draft], sealed: Callable[[Draft], None] = _ignore) -> None:
+        """Write drafts; each says in ``error`` whether it failed.
+
+        ``sealed`` is told of each that has its header, while the medium is busy: the time for what all wait for later.
+        """
         try:
             with self._stages.buffer() as stage:
-                stream = _Stream(drafts, self._store, stage.numpy())
+                stream = _Stream(drafts, self._store, stage.numpy(), sealed)
                 results = self._engine.write(iter(stream))
         except CapacityError as error:
             for draft in drafts:
@@ -66,9 +73,10 @@ class RecordWriter:
 class _Stream:
     """The transfers of drafts, each made when it is drawn, and the draft that each belongs to."""
 
-    def __init__(self, drafts: Sequence[Draft], store: bytes, stage: ByteRows) -> None:
+    def __init__(self, drafts: Sequence[Draft], store: bytes, stage: ByteRows, sealed: Callable[[Draft], None]) -> None:
         self._drafts = drafts
         self._store = store
+        self._sealed = sealed
         self._stage = stage
         self._bytes = stage.data
         self._used = 0
@@ -142,7 +150,8 @@ class _Stream:
         if seed is None:
             seed = self._seeds[segment.epoch] = header_seed(self._store, segment.epoch)
         block[:] = bytes(block.nbytes)
-        draft.seal(segment, digests).pack_into(block, seed)
+        draft.seal(segment.epoch, digests).pack_into(block, seed)
+        self._sealed(draft)
 
     def _take(self, size: int) -> ByteRows:
         """Aligned memory of the stage, whole blocks; of the system, once the stage is used up."""
