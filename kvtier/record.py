@@ -152,9 +152,8 @@ def parse_superblock(block: Buffer) -> Superblock:
     return Superblock(kind=SegmentKind(kind), epoch=epoch, store=store, segment_bytes=size, created_us=created)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordHeader:
-    """What stands before a payload.
+class RecordHeader(NamedTuple):
+    """What stands before a payload; a tuple, since one is made for every record that is written or read.
 
     Parameters
     ----------

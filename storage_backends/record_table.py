@@ -147,6 +147,9 @@ class RecordTable:
 
     def _settle(self, rows: IndexArray) -> None:
         """Enter rows into the hash table; of those that want one place, one gets it and the others go on."""
+        if rows.size <= _FEW_KEYS:
+            self._settle_few(rows)
+            return
         places = self._home(self._keys[rows])
         while rows.size:
             free = self._slots[places] < 0
@@ -154,6 +157,18 @@ class RecordTable:
             self._slots[places[free]] = rows[free]
             lost = self._slots[places] != rows
             rows, places = rows[lost], (places[lost] + 1) & (self._slots.size - 1)
+
+    def _settle_few(self, rows: IndexArray) -> None:
+        """The same one row after the other; see `_find_few`."""
+        slots = self._slots.data
+        shift, last = 64 - (self._slots.size - 1).bit_length(), self._slots.size - 1
+        words = _WORDS.iter_unpack(self._keys[rows].tobytes())
+        for row, (a, b, c, d) in zip(rows.tolist(), words, strict=True):
+            place = ((a ^ b ^ c ^ d) * _MIX_NUMBER & _LAST_WORD) >> shift
+            while (there := slots[place]) >= 0:
+                place = (place + 1) & last
+            self._gone -= there == _GONE
+            slots[place] = row
 
     def _take_rows(self, count: int) -> IndexArray:
         taken: list[IndexArray] = []

@@ -8,7 +8,7 @@ import itertools
 import random
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -136,6 +136,25 @@ class EngineLaws(NoLeaks):
             assert not any(opened.read(back, compare))
             assert sorted(filled) == sorted(equal) == list(range(len(batch)))
             assert all(equal.values())
+
+    def test_writes_may_be_drawn(self, engine: EngineFactory, tmp_path: Path) -> None:
+        """A buffer filled as it is drawn is stored so; what drawing raises is raised, and the engine goes on."""
+        with engine() as opened, closing(opened.open(tmp_path / "drawn", writable=True, create=True)) as file:
+            content = random_bytes(6, 20 * 300_000)
+            buffers = [_empty(300_000) for _ in range(20)]
+
+            def coming(stop: int) -> Iterator[Transfer]:
+                for index, buffer in enumerate(buffers):
+                    if index == stop:
+                        raise LookupError("no more")
+                    buffer.copy_(content[index * 300_000 : (index + 1) * 300_000])
+                    yield Transfer(file, index * 300_000, buffer)
+
+            with pytest.raises(LookupError, match="no more"):
+                opened.write(coming(13))
+            assert opened.write(coming(20)) == [None] * 20
+            assert opened.write(iter([])) == []
+            assert (tmp_path / "drawn").read_bytes() == _raw(content)
 
     def test_each_transfer_has_its_own_error(self, engine: EngineFactory, tmp_path: Path) -> None:
         """Bytes past the end are EIO for those that ask for them, adjacent to others or not; no hook runs for them."""

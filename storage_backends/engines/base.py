@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -114,8 +114,12 @@ class IOEngine(ABC):
         """
 
     @abstractmethod
-    def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def write(self, transfers: Iterable[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Write the buffers; one result each.
+
+        Transfers that are no sequence are drawn while the first of them are under way, in any thread but one at a time,
+        and begun in that order: a buffer may be filled in the moment before it is drawn. What drawing them raises is
+        raised here, after those under way have ended.
 
         ``before(i)`` runs ahead of transfer i, in any thread and beside others, and may still change its buffer. If it
         raises, transfer i is left out, and the error is raised here, after the others have ended.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from typing import TypeAlias
 
 import torch
@@ -54,6 +55,11 @@ class Batch:
         self._coming = None if known else iter(transfers)
         for transfer in transfers if known else itertools.islice(self._coming or (), 1):
             self._take(transfer)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether more transfers may come."""
+        return self._coming is not None
 
     def begin(self) -> None:
         """See to what needs no job: streams that fill buffers, and transfers of no bytes."""
@@ -106,24 +112,28 @@ class Batch:
         Raises
         ------
         BaseException
-            Whatever a hook raised first, after all jobs have ended.
+            Whatever drawing or a hook raised first, after all jobs have ended.
         """
         self.begin()
-        first = list(itertools.islice(jobs, threads))
-        source = _Source(itertools.chain(first, jobs))
+        source = _Source(jobs)
 
         def work() -> None:
             while (job := source.draw()) is not None:
                 self.execute(job, move)
 
-        helpers = [pool.submit(work) for _ in first[1:]]
+        helpers: list[Future[None]] = []
         try:
+            source.draw_ahead()
+            while len(helpers) < threads - 1 and source.draw_ahead():
+                helpers.append(pool.submit(work))
             work()
         finally:
             source.dry()
-            for helper in helpers:
-                if not helper.cancel():  # if it can be, it did not have its turn yet, and nothing is left to do
-                    helper.result()
+            # One that can be cancelled did not have its turn yet, and nothing is left to do.
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
+            helper.result()
         return self.results()
 
     def execute(self, job: Job, move: Move) -> None:
@@ -194,17 +204,26 @@ class _Source:
 
     def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = jobs
+        self._ahead: deque[Job] = deque()
         self._lock = threading.Lock()
+
+    def draw_ahead(self) -> bool:
+        """Have one more job ready for whoever draws next; False when there are no more."""
+        with self._lock:
+            some = list(itertools.islice(self._jobs, 1))
+            self._ahead += some
+            return bool(some)
 
     def draw(self) -> Job | None:
         """Another job; None when there are no more."""
         with self._lock:
-            return next(self._jobs, None)
+            return self._ahead.popleft() if self._ahead else next(self._jobs, None)
 
     def dry(self) -> None:
         """Give no more."""
         with self._lock:
             self._jobs = iter(())
+            self._ahead.clear()
 
 
 def _checked_size(transfer: Transfer) -> int:

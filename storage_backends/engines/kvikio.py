@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,9 @@ class KvikioEngine(IOEngine):
         batch = Batch(list(transfers), after=then)
         return self._run(batch, lambda file: file.handle.pread)
 
-    def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def write(self, transfers: Iterable[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Write the buffers, in host or GPU memory."""
-        batch = Batch(transfers, before=before)
+        batch = Batch(list(transfers), before=before)
         return self._run(batch, lambda file: file.handle.pwrite)
 
     def capabilities(self) -> EngineCapabilities:

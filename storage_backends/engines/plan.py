@@ -112,5 +112,8 @@ def plan(transfers: Sequence[Transfer], order: Iterable[int], limits: SizeLimits
             room -= stop - start
             planned += stop - start
             start, end = stop, offset + stop
+            if not room:  # what follows may be long in coming
+                yield job
+                job, most = None, limits.straight(planned)
     if job is not None:
         yield job

@@ -83,10 +83,10 @@ class PosixEngine(IOEngine):
         batch = Batch(transfers, after=then)
         return self._run(batch, READ, lambda job: self._read(job, batch.transfers))
 
-    def write(self, transfers: Sequence[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
+    def write(self, transfers: Iterable[Transfer], before: Callable[[int], None] | None = None) -> list[OSError | None]:
         """Write the buffers; ``before(i)`` runs in the thread that writes the first piece of transfer i."""
         batch = Batch(transfers, before=before)
-        return self._run(batch, WRITE, lambda job: self._write(job, transfers))
+        return self._run(batch, WRITE, lambda job: self._write(job, batch.transfers))
 
     def capabilities(self) -> EngineCapabilities:
         """CUDA buffers pass through host memory here."""
@@ -121,11 +121,9 @@ class PosixEngine(IOEngine):
         with self._gate:
             queue = self._queues.take() if all(file.direct for file in files) else None
             if queue is None:
-                batch.draw_all()
-                least, most, bounced = _LEAST_JOB_BYTES, _MOST_JOB_BYTES, _MOST_BOUNCED_BYTES
-                limits = SizeLimits.share(batch.total, self._threads, least=least, most=most, bounced=bounced)
-                jobs = plan(batch.transfers, batch.order(), limits)
-                return batch.run(jobs, move, self._pool, self._threads)
+                if verb is READ:
+                    batch.draw_all()
+                return batch.run(_shared(batch, self._threads), move, self._pool, self._threads)
             try:
                 batch.begin()
                 Feed(batch, queue, verb, move, self._pool).run(_queued(batch, verb))
@@ -166,10 +164,20 @@ def _own(file: EngineFile) -> PosixFile:
     return file
 
 
+def _shared(batch: Batch, threads: int) -> Iterator[Job]:
+    """Jobs for threads: a share for each, where it is known what there is."""
+    least, most, bounced = _LEAST_JOB_BYTES, _MOST_JOB_BYTES, _MOST_BOUNCED_BYTES
+    if batch.drawn:
+        limits = SizeLimits.growing(least=least, most=most, bounced=bounced)
+    else:
+        limits = SizeLimits.share(batch.total, threads, least=least, most=most, bounced=bounced)
+    return plan(batch.transfers, batch.order(), limits)
+
+
 def _queued(batch: Batch, verb: Verb) -> Iterator[Job]:
     """Jobs for a queue; at first small ones."""
     least, most, bounced = _LEAST_QUEUED_BYTES, _MOST_QUEUED_BYTES, _MOST_BOUNCED_BYTES
-    if verb is READ:
+    if verb is READ or batch.drawn:
         yield from plan(batch.transfers, batch.order(), SizeLimits.growing(least=least, most=most, bounced=bounced))
         return
     most = min(most, max(least, round_up(batch.total // _WRITES, BLOCK_BYTES)))

@@ -16,8 +16,9 @@ from kvtier.storage_backends.engines import EngineFile, IOEngine
 from kvtier.storage_backends.files.shelf import Shelf, sync_directories
 from kvtier.storage_backends.files.unsynced import Unsynced
 from kvtier.storage_backends.records import PutOutcome, PutState, Record
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.pool import Segment
-from kvtier.storage_backends.segment.writer import Draft, write_drafts
+from kvtier.storage_backends.segment.writer import RecordWriter
 from kvtier.storage_backends.workers import Workers
 from kvtier.types import format_bytes
 
@@ -56,6 +57,7 @@ class Putter:
         self._unsynced = Unsynced(shelf, engine)
         self._shelf = shelf
         self._engine = engine
+        self._writer = RecordWriter(engine, STORE)
         self._workers = workers
         self._claims: set[bytes] = set()
         self._changed = threading.Condition()
@@ -80,6 +82,11 @@ class Putter:
         """Make relaxed puts survive a power loss; what cannot be synced is counted."""
         for error in self._unsynced.sync():
             self._failed(error)
+
+    def close(self) -> None:
+        """Sync, and let go of what writes need; nothing is put any more."""
+        self.sync_all()
+        self._writer.close()
 
     def _next_sequence(self) -> int:
         """A number that grows in this process and, as clocks agree, in others: nanoseconds, none of them twice."""
@@ -109,7 +116,7 @@ class Putter:
                 works.append(started)
             else:
                 outcomes[record.key] = started
-        write_drafts(self._engine, [work.draft for work in works], STORE)
+        self._writer.write([work.draft for work in works])
         failpoints.reach("files.written")
         self._finish(works)
         for work in works:

@@ -244,7 +244,7 @@ class FileRecords(RecordStore):
         if not self._gate.shut():
             return
         if not self._read_only:
-            self._putter.sync_all()
+            self._putter.close()
         self._let_go()
 
     def _open(self) -> None:

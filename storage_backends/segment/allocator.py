@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from kvtier.record import BLOCK_BYTES, SegmentKind
 from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.options import Geometry
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.writer import Draft
 
 __all__ = ["SegmentAllocator"]
 
@@ -63,12 +63,11 @@ class SegmentAllocator:
 
     def place(self, drafts: Sequence[Draft]) -> str:
         """Give each draft a sequence number and a place, next to each other; the reason why the last ones got none."""
-        left = list(drafts)
-        while left:
+        placed = 0
+        while placed < len(drafts):
             with self._catalog.lock:
-                while left and self._fits(left[0].record_bytes):
-                    self._settle(left.pop(0))
-            if left and (reason := self._advance(left[0].record_bytes)):
+                placed += self._settle(drafts[placed:])
+            if placed < len(drafts) and (reason := self._advance(drafts[placed].record_bytes)):
                 return reason
         return ""
 
@@ -76,8 +75,7 @@ class SegmentAllocator:
         """Give places in the open segment to those that fit."""
         with self._catalog.lock:
             for draft in drafts:
-                if self._fits(draft.record_bytes):
-                    self._settle(draft)
+                self._settle([draft])
 
     def place_small(self, draft: Draft) -> bool:
         """Give a tombstone a place, in the room kept back for it if need be; False when there is none."""
@@ -87,7 +85,7 @@ class SegmentAllocator:
             for segment in segments:
                 takes = segment.kind is SegmentKind.CACHE and not segment.leaving
                 if takes and segment.cursor + size <= segment.end:
-                    self._put_into(segment, draft)
+                    self._put_into(segment, [draft])
                     return True
             return False
 
@@ -124,16 +122,27 @@ class SegmentAllocator:
     def _fits(self, size: int) -> bool:
         return self._open is not None and self._open.cursor + size <= self._open.end - self._tail
 
-    def _settle(self, draft: Draft) -> None:
-        if self._open is not None:
-            self._put_into(self._open, draft)
+    def _settle(self, drafts: Sequence[Draft]) -> int:
+        """Give places in the open segment to as many as fit one after the other; how many those are."""
+        if self._open is None:
+            return 0
+        room = self._open.end - self._tail - self._open.cursor
+        count = 0
+        for draft in drafts:
+            room -= draft.record_bytes
+            if room < 0:
+                break
+            count += 1
+        self._put_into(self._open, drafts[:count])
+        return count
 
-    def _put_into(self, segment: Segment, draft: Draft) -> None:
-        draft.sequence = draft.sequence or self._catalog.take_sequences(1)
-        draft.segment, draft.offset = segment, segment.cursor
-        segment.in_flight.add(segment.cursor)
-        segment.cursor += draft.record_bytes
-        segment.min_sequence = min(segment.min_sequence, draft.sequence)
+    def _put_into(self, segment: Segment, drafts: Sequence[Draft]) -> None:
+        for draft in drafts:
+            draft.sequence = draft.sequence or self._catalog.take_sequences(1)
+            draft.segment, draft.offset = segment, segment.cursor
+            segment.in_flight.add(segment.cursor)
+            segment.cursor += draft.record_bytes
+            segment.min_sequence = min(segment.min_sequence, draft.sequence)
 
     def _advance(self, size: int) -> str:
         """Open another segment, unless a thread that was faster did; the reason when none can be had."""

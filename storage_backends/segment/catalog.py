@@ -83,14 +83,11 @@ class Catalog:
             self.sequence += count
             return first
 
-    def publish(self, rows: Rows) -> BoolArray:
-        """Make records `ROW` [n] of distinct keys visible; False where one with that key was there before."""
+    def publish(self, rows: Rows) -> None:
+        """Make records `ROW` [n] visible, whose keys the caller claimed: nobody else entered one since."""
         with self.lock:
-            new: BoolArray = self.table.find(rows["key"]) < 0
-            fresh = rows[new]
-            self.enter(fresh)
-            self._changes.rows.append(fresh)
-            return new
+            self.enter(rows)
+            self._changes.rows.append(rows)
 
     def enter(self, rows: Rows) -> None:
         """Add records that are distinct and not there, without a word to the index."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from kvtier.errors import StorageError
 from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.changes import Changes
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.index import SegmentIndex, remove_index
 from kvtier.storage_backends.segment.options import Geometry, SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
-from kvtier.storage_backends.segment.writer import Draft
 
 __all__ = ["Flusher"]
 

@@ -25,12 +25,13 @@ from kvtier.storage_backends.engines import IOEngine, Transfer
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.segment.allocator import SegmentAllocator
 from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.options import SegmentOptions
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.reader import Fetch, read_fetches, whole
 from kvtier.storage_backends.segment.rows import Rows
-from kvtier.storage_backends.segment.writer import Draft, write_drafts
+from kvtier.storage_backends.segment.writer import RecordWriter
 
 __all__ = ["Journal"]
 
@@ -68,13 +69,14 @@ class Journal:
         self.allocator = allocator
         self.gap_bytes = gap_bytes
         self.headers = HeaderCache()
+        self._writer = RecordWriter(engine, pool.store)
         self.degraded = ""
 
     def write(self, drafts: Sequence[Draft], *, sync: bool) -> None:
         """Write drafts that have places, and wait for the medium if asked; each says whether that failed."""
         placed = [draft for draft in drafts if draft.segment is not None]
         failpoints.reach("segment.put.before-write")
-        write_drafts(self.engine, placed, self.pool.store)
+        self._writer.write(placed, sealed=Draft.make_row)
         failpoints.reach("segment.put.after-write")
         if not sync:
             return
@@ -87,6 +89,10 @@ class Journal:
                     if draft.segment is segment:
                         draft.error = draft.error or error
         failpoints.reach("segment.put.after-sync")
+
+    def close(self) -> None:
+        """Let go of the memory that writes are staged in; nothing is read or written any more."""
+        self._writer.close()
 
     def read(self, fetches: Iterable[Fetch]) -> None:
         """Carry out fetches of segments that are pinned or cannot go."""

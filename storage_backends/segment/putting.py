@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from kvtier.record import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from kvtier.storage_backends.records import PutOutcome, PutState, Record
 from kvtier.storage_backends.segment.catalog import Catalog
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.flusher import Flusher
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.reclaim import Reclaimer
-from kvtier.storage_backends.segment.rows import pack_row, rows_of
-from kvtier.storage_backends.segment.writer import Draft
+from kvtier.storage_backends.segment.rows import rows_of
 from kvtier.types import format_bytes
 
 __all__ = ["put_records"]
@@ -63,6 +63,7 @@ def _put_new(journal: Journal, flusher: Flusher, records: Sequence[Record]) -> d
     if not drafts:
         return outcomes
     durable = journal.options.durability == "durable"
+    _number(journal.catalog, drafts)
     reason = journal.allocator.place(drafts)
     placed = [draft for draft in drafts if draft.segment is not None]
     try:
@@ -79,6 +80,14 @@ def _put_new(journal: Journal, flusher: Flusher, records: Sequence[Record]) -> d
     return outcomes
 
 
+def _number(catalog: Catalog, drafts: Sequence[Draft]) -> None:
+    """Look up the numbers of tenants and namespaces, which the rows will say."""
+    with catalog.lock:
+        for draft in drafts:
+            draft.tenant_number = catalog.tenants.number(draft.tenant.encode())
+            draft.namespace_number = catalog.namespaces.number(draft.namespace)
+
+
 def _outcome(draft: Draft, reason: str) -> PutOutcome:
     """What became of a draft; ``reason`` says why the last ones got no place."""
     if draft.segment is None:
@@ -90,15 +99,9 @@ def _outcome(draft: Draft, reason: str) -> PutOutcome:
 
 def _publish(catalog: Catalog, drafts: Sequence[Draft]) -> None:
     """Make those that arrived visible."""
-    rows = []
-    with catalog.lock:
-        for draft in drafts:
-            if draft.error is None and draft.header is not None and draft.segment is not None:
-                tenant = catalog.tenants.number(draft.tenant.encode())
-                namespace = catalog.namespaces.number(draft.namespace)
-                rows.append(pack_row(draft.header, draft.segment.number, draft.offset, tenant, namespace))
-        if rows:
-            catalog.publish(rows_of(rows))
+    rows = [draft.row for draft in drafts if draft.arrived]
+    if rows:
+        catalog.publish(rows_of(rows))
 
 
 def _remember(headers: HeaderCache, drafts: Sequence[Draft]) -> None:

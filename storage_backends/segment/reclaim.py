@@ -10,11 +10,11 @@ from kvtier.record import Grave, RecordHeader, RecordKind, SegmentKind, parse_gr
 from kvtier.storage_backends import failpoints
 from kvtier.storage_backends.memory import empty_aligned
 from kvtier.storage_backends.records import ByteRange
+from kvtier.storage_backends.segment.draft import Draft
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.pool import Segment
 from kvtier.storage_backends.segment.reader import Fetch, Found
-from kvtier.storage_backends.segment.rows import Rows, pack_row, record_bytes, rows_of
-from kvtier.storage_backends.segment.writer import Draft
+from kvtier.storage_backends.segment.rows import Rows, record_bytes, rows_of
 
 __all__ = ["Reclaimer"]
 
@@ -134,16 +134,15 @@ class Reclaimer:
         moved: list[tuple[Draft, Rows]] = []
         for fetch, row in zip(fetches, rows, strict=True):
             if fetch.outcome() is Found.RIGHT and fetch.header is not None:
-                moved.append((_copy(fetch.header, fetch.into), row))
+                moved.append((_copy(fetch.header, fetch.into, row), row))
         drafts = [draft for draft, _ in moved]
         self._journal.allocator.place_in_open(drafts)
         # Synced also where puts are not: the place that they leave may be the only one on the medium.
         self._journal.write(drafts, sync=True)
         arrived = []
         for draft, row in moved:
-            if draft.error is None and draft.segment is not None and draft.header is not None:
-                tenant, namespace = int(row["at"]["tenant"]), int(row["at"]["namespace"])
-                new = rows_of([pack_row(draft.header, draft.segment.number, draft.offset, tenant, namespace)])
+            if draft.arrived:
+                new = rows_of([draft.row])
                 new["at"]["hits"] = row["at"]["hits"]
                 arrived.append(new)
         if arrived:
@@ -190,7 +189,7 @@ class Reclaimer:
             return []
 
 
-def _copy(header: RecordHeader, payload: torch.Tensor) -> Draft:
+def _copy(header: RecordHeader, payload: torch.Tensor, row: Rows) -> Draft:
     """The same record, for another place: its sequence number stays, so that whatever killed it still does."""
     return Draft(
         key=header.key,
@@ -202,4 +201,6 @@ def _copy(header: RecordHeader, payload: torch.Tensor) -> Draft:
         created_us=header.created_us,
         codec=header.codec,
         sequence=header.sequence,
+        tenant_number=int(row["at"]["tenant"]),
+        namespace_number=int(row["at"]["namespace"]),
     )

@@ -310,6 +310,7 @@ class SegmentRecords(RecordStore):
             return
         if self._flusher is not None:
             self._flusher.close()
+        self._journal.close()
         self._pool.close()
         self._let_go()
 

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -158,9 +158,10 @@ class FaultyEngine(IOEngine):
             results[at] = error
         return results
 
-    def write(self, transfers: Sequence[Transfer], before: _Hook | None = None) -> list[OSError | None]:
+    def write(self, transfers: Iterable[Transfer], before: _Hook | None = None) -> list[OSError | None]:
         """Write, with what was ordered for these transfers, as far as the disk has room."""
         time.sleep(self._delay)
+        transfers = list(transfers)
         faults = self._due(self._writes, "write", len(transfers))
         results: list[OSError | None] = []
         going: list[int] = []

@@ -118,3 +118,24 @@ def test_reads_begin_while_others_are_still_drawn(
     assert sorted(seen) == list(range(16))
     assert begun[0] == 0 < begun[-1]
     assert torch.equal(sent, back)
+
+
+def test_writes_begin_while_others_are_still_filled(
+    engine: PosixEngine, file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, back, memory = aligned_bytes(17, 4 * MIB), empty_aligned(4 * MIB), empty_aligned(4 * MIB)
+    calls = queue_calls(monkeypatch)
+    begun: list[int] = []
+
+    def coming() -> Iterator[Transfer]:
+        for at in range(0, 4 * MIB, MIB // 4):
+            begun.append(len(calls))
+            memory[at : at + MIB // 4] = sent[at : at + MIB // 4]
+            yield Transfer(file, at, memory[at : at + MIB // 4])
+
+    assert engine.write(coming()) == [None] * 16
+    assert begun[:3] == [0, 1, 2], "a job that is full waits for nothing"
+    assert [size for _, size in calls[:2]] == [MIB // 4] * 2
+    assert len(calls) < 16, "small jobs at first, larger ones then"
+    assert engine.read([Transfer(file, 0, back)]) == [None]
+    assert torch.equal(sent, back)

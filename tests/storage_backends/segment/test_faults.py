@@ -73,18 +73,36 @@ def test_a_sync_that_fails_is_a_refusal(store: SegmentRecords, engine: FaultyEng
 
 
 @pytest.mark.parametrize("fault", [WriteFault.LOST, WriteFault.TORN, WriteFault.MISPLACED])
-@pytest.mark.parametrize("nth", [1, 2])
-def test_a_lie_of_the_disk_is_a_miss(store: SegmentRecords, engine: FaultyEngine, fault: WriteFault, nth: int) -> None:
-    """The first transfer of a put is its header, the second the payload."""
+@pytest.mark.parametrize(("size", "nth"), [(50_000, 1), (300_000, 1), (300_000, 2), (300_000, 3)])
+def test_a_lie_of_the_disk_is_a_miss(
+    store: SegmentRecords, engine: FaultyEngine, fault: WriteFault, size: int, nth: int
+) -> None:
+    """A small record is one transfer; a large one its payload, the end of that in a block of its own, its header."""
     put(store, 1)
     engine.on_write(fault, nth)
-    put(store, 2)
+    put(store, 2, size=size)
     store._journal.headers.forget((1, store._pool.segments[1].epoch, 4096 + 57_344))
-    assert not served(store, 2)
+    assert not served(store, 2, size)
     assert not store.contains([sample_key(2)])[0], "a damaged record is still claimed"
     assert store.stats().damaged == 1
-    put(store, 2)
-    assert served(store, 2)
+    put(store, 2, size=size)
+    assert served(store, 2, size)
+
+
+@pytest.mark.parametrize("size", [50_000, 300_000])
+def test_a_failed_write_of_many_is_that_of_one_record(
+    tmp_path: Path, store: SegmentRecords, engine: FaultyEngine, size: int
+) -> None:
+    put(store, 9, size=1000)
+    transfers = 1 if size == 50_000 else 3
+    engine.on_write(WriteFault.ERROR, nth=transfers + 1)
+    outcomes = store.put([sample_record(number, size) for number in range(3)])
+    assert [outcome.state for outcome in outcomes] == [PutState.STORED, PutState.REFUSED, PutState.STORED]
+    assert [served(store, number, size) for number in range(3)] == [True, False, True]
+    put(store, 1, size=size)
+    store.close()
+    with open_store(tmp_path, engine=engine) as reopened:
+        assert all(served(reopened, number, size) for number in range(3))
 
 
 @pytest.mark.parametrize("fault", [ReadFault.FLIP, ReadFault.SHORT, ReadFault.STALE, ReadFault.ERROR])
