@@ -163,6 +163,9 @@ class RaggedSequence:
     recent: LayerSequence
     newest: int
 
+    def __post_init__(self) -> None:
+        self.recent.follows_eviction = True
+
     @classmethod
     def after(cls, sequence: LayerSequence) -> RaggedSequence:
         """A sequence over an emptied one, which takes what comes next; ``keep`` must follow."""

@@ -47,6 +47,8 @@ class LayerSequence:
         Position of the newest slot; None when empty.
     evicted_length : int
         Slots that a selection left; 0 when nothing was ever dropped.
+    follows_eviction : bool
+        Whether it holds what came after an eviction, and grows like what one left.
     version : object
         Changes with the contents; forks share it, so that equal versions mean equal contents.
     chosen : Tensor, optional
@@ -62,6 +64,7 @@ class LayerSequence:
     raw: Tail
     last_position: int | None = None
     evicted_length: int = 0
+    follows_eviction: bool = False
     version: object = field(default_factory=object)
     chosen: torch.Tensor | None = None
     memory: torch.Tensor | None = None
@@ -204,6 +207,7 @@ class LayerSequence:
             raw=self.raw.fork(),
             last_position=self.last_position,
             evicted_length=self.evicted_length,
+            follows_eviction=self.follows_eviction,
             version=self.version,
             chosen=self.chosen,
             memory=self.memory,
@@ -303,7 +307,7 @@ class LayerSequence:
     @property
     def _since(self) -> int | None:
         """Page columns sealed since the last eviction, after which whole blocks were; None when nothing was dropped."""
-        if not self.evicted_length:
+        if not (self.evicted_length or self.follows_eviction):
             return None
         group = self.group
         return self.pages.length - self.evicted_length // group.block_tokens * group.block_tokens // group.page_tokens

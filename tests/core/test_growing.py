@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.core.memory import Memory
+from kvtier.core.ragged import RaggedSequence
 from kvtier.core.sequence import LayerSequence
 from kvtier.testing.session_machine import small_layout
 from kvtier.testing.steps import open_memory
@@ -88,3 +89,23 @@ def test_a_run_that_a_fork_holds_too_stays_where_it_is() -> None:
         twin, first = sequences[0].fork(), store.frames(sequences[0].pages.view).copy()
         sequences[0].append(*tokens(PROMPT + 2 * BLOCK, PROMPT + 4 * BLOCK))
         assert np.array_equal(store.frames(twin.pages.view), first)
+
+
+def test_what_follows_an_eviction_that_left_heads_apart_grows_by_blocks_too() -> None:
+    with closing(open_memory(small_layout())) as memory:
+        sequence, arena = memory.sequence(0), memory.groups[0].arena
+        assert isinstance(sequence, LayerSequence)
+        sequence.append(*tokens(0, PROMPT))
+        ragged = RaggedSequence.after(sequence)
+        group = memory.groups[0]
+        page, columns = group.page_tokens, 4 * BLOCK // group.page_tokens
+        keys, values, _ = tokens(0, columns * page)
+        pages = [part.unflatten(1, (columns, page)).flatten(0, 1) for part in (keys, values)]
+        counts = np.full(group.heads, columns * page)
+        ragged.keep(counts, pages[0], pages[1], np.arange(columns * page)[None].repeat(group.heads, axis=0))
+        group.planned_frames = 0
+        group.store.compact()
+        kept, block = arena.total_frames, group.heads * BLOCK // page
+        assert kept == group.heads * columns
+        ragged.fork().append(*tokens(PROMPT, PROMPT + BLOCK))
+        assert arena.total_frames <= kept + 2 * len(group.layers) * block
