@@ -75,8 +75,7 @@ def attend_ranked(
 ) -> Ranked:
     """Attention of queries over the ``count`` pages of each KV head with the highest box bounds, and over newer keys.
 
-    The same as ``box_scores``, ``top_pages``, ``attend_pages`` over those, ``attend_run`` over the newest keys, and
-    ``merge_partials``, to which precision, threads and gradients are alike.
+    ``box_scores``, ``top_pages``, ``attend_pages``, ``attend_run`` and ``merge_partials`` in one, as precise as those.
 
     Parameters
     ----------
@@ -87,7 +86,7 @@ def attend_ranked(
     k_arena, v_arena : Tensor
         [F, P, Dk] and [F, P, Dv]: F frames of P slots.
     frames : Tensor
-        [B, Hk, N] int64: which frame holds page n. Those of pages that are not chosen are never read.
+        [B, Hk, N] int64: which frame holds page n. Frames of pages that are not chosen are never read.
     count : int
         Pages to attend, from 1 on; all of them when there are fewer.
     newest : pair of Tensor, optional
@@ -108,26 +107,19 @@ def attend_ranked(
         When shapes do not fit together, or a frame is out of range (on a GPU only with ``KVTIER_DEBUG=1``).
     """
     if not _fit(q, kmin, kmax, k_arena, v_arena, frames, newest) or count < 1:
-        shapes = [list(one.shape) for one in (q, kmin, kmax, k_arena, v_arena, frames, *(newest or ()))]
-        raise InputError(
-            "attend_ranked needs q [B, Hq, Tq, Dk], kmin and kmax [B, Hk, N, Dk], arenas [F, P, Dk] and [F, P, Dv], "
-            "frames [B, Hk, N], newest [B, Hk, n, Dk] and [B, Hk, n, Dv] with Hq a multiple of Hk, and a count of at "
-            f"least 1; got {', '.join(map(str, shapes))} and {count}"
-        )
+        raise _unfit(count, q, kmin, kmax, k_arena, v_arena, frames, *(newest or ()))
     if group_reduce not in ("mean", "max", "sum"):
         raise InputError(f"group_reduce must be one of mean, max, sum, got {group_reduce!r}")
-    return OPERATOR.on(q.device).attend_ranked(
-        q,
-        kmin,
-        kmax,
-        k_arena,
-        v_arena,
-        frames,
-        count,
-        newest=newest,
-        group_reduce=group_reduce,
-        scale=scale,
-        softcap=softcap,
+    run = OPERATOR.on(q.device).attend_ranked
+    tensors = (q, kmin, kmax, k_arena, v_arena, frames)
+    return run(*tensors, count, newest=newest, group_reduce=group_reduce, scale=scale, softcap=softcap)
+
+
+def _unfit(count: int, *tensors: torch.Tensor) -> InputError:
+    return InputError(
+        "attend_ranked needs q [B, Hq, Tq, Dk], kmin and kmax [B, Hk, N, Dk], arenas [F, P, Dk] and [F, P, Dv], "
+        "frames [B, Hk, N], newest [B, Hk, n, Dk] and [B, Hk, n, Dv] with Hq a multiple of Hk, and a count of at "
+        f"least 1; got {', '.join(str(list(one.shape)) for one in tensors)} and {count}"
     )
 
 
