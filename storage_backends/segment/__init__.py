@@ -6,7 +6,8 @@
 `pool`                  the segment files: taken, begun and given back whole
 `allocator`             where the next record goes
 `reclaim`               which segment goes when there is no room
-`writer`, `reader`      records to and from the medium, verified in the I/O threads
+`draft`, `writer`       records to the medium, sealed while others are under way
+`reader`                and from it, verified in the I/O threads
 `catalog`, `table`      what is known of the records, in memory
 `index`, `flusher`      the same on disk, written behind
 `opening`, `recovery`   what a directory holds after whatever happened to it
