@@ -31,7 +31,7 @@ DIGEST_BYTES = 16
 
 _BLOCK_EXTENTS = 8  # copied, then digested while they are in the cache
 
-# An array is a buffer, though its type says so from Python 3.12 on only; a memoryview of it would cost more than the call.
+# An array is a buffer, though its type says so from Python 3.12 on only; to make a memoryview costs more than the call.
 _digest = cast("Callable[[ByteRows], bytes]", xxhash.xxh3_128_digest)
 
 

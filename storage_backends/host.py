@@ -126,7 +126,9 @@ class HostSlots(SlotBackend):
                 while first < stop:
                     slab = bisect_right(self._starts, first) - 1
                     start, end = self._starts[slab], min(stop, self._starts[slab + 1])
-                    found.append(self._memory[slab][(first - start) * self.slot_bytes : (end - start) * self.slot_bytes])
+                    found.append(
+                        self._memory[slab][(first - start) * self.slot_bytes : (end - start) * self.slot_bytes]
+                    )
                     first = end
             return found
 

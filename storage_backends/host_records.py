@@ -118,9 +118,9 @@ class HostRecords(RecordStore):
 
     def read(self, requests: Sequence[ReadRequest]) -> list[bool]:
         """Copy bytes out, each extent verified; a record with a wrong one is dropped."""
+        sizes = [request.into.numel() for request in requests]
         with self._lock:
             entries = self._open([request.key for request in requests])
-        sizes = [request.into.numel() for request in requests]
         results: list[bool | None] = [None] * len(requests)
         try:
             jobs = [_missing if copy is None else copy.run for copy in map(copy_of, entries, requests)]
@@ -318,8 +318,8 @@ class HostRecords(RecordStore):
         """Begin to read the records of some keys."""
         rows: list[int] = self._index.find(keys).tolist()
         opened = self._reading
-        for row, *payload in self._index.payloads([row for row in rows if row >= 0 and row not in opened]):
-            opened[row] = HostEntry(row, *payload)
+        for row, views, size, digests in self._index.payloads([row for row in rows if row >= 0 and row not in opened]):
+            opened[row] = HostEntry(row, views, size, digests)
         entries = [opened.get(row) for row in rows]
         for entry in entries:
             if entry is not None:
