@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 
-from kvtier.storage_backends.engines.base import Transfer
 from kvtier.storage_backends.engines.batch import Batch, Move
 from kvtier.storage_backends.engines.kernel_queue import READ, KernelQueue, Verb
 from kvtier.storage_backends.engines.plan import Job
@@ -81,8 +80,10 @@ class Feed:
 
     def _submit(self, job: Job) -> bool:
         """Put a job into the queue; False when the kernel does not take it."""
-        transfers: Sequence[Transfer] = self._batch.transfers
-        parts = [(transfers[index].buffer.data_ptr() + start, stop - start) for index, start, stop in job.parts]
+        transfers = self._batch.transfers
+        parts: list[tuple[int, int]] = []
+        for index, start, stop in job.parts:
+            parts += transfers[index].within(start, stop)
         descriptor = job.file.descriptor if isinstance(job.file, PosixFile) else -1
         try:
             self._queue.submit(self._verb, self._token, descriptor, job.offset, parts)
