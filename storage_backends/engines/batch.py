@@ -210,5 +210,5 @@ class _Source:
 
 def _wait_for_streams(transfers: Sequence[Laid]) -> None:
     """Let what the caller has queued for its CUDA buffers come to an end: I/O threads use streams of their own."""
-    for device in {transfer.buffers[0].device for transfer in transfers if transfer.is_cuda}:
+    for device in {transfer.buffers[0].device for transfer in transfers if transfer.cuda}:
         torch.cuda.current_stream(device).synchronize()

@@ -16,12 +16,14 @@ __all__ = ["Feed"]
 
 _FIRST_WINDOW_BYTES = 1 << 20
 _MOST_WINDOW_BYTES = 8 << 20
+_OPENING = 1
+"""By what the window opens for each byte that arrived: little, so that the last digests, which nothing overlaps, are few."""
 
 
 class Feed:
     """Carries out straight jobs in the queue, with their hooks in the calling thread; other jobs in threads.
 
-    Reads go through a window of bytes under way that opens by twice what arrives: drives that share their time among
+    Reads go through a window of bytes under way that opens by what arrives: drives that share their time among
     all requests, or tell of them together, would end the first with the last, and all digests would come after that.
 
     Parameters
@@ -97,7 +99,7 @@ class Feed:
             job = self._under_way.pop(token)
             self._bytes -= job.nbytes
             if self._window < _MOST_WINDOW_BYTES:
-                self._window = min(_MOST_WINDOW_BYTES, self._window + 2 * job.nbytes)
+                self._window = min(_MOST_WINDOW_BYTES, self._window + _OPENING * job.nbytes)
             self._ended.append((job, result == job.nbytes))
         if self._ended and not (told and self._has_room):
             job, whole = self._ended.popleft()

@@ -17,20 +17,16 @@ __all__ = ["Laid", "lay"]
 class Laid(NamedTuple):
     """A transfer and its memory.
 
-    ``straight``: the kernel can transfer the bytes where they lie. ``memory``: address and length of each buffer.
+    ``aligned``: offset, addresses and lengths are as direct I/O asks. ``memory``: address and length of each buffer.
     """
 
     file: EngineFile
     offset: int
     buffers: Sequence[torch.Tensor]
     nbytes: int
-    straight: bool
+    cuda: bool
+    aligned: bool
     memory: Sequence[tuple[int, int]]
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether the buffer lies on a GPU; there is one alone then."""
-        return self.buffers[0].is_cuda
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Where bytes ``start`` to ``stop`` are: buffers, and from and to which byte of each."""
@@ -73,5 +69,4 @@ def lay(transfer: Transfer) -> Laid:
         cuda = cuda or buffer.is_cuda
     if cuda and behind:
         raise InputError("several buffers of one transfer must lie in host memory, got one on a GPU; split it")
-    straight = not cuda and (not file.direct or not bits % BLOCK_BYTES)
-    return Laid(file, offset, buffers, total, straight, memory)
+    return Laid(file, offset, buffers, total, cuda, not bits % BLOCK_BYTES, memory)

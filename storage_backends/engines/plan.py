@@ -89,7 +89,8 @@ def plan(transfers: Sequence[Laid], order: Iterable[int], limits: SizeLimits) ->
     vectors = 0  # of the job, at most
     planned, most = 0, limits.straight(0)  # bytes of jobs so far, and what a straight one may have
     for index in order:
-        file, offset, buffers, size, straight, _ = transfers[index]
+        file, offset, buffers, size, cuda, aligned, _ = transfers[index]
+        straight = not cuda and (aligned or not file.direct)
         start = 0
         while start < size:
             stop, limit = size, most if straight else min(most, limits.bounced)

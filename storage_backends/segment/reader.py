@@ -19,7 +19,7 @@ from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.pool import Segment
-from kvtier.storage_backends.segment.sweeps import Piece, Sweep, sweeps
+from kvtier.storage_backends.segment.sweeps import Piece, Sweep, single, sweeps
 
 __all__ = ["Fetch", "Found", "read_fetches", "whole"]
 
@@ -27,7 +27,7 @@ _PIECE_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20
 _STAGING_BYTES = 64 << 10
 
-_CHUNK = 16
+_CHUNK = 8
 """Fetches that are planned together, while those before are under way."""
 
 
@@ -137,16 +137,15 @@ class _Round:
     def run(self, engine: IOEngine) -> None:
         """Read and verify; where pieces failed together, each is tried by itself, so that it has its own error."""
         failed = self._read(engine, sweeps(self._pieces(), self._gap_bytes))
-        together = [sweep.pieces for sweep, _ in failed if sweep.transfer.behind]
-        alone = [
-            Sweep(Transfer(piece.fetch.segment.file, piece.offset, piece.buffer), (piece,))
-            for piece in itertools.chain.from_iterable(together)
-        ]
-        failed = [(sweep, error) for sweep, error in failed if not sweep.transfer.behind] + self._read(engine, alone)
+        if failed:
+            together = [piece for sweep, _ in failed if sweep.transfer.behind for piece in sweep.pieces]
+            failed = [(sweep, error) for sweep, error in failed if not sweep.transfer.behind]
+            failed += self._read(engine, map(single, together))
         for sweep, error in failed:
             for piece in sweep.pieces:
                 piece.fetch.error = error
-        self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
+        if self._unknown:
+            self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
 
     def _read(self, engine: IOEngine, coming: Iterable[Sweep]) -> list[tuple[Sweep, OSError]]:
         """Read and verify; those that failed, and why."""

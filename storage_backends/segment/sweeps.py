@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from kvtier.storage_backends.memory import empty_aligned
 if TYPE_CHECKING:
     from kvtier.storage_backends.segment.reader import Fetch
 
-__all__ = ["SWEEP_BYTES", "Piece", "Sweep", "sweeps"]
+__all__ = ["SWEEP_BYTES", "Piece", "Sweep", "single", "sweeps"]
 
-SWEEP_BYTES = 512 << 10
+SWEEP_BYTES = 256 << 10
 """Of small neighbours; few enough that they are verified while the next ones are read."""
 
 
@@ -39,6 +40,11 @@ class Sweep(NamedTuple):
     pieces: Sequence[Piece]
 
 
+def single(piece: Piece) -> Sweep:
+    """A piece by itself."""
+    return Sweep(Transfer(piece.fetch.segment.file, piece.offset, piece.buffer), (piece,))
+
+
 def sweeps(pieces: Iterable[Piece], gap_bytes: int) -> Iterator[Sweep]:
     """Transfers that carry every piece once, in their order; those of neighbours follow one another without a hole.
 
@@ -49,7 +55,6 @@ def sweeps(pieces: Iterable[Piece], gap_bytes: int) -> Iterator[Sweep]:
     gap_bytes : int
         Gaps up to it are read too.
     """
-    gaps = _Gaps(gap_bytes)
     last: EngineFile | None = None
     start = end = room = 0
     buffers: list[torch.Tensor] = []
@@ -62,7 +67,7 @@ def sweeps(pieces: Iterable[Piece], gap_bytes: int) -> Iterator[Sweep]:
             if gap > room and last is not None:
                 yield Sweep(Transfer(last, start, buffers[0], buffers[1:]), members)
                 start, room, buffers, members = end, SWEEP_BYTES, [], []
-            buffers.append(gaps.of(gap))
+            buffers.append(_unread(gap, gap_bytes))
             room -= gap
         if not near or size > room or buffer.is_cuda:
             if last is not None:
@@ -76,17 +81,12 @@ def sweeps(pieces: Iterable[Piece], gap_bytes: int) -> Iterator[Sweep]:
         yield Sweep(Transfer(last, start, buffers[0], buffers[1:]), members)
 
 
-class _Gaps:
-    """Memory for what lies between pieces: nobody looks at it, so all gaps share it."""
+@lru_cache(maxsize=64)
+def _unread(size: int, most: int) -> torch.Tensor:
+    """Room for a gap: nobody looks at what lies between pieces, so all gaps of all reads share their memory."""
+    return _shared(most)[:size]
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._memory = self._last = torch.empty(0, dtype=torch.uint8)
 
-    def of(self, size: int) -> torch.Tensor:
-        """Room for a gap."""
-        if not self._memory.numel():
-            self._memory = empty_aligned(self._most)
-        if self._last.numel() != size:
-            self._last = self._memory[:size]
-        return self._last
+@lru_cache(maxsize=2)
+def _shared(size: int) -> torch.Tensor:
+    return empty_aligned(size)
