@@ -17,7 +17,7 @@ __all__ = ["Feed"]
 _FIRST_WINDOW_BYTES = 1 << 20
 _MOST_WINDOW_BYTES = 8 << 20
 _OPENING = 1
-"""By what the window opens for each byte that arrived: little, so that the last digests, which nothing overlaps, are few."""
+"""Bytes by which the window opens for each that arrived: little is left to verify when the last ones have."""
 
 
 class Feed:
