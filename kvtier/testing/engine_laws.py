@@ -75,7 +75,7 @@ class EngineLaws(NoLeaks):
     @_LAW
     @given(data=st.data())
     def test_any_batch_round_trips(self, engine: EngineFactory, tmp_path: Path, data: st.DataObject) -> None:
-        """Writes at any offsets and sizes, from aligned and other buffers, change these bytes and no others."""
+        """Writes at any offsets and sizes, from one buffer or several, change these bytes and no others."""
         path = tmp_path / "any"
         path.unlink(missing_ok=True)
         model = bytearray()
@@ -84,12 +84,12 @@ class EngineLaws(NoLeaks):
             for seed in range(data.draw(st.integers(1, 4), label="batches")):
                 batch = _drawn_batch(data, file, seed)
                 assert opened.write(batch) == [None] * len(batch)
-                for _, offset, buffer in batch:
-                    _note(model, offset, buffer)
+                for transfer in batch:
+                    _note(model, transfer.offset, _joined(transfer))
             wanted = [_blank(transfer) for transfer in _drawn_batch(data, file, 99) if _end(transfer) <= len(model)]
             assert opened.read(wanted) == [None] * len(wanted)
-            for _, offset, buffer in wanted:
-                assert _raw(buffer) == model[offset : offset + buffer.numel()]
+            for transfer in wanted:
+                assert _raw(_joined(transfer)) == model[transfer.offset : _end(transfer)]
             assert file.size == len(model)
             file.sync()
             file.close()
@@ -346,13 +346,17 @@ def _raw(buffer: torch.Tensor) -> bytes:
     return host_bytes(buffer).numpy().tobytes()
 
 
+def _joined(transfer: Transfer) -> torch.Tensor:
+    return torch.cat([transfer.buffer, *transfer.behind])
+
+
 def _end(transfer: Transfer) -> int:
-    return transfer.offset + transfer.buffer.numel()
+    return transfer.offset + _joined(transfer).numel()
 
 
 def _blank(transfer: Transfer) -> Transfer:
-    """The same place with another buffer, wrong in every byte."""
-    return transfer._replace(buffer=transfer.buffer ^ 0xFF)
+    """The same place with other buffers, wrong in every byte."""
+    return transfer._replace(buffer=transfer.buffer ^ 0xFF, behind=[buffer ^ 0xFF for buffer in transfer.behind])
 
 
 def _note(model: bytearray, offset: int, buffer: torch.Tensor) -> None:
@@ -360,6 +364,13 @@ def _note(model: bytearray, offset: int, buffer: torch.Tensor) -> None:
     if buffer.numel():
         model.extend(bytes(max(0, offset + buffer.numel() - len(model))))
         model[offset : offset + buffer.numel()] = _raw(buffer)
+
+
+def _cut(data: st.DataObject, buffer: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The same bytes as one buffer or as several, some of them empty."""
+    cuts = sorted(min(cut, buffer.numel()) for cut in data.draw(st.lists(_EDGES, max_size=3), label="parts"))
+    first, *others = [buffer[a:b] for a, b in itertools.pairwise([0, *cuts, buffer.numel()])]
+    return first, others
 
 
 def _drawn_batch(data: st.DataObject, file: EngineFile, seed: int) -> Sequence[Transfer]:
@@ -370,5 +381,6 @@ def _drawn_batch(data: st.DataObject, file: EngineFile, seed: int) -> Sequence[T
         if data.draw(st.booleans(), label="taken"):
             shift = data.draw(st.sampled_from([0, 0, 1, 100]), label="shift")
             buffer = empty_aligned(shift + end - start)[shift:] if end > start else _empty(0)
-            batch.append(Transfer(file, start, buffer.copy_(random_bytes(seed * 100 + number, end - start))))
+            buffer.copy_(random_bytes(seed * 100 + number, end - start))
+            batch.append(Transfer(file, start, *_cut(data, buffer)))
     return data.draw(st.permutations(batch), label="order")

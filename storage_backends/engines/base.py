@@ -79,11 +79,16 @@ class EngineFile(ABC):
 
 
 class Transfer(NamedTuple):
-    """Bytes ``offset`` to ``offset + buffer.numel()`` of a file and the uint8 vector they come from or go to."""
+    """Bytes of a file from ``offset`` on, and the uint8 vector that they come from or go to.
+
+    ``behind`` are more of them, for the bytes that follow: many small neighbours cost little more than one. All lie in
+    host memory then. What becomes of them becomes of all.
+    """
 
     file: EngineFile
     offset: int
     buffer: torch.Tensor
+    behind: Sequence[torch.Tensor] = ()
 
 
 class IOEngine(ABC):
@@ -92,9 +97,9 @@ class IOEngine(ABC):
     Notes
     -----
     Transfers of one batch run in no particular order; writes that overlap, in one batch or several, leave either's
-    bytes. A transfer that fails leaves its range of the buffer or the file undefined, and the others alone. After
-    `close`, every call raises `StorageError`. A buffer that is not a contiguous uint8 vector, or a negative offset, is
-    an `InputError` before anything of a sequence is transferred.
+    bytes. A transfer that fails leaves its range of the buffers or the file undefined, and the others alone. After
+    `close`, every call raises `StorageError`. A buffer that is not a contiguous uint8 vector, several of them on a GPU,
+    or a negative offset, is an `InputError` before anything of a sequence is transferred.
     """
 
     @abstractmethod

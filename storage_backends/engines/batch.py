@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 import torch
 
-from kvtier.errors import CapacityError, InputError
+from kvtier.errors import CapacityError
 from kvtier.storage_backends.engines.base import Transfer
+from kvtier.storage_backends.engines.laid import Laid, lay
 from kvtier.storage_backends.engines.plan import Job, in_order
 
 __all__ = ["Batch", "Hook", "Move"]
@@ -34,14 +35,14 @@ class Batch:
 
     Attributes
     ----------
-    transfers : list of Transfer
+    transfers : list of Laid
         Those that are known: all of a sequence, and what was drawn of others, at first one.
     total : int
         Bytes of those.
     """
 
     def __init__(self, transfers: Iterable[Transfer], *, before: Hook | None = None, after: Hook | None = None) -> None:
-        self.transfers: list[Transfer] = []
+        self.transfers: list[Laid] = []
         self.total = 0
         self._left: list[int] = []
         self._before = before
@@ -87,17 +88,17 @@ class Batch:
             self._take(transfer)
             index = len(self._left) - 1
             if transfer.buffer.is_cuda:
-                _wait_for_streams([transfer])
+                _wait_for_streams(self.transfers[index:])
             if not self._left[index]:
                 self._pass(index)
             yield index
 
     def _take(self, transfer: Transfer) -> None:
-        size = _checked_size(transfer)
-        self.transfers.append(transfer)
-        self._left.append(size)
+        laid = lay(transfer)
+        self.transfers.append(laid)
+        self._left.append(laid.nbytes)
         self._errors.append(None)
-        self.total += size
+        self.total += laid.nbytes
 
     def _pass(self, index: int) -> None:
         """Call the hooks of a transfer of no bytes."""
@@ -226,20 +227,7 @@ class _Source:
             self._ahead.clear()
 
 
-def _checked_size(transfer: Transfer) -> int:
-    """Bytes of a transfer that makes sense."""
-    _, offset, buffer = transfer
-    if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous() or buffer.is_meta:
-        raise InputError(
-            f"buffers must be contiguous uint8 vectors, got {buffer.dtype} {list(buffer.shape)} on {buffer.device}; "
-            "view them as bytes"
-        )
-    if offset < 0:
-        raise InputError(f"offsets must be at least 0, got {offset}")
-    return buffer.numel()
-
-
-def _wait_for_streams(transfers: Sequence[Transfer]) -> None:
+def _wait_for_streams(transfers: Sequence[Laid]) -> None:
     """Let what the caller has queued for its CUDA buffers come to an end: I/O threads use streams of their own."""
-    for device in {buffer.device for _, _, buffer in transfers if buffer.is_cuda}:
+    for device in {transfer.buffers[0].device for transfer in transfers if transfer.cuda}:
         torch.cuda.current_stream(device).synchronize()

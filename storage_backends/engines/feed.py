@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 
-from kvtier.storage_backends.engines.base import Transfer
 from kvtier.storage_backends.engines.batch import Batch, Move
 from kvtier.storage_backends.engines.kernel_queue import READ, KernelQueue, Verb
 from kvtier.storage_backends.engines.plan import Job
@@ -17,12 +16,14 @@ __all__ = ["Feed"]
 
 _FIRST_WINDOW_BYTES = 1 << 20
 _MOST_WINDOW_BYTES = 8 << 20
+_OPENING = 1
+"""Bytes by which the window opens for each that arrived: little is left to verify when the last ones have."""
 
 
 class Feed:
     """Carries out straight jobs in the queue, with their hooks in the calling thread; other jobs in threads.
 
-    Reads go through a window of bytes under way that opens by twice what arrives: drives that share their time among
+    Reads go through a window of bytes under way that opens by what arrives: drives that share their time among
     all requests, or tell of them together, would end the first with the last, and all digests would come after that.
 
     Parameters
@@ -81,8 +82,10 @@ class Feed:
 
     def _submit(self, job: Job) -> bool:
         """Put a job into the queue; False when the kernel does not take it."""
-        transfers: Sequence[Transfer] = self._batch.transfers
-        parts = [(transfers[index].buffer.data_ptr() + start, stop - start) for index, start, stop in job.parts]
+        transfers = self._batch.transfers
+        parts: list[tuple[int, int]] = []
+        for index, start, stop in job.parts:
+            parts += transfers[index].within(start, stop)
         descriptor = job.file.descriptor if isinstance(job.file, PosixFile) else -1
         try:
             self._queue.submit(self._verb, self._token, descriptor, job.offset, parts)
@@ -96,7 +99,7 @@ class Feed:
             job = self._under_way.pop(token)
             self._bytes -= job.nbytes
             if self._window < _MOST_WINDOW_BYTES:
-                self._window = min(_MOST_WINDOW_BYTES, self._window + 2 * job.nbytes)
+                self._window = min(_MOST_WINDOW_BYTES, self._window + _OPENING * job.nbytes)
             self._ended.append((job, result == job.nbytes))
         if self._ended and not (told and self._has_room):
             job, whole = self._ended.popleft()

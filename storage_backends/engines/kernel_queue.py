@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import platform
 import struct
@@ -30,8 +31,8 @@ _CALLS = {
 """Numbers of the system calls, for which the C library has no functions."""
 
 _REQUEST = struct.Struct("<QIIHhIQQqQII")  # struct iocb of a little-endian machine
-_VECTOR = struct.Struct("<QQ")  # struct iovec
 _EVENT = struct.Struct("<QQqq")  # struct io_event
+_VECTOR_BYTES = 16  # struct iovec: address and length
 _MOST_VECTORS = 1024
 
 
@@ -65,7 +66,7 @@ class KernelQueue:
         self._context = ctypes.c_ulong(0)
         self._request = ctypes.create_string_buffer(_REQUEST.size)
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._request))
-        self._vectors = ctypes.create_string_buffer(_VECTOR.size * _MOST_VECTORS)
+        self._vectors = ctypes.create_string_buffer(_VECTOR_BYTES * _MOST_VECTORS)
         self._events = ctypes.create_string_buffer(_EVENT.size * depth)
         self._most = ctypes.c_long(depth)
         self._call("setup", ctypes.c_long(depth), ctypes.byref(self._context))
@@ -81,8 +82,10 @@ class KernelQueue:
         if len(parts) == 1:
             (where, count), number = parts[0], verb.one
         else:
-            for place, part in enumerate(parts):
-                _VECTOR.pack_into(self._vectors, place * _VECTOR.size, *part)
+            if len(parts) > _MOST_VECTORS:
+                raise OSError(errno.EINVAL, f"at most {_MOST_VECTORS} parts of a transfer, got {len(parts)}")
+            numbers = itertools.chain.from_iterable(parts)
+            struct.pack_into(f"<{2 * len(parts)}Q", self._vectors, 0, *numbers)  # array of struct iovec
             where, count, number = ctypes.addressof(self._vectors), len(parts), verb.several
         _REQUEST.pack_into(self._request, 0, token, 0, 0, number, 0, descriptor, where, count, offset, 0, 0, 0)
         if self._call("submit", self._context, ctypes.c_long(1), ctypes.byref(self._pointer)) != 1:

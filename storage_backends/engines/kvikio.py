@@ -144,17 +144,22 @@ class KvikioEngine(IOEngine):
             self._pool.shutdown(wait=True)
 
     def _run(self, batch: Batch, verb: Callable[[KvikioFile], Callable[..., Any]]) -> list[OSError | None]:
-        """One job a transfer: kvikio cuts and aligns by itself."""
+        """One job a buffer: kvikio cuts and aligns by itself."""
         transfers = batch.transfers
         jobs = []
-        for index, (file, offset, buffer) in enumerate(transfers):
-            _own(file)
-            if buffer.numel():
-                jobs.append(Job(file, offset, [Part(index, 0, buffer.numel())], straight=True))
+        for index, transfer in enumerate(transfers):
+            _own(transfer.file)
+            stop = 0
+            for buffer in transfer.buffers:
+                start, stop = stop, stop + buffer.numel()
+                if start < stop:
+                    part = Part(index, start, stop)
+                    jobs.append(Job(transfer.file, transfer.offset + start, [part], straight=True))
 
         def move(job: Job) -> None:
-            file = _own(job.file)
-            _transfer(verb(file), file, job.offset, transfers[job.parts[0].transfer].buffer)
+            file, (part,) = _own(job.file), job.parts
+            for buffer, low, high in transfers[part.transfer].spans(part.start, part.stop):
+                _transfer(verb(file), file, job.offset, buffer[low:high])
 
         with self._gate:
             return batch.run(iter(jobs), move, self._pool, self._threads)

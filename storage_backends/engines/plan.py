@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
-from kvtier.storage_backends.engines.base import EngineFile, Transfer
+from kvtier.storage_backends.engines.base import EngineFile
+from kvtier.storage_backends.engines.laid import Laid
 from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, MAX_VECTORS
 from kvtier.storage_backends.memory import round_up
 
@@ -16,7 +17,7 @@ _SMALL_BYTES = 16 << 10
 
 
 class Part(NamedTuple):
-    """Bytes ``start`` to ``stop`` of the buffer of a transfer, by its place in the batch."""
+    """Bytes ``start`` to ``stop`` of a transfer, by its place in the batch."""
 
     transfer: int
     start: int
@@ -71,12 +72,12 @@ class SizeLimits(NamedTuple):
         return cls(lambda at: min(most, max(least, (total - at) // 3 // BLOCK_BYTES * BLOCK_BYTES)), bounced)
 
 
-def in_order(transfers: Sequence[Transfer]) -> list[int]:
+def in_order(transfers: Sequence[Laid]) -> list[int]:
     """Places of the transfers in a batch, in the order of their files."""
-    return [at for _, _, at in sorted((id(file), offset, at) for at, (file, offset, _) in enumerate(transfers))]
+    return sorted(range(len(transfers)), key=lambda at: (id(transfers[at].file), transfers[at].offset))
 
 
-def plan(transfers: Sequence[Transfer], order: Iterable[int], limits: SizeLimits) -> Iterator[Job]:
+def plan(transfers: Sequence[Laid], order: Iterable[int], limits: SizeLimits) -> Iterator[Job]:
     """Jobs that cover every byte of every transfer once, as they come in ``order``, which is drawn as it is needed.
 
     Those that follow one another in a file join. A cut lies at a multiple of 4096 in the file, so that no block is
@@ -85,11 +86,11 @@ def plan(transfers: Sequence[Transfer], order: Iterable[int], limits: SizeLimits
     """
     job: Job | None = None
     room, end = 0, 0  # bytes that the job still takes, and where it ends
+    vectors = 0  # of the job, at most
     planned, most = 0, limits.straight(0)  # bytes of jobs so far, and what a straight one may have
     for index in order:
-        file, offset, buffer = transfers[index]
-        size = buffer.numel()
-        straight = not buffer.is_cuda and (not file.direct or not (offset | size | buffer.data_ptr()) % BLOCK_BYTES)
+        file, offset, buffers, size, cuda, aligned, _ = transfers[index]
+        straight = not cuda and (aligned or not file.direct)
         start = 0
         while start < size:
             stop, limit = size, most if straight else min(most, limits.bounced)
@@ -101,14 +102,16 @@ def plan(transfers: Sequence[Transfer], order: Iterable[int], limits: SizeLimits
                     room -= most - limit
                     job = job._replace(straight=False)
                 joins = job.straight == straight or (not job.straight and size <= _SMALL_BYTES)
-            if job is not None and joins and stop - start <= room and len(job.parts) < MAX_VECTORS:
+            if job is not None and joins and stop - start <= room and vectors + len(buffers) <= MAX_VECTORS:
                 job.parts.append(Part(index, start, stop))
+                vectors += len(buffers)
             elif job is not None:
                 yield job
                 job, most = None, limits.straight(planned)
                 continue  # cut anew, by the size of the next job
             else:
                 job, room = Job(file, offset + start, [Part(index, start, stop)], straight), limit
+                vectors = len(buffers)
             room -= stop - start
             planned += stop - start
             start, end = stop, offset + stop

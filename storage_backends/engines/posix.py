@@ -16,6 +16,7 @@ from kvtier.storage_backends.engines.bounce import BouncePool
 from kvtier.storage_backends.engines.feed import Feed
 from kvtier.storage_backends.engines.gate import Gate
 from kvtier.storage_backends.engines.kernel_queue import READ, WRITE, QueuePool, Verb
+from kvtier.storage_backends.engines.laid import Laid
 from kvtier.storage_backends.engines.plan import Job, SizeLimits, plan
 from kvtier.storage_backends.engines.posix_file import BLOCK_BYTES, DirectVerdict, PosixFile, open_named
 from kvtier.storage_backends.memory import round_up
@@ -117,7 +118,7 @@ class PosixEngine(IOEngine):
 
     def _run(self, batch: Batch, verb: Verb, move: Move) -> list[OSError | None]:
         """Carry the batch out, in a queue where its files bypass the page cache and the kernel has one."""
-        files = [_own(file) for file in {id(file): file for file, _, _ in batch.transfers}.values()]
+        files = [_own(file) for file in {id(one.file): one.file for one in batch.transfers}.values()]
         with self._gate:
             queue = self._queues.take() if all(file.direct for file in files) else None
             if queue is None:
@@ -131,7 +132,7 @@ class PosixEngine(IOEngine):
             finally:
                 self._queues.give(queue)
 
-    def _read(self, job: Job, transfers: Sequence[Transfer]) -> None:
+    def _read(self, job: Job, transfers: Sequence[Laid]) -> None:
         file = _own(job.file)
         if job.straight:
             file.read_at(_views(job, transfers), job.offset)
@@ -144,7 +145,7 @@ class PosixEngine(IOEngine):
             file.read_blocks(whole, first, needed)
             _scatter(bounce[skipped:needed], job, transfers)
 
-    def _write(self, job: Job, transfers: Sequence[Transfer]) -> None:
+    def _write(self, job: Job, transfers: Sequence[Laid]) -> None:
         file = _own(job.file)
         if job.straight:
             file.write_at(_views(job, transfers), job.offset)
@@ -186,29 +187,32 @@ def _queued(batch: Batch, verb: Verb) -> Iterator[Job]:
     yield from reversed(list(plan(batch.transfers, batch.order(), limits)))
 
 
-def _views(job: Job, transfers: Sequence[Transfer]) -> list[memoryview]:
+def _views(job: Job, transfers: Sequence[Laid]) -> list[memoryview]:
     """The parts of a job where they lie."""
     views = []
     for index, start, stop in job.parts:
-        view = transfers[index].buffer.numpy().data
-        views.append(view if stop - start == view.nbytes else view[start:stop])
+        for buffer, low, high in transfers[index].spans(start, stop):
+            view = buffer.numpy().data
+            views.append(view if high - low == view.nbytes else view[low:high])
     return views
 
 
-def _scatter(bytes_read: torch.Tensor, job: Job, transfers: Sequence[Transfer]) -> None:
+def _scatter(bytes_read: torch.Tensor, job: Job, transfers: Sequence[Laid]) -> None:
     """Copy adjacent bytes to the buffers that want them."""
     at = 0
     for index, start, stop in job.parts:
-        _copy(bytes_read[at : at + stop - start], transfers[index].buffer[start:stop])
-        at += stop - start
+        for buffer, low, high in transfers[index].spans(start, stop):
+            _copy(bytes_read[at : at + high - low], buffer[low:high])
+            at += high - low
 
 
-def _gather(into: torch.Tensor, job: Job, transfers: Sequence[Transfer]) -> None:
+def _gather(into: torch.Tensor, job: Job, transfers: Sequence[Laid]) -> None:
     """Copy what the buffers hold next to each other."""
     at = 0
     for index, start, stop in job.parts:
-        _copy(transfers[index].buffer[start:stop], into[at : at + stop - start])
-        at += stop - start
+        for buffer, low, high in transfers[index].spans(start, stop):
+            _copy(buffer[low:high], into[at : at + high - low])
+            at += high - low
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

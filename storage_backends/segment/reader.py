@@ -7,25 +7,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kvtier.errors import RecordFormatError
 from kvtier.record import BLOCK_BYTES, DIGEST_BYTES, RecordHeader, digest_extents, header_seed, parse_header
-from kvtier.storage_backends.engines import EngineFile, IOEngine, Transfer
+from kvtier.storage_backends.engines import IOEngine, Transfer
 from kvtier.storage_backends.engines.base import host_bytes
 from kvtier.storage_backends.memory import empty_aligned, round_up
 from kvtier.storage_backends.records import ByteRange
 from kvtier.storage_backends.segment.headers import HeaderCache
 from kvtier.storage_backends.segment.pool import Segment
+from kvtier.storage_backends.segment.sweeps import Piece, Sweep, single, sweeps
 
 __all__ = ["Fetch", "Found", "read_fetches", "whole"]
 
 _PIECE_BYTES = 1 << 20
 _ROUND_BYTES = 64 << 20
 _STAGING_BYTES = 64 << 10
+
+_CHUNK = 8
+"""Fetches that are planned together, while those before are under way."""
 
 
 class Found(Enum):
@@ -83,37 +86,28 @@ class Fetch:
             return
         self.header = header
 
+    def take_digests(self, first: int, digests: bytes) -> None:
+        """Compare digests of extents from ``first`` on with what the header says, once it is known."""
+        at = first * DIGEST_BYTES
+        if self.header is None:
+            self.digests[first] = digests
+        elif self.header.digests[at : at + len(digests)] != digests:
+            self.wrong = f"extents from {first} on are not those that were written"
+
     def outcome(self) -> Found:
         """Whether every extent that was read is the one that was written."""
         if self.error is not None:
             return Found.FAILED
-        header = self.header
-        if self.wrong or header is None:
-            return Found.DAMAGED
-        for first, digests in self.digests.items():
-            at = first * DIGEST_BYTES
-            if header.digests[at : at + len(digests)] != digests:
-                return Found.DAMAGED
-        return Found.RIGHT
+        if self.header is not None:
+            for first, digests in self.digests.items():
+                self.take_digests(first, digests)
+        return Found.DAMAGED if self.wrong or self.header is None else Found.RIGHT
 
 
 @lru_cache(maxsize=256)
 def whole(size: int) -> tuple[ByteRange, ...]:
     """All of a payload as ranges; shared, since the collector of garbage counts every tuple."""
     return (ByteRange(0, size),)
-
-
-class _Piece(NamedTuple):
-    """Adjacent extents of a fetch, or its header (``extent`` None), on the way into ``buffer``.
-
-    ``copies`` are (from, to, length): bytes of the buffer and of ``into``; empty when the buffer is a part of it.
-    """
-
-    fetch: Fetch
-    offset: int
-    buffer: torch.Tensor
-    extent: int | None
-    copies: Sequence[tuple[int, int, int]]
 
 
 def read_fetches(
@@ -136,47 +130,54 @@ class _Round:
         self._headers = headers
         self._store = store
         self._gap_bytes = gap_bytes
-        self._owners: list[_Piece | None] = []
+        self._sweeps: list[Sweep] = []
         self._unknown: list[Fetch] = []
-        self._between = self._last_gap = self._blocks = torch.empty(0, dtype=torch.uint8)
+        self._blocks = torch.empty(0, dtype=torch.uint8)
 
     def run(self, engine: IOEngine) -> None:
-        """Read and verify."""
-        results = engine.read(self._transfers(), then=self._arrived)
-        for owner, error in zip(self._owners, results, strict=True):
-            if owner is not None and error is not None:
-                owner.fetch.error = error
-        self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
+        """Read and verify; where pieces failed together, each is tried by itself, so that it has its own error."""
+        failed = self._read(engine, sweeps(self._pieces(), self._gap_bytes))
+        if failed:
+            together = [piece for sweep, _ in failed if sweep.transfer.behind for piece in sweep.pieces]
+            failed = [(sweep, error) for sweep, error in failed if not sweep.transfer.behind]
+            failed += self._read(engine, map(single, together))
+        for sweep, error in failed:
+            for piece in sweep.pieces:
+                piece.fetch.error = error
+        if self._unknown:
+            self._headers.add((fetch.place, fetch.header) for fetch in self._unknown if fetch.header is not None)
 
-    def _transfers(self) -> Iterator[Transfer]:
-        """Pieces of the fetches, and small gaps between them too, so that neighbours share a transfer."""
-        last: EngineFile | None = None
-        end = planned = 0
-        for fetch in self._fetches:
-            file = fetch.segment.file
-            for piece in self._pieces(fetch):
-                gap = piece.offset - end
-                if file is last and 0 < gap <= self._gap_bytes:
-                    self._owners.append(None)
-                    yield Transfer(file, end, self._gap(gap))
-                self._owners.append(piece)
-                yield Transfer(file, piece.offset, piece.buffer)
-                last, end = file, piece.offset + piece.buffer.numel()
-            planned += fetch.header_bytes + fetch.into.numel()
-            if planned >= _ROUND_BYTES:
-                return
+    def _read(self, engine: IOEngine, coming: Iterable[Sweep]) -> list[tuple[Sweep, OSError]]:
+        """Read and verify; those that failed, and why."""
+        begun: list[Sweep] = []
 
-    def _pieces(self, fetch: Fetch) -> Sequence[_Piece]:
-        """What is to be read of a fetch, its header where it is not known."""
-        (fetch.header,) = self._headers.find((fetch.place,))
-        if fetch.ranges == whole(fetch.payload_bytes) and 0 < fetch.payload_bytes <= _PIECE_BYTES:
-            payload = [_Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ())]
-        else:
-            payload = _payload_pieces(fetch)
-        if fetch.header is not None:
-            return payload
-        self._unknown.append(fetch)
-        return [_Piece(fetch, fetch.offset, self._staging(fetch.header_bytes), None, ()), *payload]
+        def drawn() -> Iterator[Transfer]:
+            for sweep in coming:
+                begun.append(sweep)
+                yield sweep.transfer
+
+        def arrived(index: int) -> None:
+            for piece in begun[index].pieces:
+                self._take(piece)
+
+        results = engine.read(drawn(), then=arrived)
+        return [(sweep, error) for sweep, error in zip(begun, results, strict=True) if error is not None]
+
+    def _pieces(self) -> Iterator[Piece]:
+        """What is to be read of the fetches, their headers where they are not known."""
+        planned = 0
+        while planned < _ROUND_BYTES and (chunk := list(itertools.islice(self._fetches, _CHUNK))):
+            for fetch, header in zip(chunk, self._headers.find([fetch.place for fetch in chunk]), strict=True):
+                fetch.header = header
+                if header is None:
+                    self._unknown.append(fetch)
+                    yield Piece(fetch, fetch.offset, self._staging(fetch.header_bytes), None, ())
+                if fetch.into.numel() == fetch.payload_bytes <= _PIECE_BYTES:
+                    if fetch.payload_bytes:
+                        yield Piece(fetch, fetch.offset + fetch.header_bytes, fetch.into, 0, ())
+                else:
+                    yield from _payload_pieces(fetch)
+                planned += fetch.header_bytes + fetch.into.numel()
 
     def _staging(self, size: int) -> torch.Tensor:
         """Memory for a header; of many, since a mapping for each would cost more than its bytes."""
@@ -185,25 +186,14 @@ class _Round:
         taken, self._blocks = self._blocks[:size], self._blocks[size:]
         return taken
 
-    def _gap(self, size: int) -> torch.Tensor:
-        """Memory for what lies between pieces: nobody looks at it, so all gaps share it."""
-        if not self._between.numel():
-            self._between = empty_aligned(self._gap_bytes)
-        if self._last_gap.numel() != size:
-            self._last_gap = self._between[:size]
-        return self._last_gap
-
-    def _arrived(self, index: int) -> None:
+    def _take(self, piece: Piece) -> None:
         """Take the digests of what was read, and copy what is wanted of it."""
-        piece = self._owners[index]
-        if piece is None:
-            return
         fetch, _, buffer, extent, copies = piece
         view = host_bytes(buffer).numpy().data
         if extent is None:
             fetch.take_header(view, self._store)
             return
-        fetch.digests[extent] = digest_extents(view, fetch.extent_bytes)
+        fetch.take_digests(extent, digest_extents(view, fetch.extent_bytes))
         for source, target, length in copies:
             wanted, got = fetch.into[target : target + length], buffer[source : source + length]
             if wanted.is_cuda:
@@ -212,7 +202,7 @@ class _Round:
                 np.copyto(wanted.numpy(), got.numpy())
 
 
-def _payload_pieces(fetch: Fetch) -> list[_Piece]:
+def _payload_pieces(fetch: Fetch) -> list[Piece]:
     """Cut the wanted extents into pieces: straight into ``into`` where whole extents are wanted, else by a buffer."""
     size = fetch.extent_bytes
     step = max(1, _PIECE_BYTES // size)
@@ -237,14 +227,14 @@ def _extent_runs(fetch: Fetch) -> list[tuple[int, int]]:
     return runs
 
 
-def _piece(fetch: Fetch, first: int, stop: int) -> _Piece:
+def _piece(fetch: Fetch, first: int, stop: int) -> Piece:
     start, end = first * fetch.extent_bytes, min(stop * fetch.extent_bytes, fetch.payload_bytes)
     offset = fetch.offset + fetch.header_bytes + start
     copies = _copies(fetch.ranges, start, end)
     if len(copies) == 1 and copies[0][0] == 0 and copies[0][2] == end - start:
-        return _Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, ())
+        return Piece(fetch, offset, fetch.into[copies[0][1] : copies[0][1] + end - start], first, ())
     buffer = empty_aligned(round_up(end - start, BLOCK_BYTES))[: end - start]
-    return _Piece(fetch, offset, buffer, first, copies)
+    return Piece(fetch, offset, buffer, first, copies)
 
 
 def _copies(ranges: Sequence[ByteRange], start: int, end: int) -> list[tuple[int, int, int]]:

@@ -16,6 +16,7 @@ from kvtier.storage_backends.segment.catalog import Catalog
 from kvtier.storage_backends.segment.journal import Journal
 from kvtier.storage_backends.segment.pool import Segment, SegmentPool
 from kvtier.storage_backends.segment.reader import Fetch, Found, whole
+from kvtier.storage_backends.segment.rows import unpack
 
 __all__ = ["pin_rows", "put_aside", "read_infos", "read_requests", "unpin"]
 
@@ -30,8 +31,7 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
     with catalog.lock:
         rows = catalog.find([request.key for request in requests])
         pinned = pin_rows(catalog, journal.pool, rows)
-        # Plain numbers: numpy's own are several times slower to take apart.
-        known: list[tuple[int, ...]] = catalog.table.at[rows].tolist()
+        known = unpack(catalog.table.at[rows])
     fetches: list[Fetch | None] = [None] * len(requests)
     try:
         journal.read(_coming(journal, requests, rows, known, fetches))
@@ -39,7 +39,7 @@ def read_requests(journal: Journal, requests: Sequence[ReadRequest]) -> list[boo
         unpin(catalog, pinned)
     outcomes = [None if fetch is None else fetch.outcome() for fetch in fetches]
     put_aside(journal, fetches, outcomes)
-    _count(journal, fetches, outcomes, rows)
+    _count(journal, requests, outcomes, rows)
     return [outcome is Found.RIGHT for outcome in outcomes]
 
 
@@ -65,7 +65,7 @@ def read_infos(journal: Journal, rows: IndexArray) -> list[RecordInfo]:
         hits = catalog.table.at["hits"][rows].tolist()
         fetches: list[Fetch | None] = [
             _fetch(journal, at, ReadRequest(key.tobytes(), _NOTHING, ()))
-            for at, key in zip(catalog.table.at[rows].tolist(), keys, strict=True)
+            for at, key in zip(unpack(catalog.table.at[rows]), keys, strict=True)
         ]
     try:
         journal.read([fetch for fetch in fetches if fetch is not None])
@@ -167,21 +167,17 @@ def put_aside(journal: Journal, fetches: Sequence[Fetch | None], outcomes: Seque
 
 
 def _count(
-    journal: Journal, fetches: Sequence[Fetch | None], outcomes: Sequence[Found | None], rows: IndexArray
+    journal: Journal, requests: Sequence[ReadRequest], outcomes: Sequence[Found | None], rows: IndexArray
 ) -> None:
     """Count hits and misses."""
     catalog = journal.catalog
-    right = np.asarray([outcome is Found.RIGHT for outcome in outcomes], dtype=np.bool_)
+    right = [at for at, outcome in enumerate(outcomes) if outcome is Found.RIGHT]
+    served = rows if len(right) == len(rows) else rows[right]
     with catalog.lock:
         counters = catalog.counters
-        counters.hits += int(np.count_nonzero(right))
-        counters.misses += int(np.count_nonzero(~right))
-        counters.read_bytes += sum(
-            fetch.into.numel()
-            for fetch, good in zip(fetches, right.tolist(), strict=True)
-            if fetch is not None and good
-        )
-        served = rows[right]
+        counters.hits += len(right)
+        counters.misses += len(outcomes) - len(right)
+        counters.read_bytes += sum([requests[at].into.numel() for at in right])
         if served.size:
             at = catalog.table.at
             at["hits"][served] = np.minimum(at["hits"][served], 0xFFFFFFFE) + np.uint32(1)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvtier.record import BLOCK_BYTES, RecordHeader
 from kvtier.storage_backends.record_table import Rows, join_keys
 
-__all__ = ["FIELDS", "GRAVE", "HEAT", "ROW", "Rows", "join_keys", "pack_row", "record_bytes", "rows_of"]
+__all__ = ["FIELDS", "GRAVE", "HEAT", "ROW", "Rows", "join_keys", "pack_row", "record_bytes", "rows_of", "unpack"]
 
 FIELDS = np.dtype(
     [
@@ -30,6 +30,7 @@ FIELDS = np.dtype(
 )
 ROW = np.dtype([("key", "<u8", (4,)), ("at", FIELDS)])
 GRAVE = np.dtype([("key", "<u8", (4,)), ("before", "<u8")])
+_FIELDS = struct.Struct("<QIIIIIIIHBB")
 _ROW = struct.Struct("<32sQIIIIIIIHBB")
 HEAT = np.dtype([("key", "<u8", (4,)), ("hits", "<u4")])
 
@@ -55,6 +56,11 @@ def pack_row(header: RecordHeader, segment: int, offset: int, tenant: int, names
 def rows_of(packed: Iterable[bytes]) -> Rows:
     """An array of `ROW` [n]; filling it field by field from tuples takes many times as long."""
     return np.frombuffer(bytearray(b"".join(packed)), dtype=ROW)
+
+
+def unpack(at: Rows) -> list[tuple[int, ...]]:
+    """Rows of `FIELDS` as plain numbers; numpy's ``tolist`` takes twice as long."""
+    return list(_FIELDS.iter_unpack(at.tobytes()))
 
 
 def record_bytes(at: Rows) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from kvtier.storage_backends.engines.base import EngineCapabilities, EngineFile, IOEngine, Transfer
+from kvtier.storage_backends.engines.laid import Laid, lay
 from kvtier.storage_backends.memory import PAGE_BYTES
 
 __all__ = ["FaultyEngine", "FaultyFile", "ReadFault", "WriteFault"]
@@ -139,22 +140,25 @@ class FaultyEngine(IOEngine):
         faults = self._due(self._reads, "read", len(transfers))
         results = [self._error(failing=faults.get(at) is ReadFault.ERROR) for at in range(len(transfers))]
         going = [at for at, error in enumerate(results) if error is None]
-        before = {at: transfers[at].buffer.clone() for at in going if faults.get(at) is ReadFault.STALE}
+        stale = [at for at in going if faults.get(at) is ReadFault.STALE]
+        before = {at: [buffer.clone() for buffer in lay(transfers[at]).buffers] for at in stale}
 
-        def arrived(position: int) -> None:
+        def hurt(position: int) -> None:
             at = going[position]
-            buffer = transfers[at].buffer
+            arrived = lay(transfers[at])
+            size = arrived.nbytes
             match faults.get(at):
-                case ReadFault.FLIP if buffer.numel():
-                    buffer[buffer.numel() * 2 // 3] ^= 1 << 4
+                case ReadFault.FLIP if size:
+                    _invert(arrived, size * 2 // 3, size * 2 // 3 + 1, 1 << 4)
                 case ReadFault.SHORT:
-                    buffer[buffer.numel() // 2 :] ^= 0xFF
+                    _invert(arrived, size // 2, size, 0xFF)
                 case ReadFault.STALE:
-                    buffer.copy_(before[at])
+                    for buffer, old in zip(arrived.buffers, before[at], strict=True):
+                        buffer.copy_(old)
             if then is not None:
                 then(at)
 
-        for at, error in zip(going, self.inner.read([_inner(transfers[at]) for at in going], arrived), strict=True):
+        for at, error in zip(going, self.inner.read([_inner(transfers[at]) for at in going], hurt), strict=True):
             results[at] = error
         return results
 
@@ -216,7 +220,7 @@ class FaultyEngine(IOEngine):
     def _no_room(self, transfer: Transfer) -> OSError | None:
         """Take the room that a write needs beyond the end of its file; the error when there is less."""
         try:
-            self.take_space(max(0, transfer.offset + transfer.buffer.numel() - transfer.file.size))
+            self.take_space(max(0, transfer.offset + lay(transfer).nbytes - transfer.file.size))
         except OSError as error:
             return error
         return None
@@ -240,16 +244,28 @@ def _inner(transfer: Transfer) -> Transfer:
 
 def _sent(transfer: Transfer, fault: WriteFault | None) -> Transfer:
     """What reaches the disk of a write; its buffer stays the caller's, so that ``before`` may still fill it."""
-    file, offset, buffer = transfer
+    offset, size = transfer.offset, lay(transfer).nbytes
     match fault:
         case WriteFault.LOST:
-            return Transfer(file, offset, buffer[:0])
+            return _until(transfer, 0)
         case WriteFault.TORN | WriteFault.ERROR:
-            return Transfer(file, offset, buffer[: buffer.numel() // 2 // PAGE_BYTES * PAGE_BYTES])
+            return _until(transfer, size // 2 // PAGE_BYTES * PAGE_BYTES)
         case WriteFault.MISPLACED:
-            fits = offset + PAGE_BYTES + buffer.numel() <= file.size
-            return Transfer(file, offset + PAGE_BYTES if fits else max(0, offset - PAGE_BYTES), buffer)
+            fits = offset + PAGE_BYTES + size <= transfer.file.size
+            return transfer._replace(offset=offset + PAGE_BYTES if fits else max(0, offset - PAGE_BYTES))
     return transfer
+
+
+def _until(transfer: Transfer, stop: int) -> Transfer:
+    """The first bytes of a transfer."""
+    parts = [buffer[low:high] for buffer, low, high in lay(transfer).spans(0, stop)]
+    return transfer._replace(buffer=parts[0] if parts else transfer.buffer[:0], behind=tuple(parts[1:]))
+
+
+def _invert(transfer: Laid, start: int, stop: int, bits: int) -> None:
+    """Change bits of bytes that arrived."""
+    for buffer, low, high in transfer.spans(start, stop):
+        buffer[low:high] ^= bits
 
 
 def _eio() -> OSError:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.storage_backends.engines.base import EngineFile, Transfer
+from kvtier.storage_backends.engines.laid import lay
 from kvtier.storage_backends.engines.plan import Job, SizeLimits, in_order, plan
 from kvtier.storage_backends.memory import empty_aligned
 
@@ -39,7 +40,8 @@ WHOLE = empty_aligned(40 * BLOCK)
 
 def planned(transfers: list[Transfer], straight: int, bounced: int) -> list[Job]:
     """Jobs of at most so many bytes, in the order of the files."""
-    return list(plan(transfers, in_order(transfers), SizeLimits(lambda _: straight, bounced)))
+    laid = [lay(transfer) for transfer in transfers]
+    return list(plan(laid, in_order(laid), SizeLimits(lambda _: straight, bounced)))
 
 
 @given(
@@ -60,7 +62,7 @@ def test_every_byte_is_planned_once_where_it_belongs(
         assert [single.offset for single in job.single()] == sorted(single.offset for single in job.single())
         for single in job.single():
             (part,) = single.parts
-            file, offset, buffer = transfers[part.transfer]
+            file, offset, buffer, _ = transfers[part.transfer]
             assert job.file is file
             assert single.offset == offset + part.start
             seen.setdefault(part.transfer, []).append((part.start, part.stop))
@@ -110,7 +112,7 @@ def test_small_aligned_transfers_are_bounced_with_their_neighbours() -> None:
 
 
 def test_jobs_grow_from_the_first_and_shrink_to_the_last() -> None:
-    whole = [Transfer(FILES[0], 0, WHOLE)]
+    whole = [lay(Transfer(FILES[0], 0, WHOLE))]
 
     def sizes(limits: SizeLimits) -> list[int]:
         return [job.nbytes // BLOCK for job in plan(whole, [0], limits)]
@@ -126,7 +128,7 @@ def test_jobs_grow_from_the_first_and_shrink_to_the_last() -> None:
 
 def test_transfers_are_drawn_as_jobs_are() -> None:
     """What is known late does not hold up what is known already."""
-    transfers = [Transfer(FILES[0], i * BLOCK, WHOLE[i * BLOCK : (i + 1) * BLOCK]) for i in range(20)]
+    transfers = [lay(Transfer(FILES[0], i * BLOCK, WHOLE[i * BLOCK : (i + 1) * BLOCK])) for i in range(20)]
     drawn: list[int] = []
 
     def order() -> Iterator[int]:
