@@ -15,11 +15,29 @@ from functools import wraps
 from types import FunctionType
 from typing import Any, Final, TypeAlias
 
-from kvtier.kernels import column_sums, gather_attention, merge_partials, page_scores, page_summaries, top_pages
+from kvtier.kernels import (
+    column_sums,
+    gather_attention,
+    merge_partials,
+    page_scores,
+    page_summaries,
+    ranked_attention,
+    top_pages,
+    weighed_attention,
+)
 
 __all__ = ["Kernel", "KernelClock", "KernelSwitch"]
 
-_OPERATORS: Final = (column_sums, gather_attention, merge_partials, page_scores, page_summaries, top_pages)
+_OPERATORS: Final = (
+    column_sums,
+    gather_attention,
+    merge_partials,
+    page_scores,
+    page_summaries,
+    ranked_attention,
+    top_pages,
+    weighed_attention,
+)
 
 Kernel: TypeAlias = Callable[..., Any]
 
