@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, takewhile
 from operator import not_
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.host_arena import HostArena, Place
-from kvtier.storage_backends.host_entry import HostEntry, copy_of, fill
+from kvtier.storage_backends.host_entry import HostEntry, copying, fill
 from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.order import LeastRecentlyUsed
@@ -123,8 +123,7 @@ class HostRecords(RecordStore):
             entries = self._open([request.key for request in requests])
         results: list[bool | None] = [None] * len(requests)
         try:
-            jobs = [_missing if copy is None else copy.run for copy in map(copy_of, entries, requests)]
-            results = self._workers.run(jobs, sum(sizes))
+            results = self._workers.run(list(map(copying, entries, requests)), sum(sizes))
         finally:
             with self._lock:
                 self._finish(entries, sizes, results)
@@ -329,14 +328,9 @@ class HostRecords(RecordStore):
     def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
         """Begin to read leading records that are there and lie in one piece."""
         entries = self._open(keys)
-        leading: list[HostEntry] = []
-        for entry in entries:
-            if entry is None or len(entry.views) != 1:
-                break
-            leading.append(entry)
-        for entry in entries[len(leading) :]:
-            if entry is not None:
-                self._close(entry)
+        leading = [entry for entry in takewhile(_is_whole, entries) if entry is not None]
+        for entry in filter(None, entries[len(leading) :]):
+            self._close(entry)
         return leading
 
     def _close(self, entry: HostEntry) -> None:
@@ -401,8 +395,8 @@ class HostRecords(RecordStore):
             self._reading[row].views = place.views
 
 
-def _missing() -> None:
-    """A read of what was never there."""
+def _is_whole(entry: HostEntry | None) -> bool:
+    return entry is not None and len(entry.views) == 1
 
 
 def _payload_share(capacity_bytes: int) -> int:
