@@ -320,15 +320,14 @@ class HostRecords(RecordStore):
         for row, views, size, digests in self._index.payloads([row for row in rows if row >= 0 and row not in opened]):
             opened[row] = HostEntry(row, views, size, digests)
         entries = [opened.get(row) for row in rows]
-        for entry in entries:
-            if entry is not None:
-                entry.readers += 1
+        for entry in filter(None, entries):
+            entry.readers += 1
         return entries
 
     def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
         """Begin to read leading records that are there and lie in one piece."""
         entries = self._open(keys)
-        leading = [entry for entry in takewhile(_is_whole, entries) if entry is not None]
+        leading = list(filter(None, takewhile(_is_whole, entries)))
         for entry in filter(None, entries[len(leading) :]):
             self._close(entry)
         return leading
@@ -361,8 +360,7 @@ class HostRecords(RecordStore):
                 counts.read_bytes += nbytes
                 used += [entry.row] if entry.left is None else []
             if entry is not None and right is False:
-                counts.damaged += 1
-                damaged += [entry.row] if entry.left is None else []
+                counts.damaged, damaged = counts.damaged + 1, damaged + ([entry.row] if entry.left is None else [])
         self._index.read(used)
         self._remove(list(dict.fromkeys(damaged)), evicted=False)
 
@@ -371,8 +369,7 @@ class HostRecords(RecordStore):
         ended = [view.damaged or view.served for view in found]
         for entry in compress(entries, map(not_, ended)):
             self._close(entry)
-        read = list(compress(entries, ended))
-        results = [not view.damaged for view in compress(found, ended)]
+        read, results = list(compress(entries, ended)), [not view.damaged for view in compress(found, ended)]
         self._finish(read, [entry.payload_bytes for entry in read], results)
 
     def _remove(self, rows: Sequence[int], *, evicted: bool) -> int:
