@@ -345,10 +345,7 @@ class HostRecords(RecordStore):
     def _finish(
         self, entries: Sequence[HostEntry | None], sizes: Sequence[int], results: Sequence[bool | None]
     ) -> None:
-        """Count reads of so many bytes and let go of their entries, of which the first is used last.
-
-        A result says whether the bytes were right; None when they were never there.
-        """
+        """Count reads and let go of their entries, the first used last; a result is None for what was never there."""
         counts, used, damaged = self._counts, [], []
         for entry, nbytes, right in zip(reversed(entries), reversed(sizes), reversed(results), strict=True):
             if entry is not None:
@@ -360,7 +357,8 @@ class HostRecords(RecordStore):
                 counts.read_bytes += nbytes
                 used += [entry.row] if entry.left is None else []
             if entry is not None and right is False:
-                counts.damaged, damaged = counts.damaged + 1, damaged + ([entry.row] if entry.left is None else [])
+                counts.damaged += 1
+                damaged += [entry.row] if entry.left is None else []
         self._index.read(used)
         self._remove(list(dict.fromkeys(damaged)), evicted=False)
 
