@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from kvtier.storage_backends.host_arena import Place
 from kvtier.storage_backends.memory import ByteRows
 from kvtier.storage_backends.records import ReadRequest, Record, RecordView
 
-__all__ = ["HostEntry", "copy_of", "fill"]
+__all__ = ["HostEntry", "copying", "fill"]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,9 +50,16 @@ def fill(place: Place, record: Record) -> bytes:
     return copy_with_digests(sources, place.views, record.payload_bytes)
 
 
-def copy_of(entry: HostEntry | None, request: ReadRequest) -> VerifiedCopy | None:
-    """The copy that a request asks for, out of where the record lies now; None when it was never there."""
+def copying(entry: HostEntry | None, request: ReadRequest) -> Callable[[], bool | None]:
+    """The copy that a request asks for, out of where the record lies now: it says whether the bytes were right.
+
+    It says None when they were never there.
+    """
     ranges = None if entry is None else ranges_within(request, entry.payload_bytes)
     if entry is None or ranges is None:
-        return None
-    return VerifiedCopy(entry.views, entry.digests, entry.payload_bytes, ranges, request.into.numpy())
+        return _nothing
+    return VerifiedCopy(entry.views, entry.digests, entry.payload_bytes, ranges, request.into.numpy()).run
+
+
+def _nothing() -> None:
+    """Copy what was never there."""

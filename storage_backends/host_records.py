@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, takewhile
 from operator import not_
 
 from kvtier.errors import CapacityError
 from kvtier.storage_backends.base import Capabilities
 from kvtier.storage_backends.eviction import EvictionOrder
 from kvtier.storage_backends.host_arena import HostArena, Place
-from kvtier.storage_backends.host_entry import HostEntry, copy_of, fill
+from kvtier.storage_backends.host_entry import HostEntry, copying, fill
 from kvtier.storage_backends.host_index import HostIndex, index_bytes_of
 from kvtier.storage_backends.leases import LeaseBook
 from kvtier.storage_backends.order import LeastRecentlyUsed
@@ -123,8 +123,7 @@ class HostRecords(RecordStore):
             entries = self._open([request.key for request in requests])
         results: list[bool | None] = [None] * len(requests)
         try:
-            jobs = [_missing if copy is None else copy.run for copy in map(copy_of, entries, requests)]
-            results = self._workers.run(jobs, sum(sizes))
+            results = self._workers.run(list(map(copying, entries, requests)), sum(sizes))
         finally:
             with self._lock:
                 self._finish(entries, sizes, results)
@@ -321,22 +320,16 @@ class HostRecords(RecordStore):
         for row, views, size, digests in self._index.payloads([row for row in rows if row >= 0 and row not in opened]):
             opened[row] = HostEntry(row, views, size, digests)
         entries = [opened.get(row) for row in rows]
-        for entry in entries:
-            if entry is not None:
-                entry.readers += 1
+        for entry in filter(None, entries):
+            entry.readers += 1
         return entries
 
     def _open_leading(self, keys: Sequence[bytes]) -> list[HostEntry]:
         """Begin to read leading records that are there and lie in one piece."""
         entries = self._open(keys)
-        leading: list[HostEntry] = []
-        for entry in entries:
-            if entry is None or len(entry.views) != 1:
-                break
-            leading.append(entry)
-        for entry in entries[len(leading) :]:
-            if entry is not None:
-                self._close(entry)
+        leading = list(filter(None, takewhile(_is_whole, entries)))
+        for entry in filter(None, entries[len(leading) :]):
+            self._close(entry)
         return leading
 
     def _close(self, entry: HostEntry) -> None:
@@ -352,10 +345,7 @@ class HostRecords(RecordStore):
     def _finish(
         self, entries: Sequence[HostEntry | None], sizes: Sequence[int], results: Sequence[bool | None]
     ) -> None:
-        """Count reads of so many bytes and let go of their entries, of which the first is used last.
-
-        A result says whether the bytes were right; None when they were never there.
-        """
+        """Count reads and let go of their entries, the first used last; a result is None for what was never there."""
         counts, used, damaged = self._counts, [], []
         for entry, nbytes, right in zip(reversed(entries), reversed(sizes), reversed(results), strict=True):
             if entry is not None:
@@ -377,8 +367,7 @@ class HostRecords(RecordStore):
         ended = [view.damaged or view.served for view in found]
         for entry in compress(entries, map(not_, ended)):
             self._close(entry)
-        read = list(compress(entries, ended))
-        results = [not view.damaged for view in compress(found, ended)]
+        read, results = list(compress(entries, ended)), [not view.damaged for view in compress(found, ended)]
         self._finish(read, [entry.payload_bytes for entry in read], results)
 
     def _remove(self, rows: Sequence[int], *, evicted: bool) -> int:
@@ -401,8 +390,8 @@ class HostRecords(RecordStore):
             self._reading[row].views = place.views
 
 
-def _missing() -> None:
-    """A read of what was never there."""
+def _is_whole(entry: HostEntry | None) -> bool:
+    return entry is not None and len(entry.views) == 1
 
 
 def _payload_share(capacity_bytes: int) -> int:
