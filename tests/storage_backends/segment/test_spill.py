@@ -126,8 +126,8 @@ def test_a_run_may_cross_segments(tmp_path: Path) -> None:
         SegmentRecords(tmp_path, SegmentOptions(capacity=8 * MIB, segment_bytes=SEGMENT)) as records,
         SegmentSpill(8192, 100, records) as spill,
     ):
-        slots = spill.reserve(40)
-        rows = random_rows(2, 40, 8192)
+        slots = spill.reserve(50)
+        rows = random_rows(2, 50, 8192)
         spill.write(slots, rows)
         into = torch.zeros_like(rows)
         spill.read(slots, into)
