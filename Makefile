@@ -38,7 +38,7 @@ unit: $(VENV) $(KVIKIO)/.ready
 
 # Many more cases of every law, and the tests that are marked slow.
 nightly: $(VENV) $(KVIKIO)/.ready
-	KVTIER_HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=7200 $(PYTEST_FLAGS)
+	KVTIER_HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=7200 -o faulthandler_timeout=7000 $(PYTEST_FLAGS)
 
 # The integration again, with the oldest transformers that is supported in front of the newest.
 compat: $(VENV) $(COMPAT)/.ready
