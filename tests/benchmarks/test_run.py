@@ -159,12 +159,11 @@ def test_overhead_has_both_measures_and_a_profile(quick: tuple[dict[str, Any], s
         assert own[0] > 0
 
 
-def test_quest_ranks_and_chooses_in_kernels(quick: tuple[dict[str, Any], str]) -> None:
+def test_quest_ranks_and_chooses_in_one_kernel(quick: tuple[dict[str, Any], str]) -> None:
     case = only_case(quick[0], "overhead")
     calls = next(row["kernel_calls"] for row in case["rows"] if row["name"] == "kvtier: quest")
 
-    assert {calls[kernel] for kernel in ("box_scores", "top_pages")} == {case["layers"]}
-    assert calls["attend_pages"] >= case["layers"]
+    assert calls["attend_ranked"] == case["layers"]
 
 
 def test_tables_show_every_row(quick: tuple[dict[str, Any], str]) -> None:
